@@ -1,0 +1,1 @@
+"""Certification: lower bounds on margins over a Wasserstein ball, verdicts, and certified radii."""

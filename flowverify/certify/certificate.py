@@ -1,0 +1,64 @@
+"""Verdicts and certificates: what a certifier says about one image, and on what grounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Verdict(StrEnum):
+    """The outcome for one image."""
+
+    CERTIFIED = "certified"  # no image in the ball is classified otherwise: proven
+    FALSIFIED = "falsified"  # an image in the ball is classified otherwise: shown, and replayed
+    UNKNOWN = "unknown"  # neither
+    MISCLASSIFIED = "misclassified"  # the image itself is not classified as its label says
+    TIMEOUT = "timeout"  # the budget ran out first
+    ERROR = "error"  # the computation broke down; the note says how
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was shown about one image.
+
+    Attributes:
+        verdict: at ``radius``. A radius search that certified some radius > 0 says certified.
+        radius: W1 of normalised images, in pixels, for the ground cost ``ground``: the radius asked about,
+            or the largest one that a search certified (0 if none).
+        margin: the proven lower bound on min over t of f_y - f_t at ``radius``; None where nothing was computed.
+        upper_radius: a radius known not to be certifiable, from an attack or a complete method.
+        seconds: wall time; for a batch, its share.
+        note: what the verdict does not say, such as an error's message.
+    """
+
+    verdict: Verdict
+    label: int
+    prediction: int
+    method: str
+    bound: str
+    ground: str
+    radius: float
+    margin: float | None
+    seconds: float
+    upper_radius: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; ``upper_radius`` and ``note`` only where there is one."""
+        record: dict[str, Any] = {
+            "label": self.label,
+            "prediction": self.prediction,
+            "method": self.method,
+            "bound": self.bound,
+            "ground": self.ground,
+            "radius": self.radius,
+            "verdict": str(self.verdict),
+            "margin": self.margin,
+            "seconds": round(self.seconds, 6),
+        }
+        if self.upper_radius is not None:
+            record["upper_radius"] = self.upper_radius
+        if self.note:
+            record["note"] = self.note
+        return record

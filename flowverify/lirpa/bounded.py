@@ -1,0 +1,184 @@
+"""A network inside auto_LiRPA whose intermediate bounds are set from outside, one activation after another."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.errors import BoundError, FlowverifyError, UnsupportedOperationError
+from flowverify.lirpa.backend import (
+    ACTIVATIONS,
+    BOUND_OPTIONS,
+    INTERMEDIATE_KEYWORD,
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+)
+
+Interval = tuple[Tensor, Tensor]
+
+__all__ = ["BoundedNetwork", "Interval", "l1_ball"]
+
+
+def l1_ball(budget: Tensor) -> Any:
+    """auto_LiRPA's own L1 ball, of one radius an input: budget (B,)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its dual norm is computed as 1 / (1 - 1/1)
+        return PerturbationLpNorm(norm=1, eps=budget[:, None])
+
+
+class BoundedNetwork:
+    """Linear bounds of one traced module, with the intervals of its activations given by the caller.
+
+    Args:
+        module: the network; its first input is the perturbed one, all inputs are batched.
+        inputs: sample inputs, of any batch size, to trace with.
+        preactivations: the values that the activations of the module read for these inputs, in the
+            order of evaluation. They identify the nodes of auto_LiRPA's graph, and are compared with its own.
+
+    Raises:
+        UnsupportedOperationError: auto_LiRPA does not know an operation.
+        BoundError: its graph does not compute the same values.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preactivations: Sequence[Tensor]) -> None:
+        try:
+            with _quiet():
+                self._module = BoundedModule(
+                    module, tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
+                )
+                self._module.eval()
+                self._module(*inputs)
+        except NotImplementedError as error:
+            raise UnsupportedOperationError(f"auto_LiRPA cannot take this network: {_first_line(error)}") from error
+        except Exception as error:
+            raise BoundError(f"auto_LiRPA failed to trace the network: {_first_line(error)}") from error
+        activations = [node for node in self._module._modules.values() if isinstance(node, ACTIVATIONS)]
+        self.names: list[str] = [node.inputs[0].name for node in activations]
+        self._shapes: list[torch.Size] = []
+        if len(activations) != len(preactivations):
+            raise BoundError(
+                f"auto_LiRPA sees {len(activations)} activations in the network, expected {len(preactivations)}"
+            )
+        for node, expected in zip(activations, preactivations, strict=True):
+            value = self._module.get_forward_value(node.inputs[0])
+            scale = float(expected.abs().max()) + 1e-30
+            if value.shape != expected.shape or not torch.allclose(value, expected, rtol=0, atol=1e-4 * scale):
+                raise BoundError(f"auto_LiRPA's value at node {node.inputs[0].name!r} is not the network's")
+            self._shapes.append(expected.shape[1:])
+
+    def crown(
+        self,
+        inputs: Sequence[Tensor],
+        perturbation: Any,
+        specification: Tensor,
+        intervals: Sequence[Interval],
+        *,
+        node: int | None = None,
+        lower: bool = True,
+        upper: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Backward linear bounds of ``specification`` applied to a node, (B, S) each.
+
+        Args:
+            inputs: as for the module; the first one is perturbed.
+            specification: (B, S, size of the node), possibly an expanded view.
+            intervals: of the inputs of the activations before the node, in order.
+            node: the index of the activation whose input is bounded; None for the output.
+        """
+        name = None
+        if node is not None:
+            name = self.names[node]
+            specification = specification.reshape(*specification.shape[:2], *self._shapes[node])
+        return self._compute("backward", inputs, perturbation, specification, intervals, name, lower, upper)
+
+    def alpha_crown(
+        self,
+        inputs: Sequence[Tensor],
+        perturbation: Any,
+        specification: Tensor,
+        intervals: Sequence[Interval],
+        *,
+        iterations: int,
+        learning_rate: float,
+    ) -> Tensor:
+        """Lower bounds of ``specification`` applied to the output, with optimised slopes; (B, S)."""
+        self._module.set_bound_opts(
+            {
+                "optimize_bound_args": {
+                    **self._module.bound_opts["optimize_bound_args"],
+                    "iteration": iterations,
+                    "lr_alpha": learning_rate,
+                }
+            }
+        )
+        lower, _ = self._compute(
+            "CROWN-Optimized", inputs, perturbation, specification, intervals, None, True, False
+        )
+        assert lower is not None
+        return lower.detach()
+
+    def _compute(
+        self,
+        method: str,
+        inputs: Sequence[Tensor],
+        perturbation: Any,
+        specification: Tensor,
+        intervals: Sequence[Interval],
+        name: str | None,
+        lower: bool,
+        upper: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        arguments = (BoundedTensor(inputs[0], perturbation), *inputs[1:])
+        known = {key: list(interval) for key, interval in zip(self.names, intervals, strict=False)}
+        gradients = contextlib.nullcontext() if method == "CROWN-Optimized" else torch.no_grad()
+        try:
+            with gradients, _quiet(), _default_dtype(inputs[0].dtype):
+                bounds = self._module.compute_bounds(
+                    x=arguments,
+                    C=specification,
+                    method=method,
+                    final_node_name=name,
+                    bound_lower=lower,
+                    bound_upper=upper,
+                    **{INTERMEDIATE_KEYWORD: known},
+                )
+        except (FlowverifyError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error) or "out of memory" in str(error):
+                raise MemoryError(_first_line(error)) from error
+            raise BoundError(f"auto_LiRPA's {method} failed: {_first_line(error)}") from error
+        except Exception as error:
+            raise BoundError(f"auto_LiRPA's {method} failed: {_first_line(error)}") from error
+        batch = inputs[0].shape[0]
+        return tuple(None if bound is None else bound.reshape(batch, -1) for bound in bounds[:2])  # type: ignore[return-value]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """auto_LiRPA prints progress and divides by zero on purpose; neither belongs in a program's output."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """auto_LiRPA makes some tensors in torch's default precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,323 @@
+"""Builds a network operation by operation: what the readers of torch modules and of ONNX files share.
+
+Each method lowers one operation, in the general form that the formats know, to canonical operations, and
+leaves out what changes nothing. Dimensions are counted within one sample; constants have no batch dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.errors import InvalidInputError, UnsupportedOperationError
+from flowverify.network.graph import INPUT, Network, Node
+from flowverify.network.operations import (
+    Add,
+    Concatenate,
+    Index,
+    Pad,
+    Permute,
+    Reshape,
+    ScaleShift,
+    Subtract,
+    broadcast_shape,
+    operation_name,
+    output_shape,
+)
+
+Pair = tuple[int, int]
+Sides = tuple[int, int, int, int]
+LARGEST_PADDING = 4096
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the network that depends on the input: its node's name and its shape for one sample."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+class Builder:
+    """Collects nodes; :meth:`finish` makes the network out of those that the output needs.
+
+    Raises:
+        UnsupportedOperationError: from any method, for what the canonical operations cannot express.
+        InvalidInputError: from any method, for shapes that do not match.
+    """
+
+    def __init__(self, input_shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.input = Value(INPUT, tuple(int(size) for size in input_shape))
+        self._nodes: list[Node] = []
+        self._names = {INPUT}
+        self._shared: dict[tuple[object, ...], tuple[nn.Module, Tensor, Tensor | None]] = {}
+
+    def add(self, operation: nn.Module, inputs: Sequence[Value], label: str) -> Value:
+        """Appends an operation (which the builder then owns) under a name made from ``label``."""
+        operation.to(self.dtype)
+        shape = output_shape(operation, [value.shape for value in inputs])
+        name = label or operation_name(operation)
+        attempt = 1
+        while name in self._names:
+            attempt += 1
+            name = f"{label or operation_name(operation)}_{attempt}"
+        self._names.add(name)
+        self._nodes.append(Node(name, operation, tuple(value.name for value in inputs), shape))
+        return Value(name, shape)
+
+    def finish(self, output: Value) -> Network:
+        """The network that computes ``output``."""
+        needed, kept = {output.name}, []
+        for node in reversed(self._nodes):
+            if node.name in needed:
+                needed.update(node.inputs)
+                kept.append(node)
+        kept.reverse()
+        if kept and kept[-1].name != output.name:
+            raise InvalidInputError(f"output {output.name!r}: expected the last value that is computed")
+        return Network(self.input.shape, kept)
+
+    def scale_shift(self, value: Value, scale: Tensor | float, shift: Tensor | float, label: str) -> Value:
+        """value * scale + shift; a constant of the value's rank plus one must have batch size 1."""
+        sample_scale, sample_shift = (self._sample_constant(constant, value) for constant in (scale, shift))
+        constants = [c for c in (sample_scale, sample_shift) if isinstance(c, Tensor)]
+        same_shape = all(broadcast_shape(c.shape, value.shape) == value.shape for c in constants)
+        if same_shape and _equals(sample_scale, 1) and _equals(sample_shift, 0):
+            return value
+        return self.add(ScaleShift(sample_scale, sample_shift), [value], label)
+
+    def _sample_constant(self, constant: Tensor | float, value: Value) -> Tensor | float:
+        if not isinstance(constant, Tensor):
+            return torch.tensor(constant, dtype=self.dtype)
+        if constant.ndim > value.rank:
+            if constant.ndim > value.rank + 1 or constant.shape[0] != 1:
+                raise UnsupportedOperationError(
+                    f"constant of shape {tuple(constant.shape)} combined with samples of shape {value.shape} "
+                    "is not supported: expected it to broadcast to one sample"
+                )
+            constant = constant[0]
+        try:
+            broadcast_shape(constant.shape, value.shape)
+        except RuntimeError:
+            raise InvalidInputError(
+                f"constant of shape {tuple(constant.shape)}: expected one that broadcasts to {value.shape}"
+            ) from None
+        return constant.to(self.dtype)
+
+    def divide(self, value: Value, divisor: Tensor | float, label: str) -> Value:
+        """value / divisor for a constant divisor, whose inverse is taken in float64."""
+        inverse = 1 / torch.as_tensor(divisor, dtype=torch.float64)
+        return self.scale_shift(value, inverse, 0.0, label)
+
+    def batch_norm(self, value: Value, parameters: Sequence[Tensor | None], epsilon: float, label: str) -> Value:
+        """Evaluation-mode batch normalisation over dimension 0; parameters: weight, bias, mean, variance."""
+        weight, bias, mean, variance = (p if p is None else p.double() for p in parameters)
+        if mean is None or variance is None:
+            raise UnsupportedOperationError("batch normalisation without running statistics is not supported")
+        scale = (variance + epsilon).rsqrt() * (1 if weight is None else weight)
+        shift = (0 if bias is None else bias) - mean * scale
+        if value.rank < 1 or scale.shape != (value.shape[0],):
+            raise InvalidInputError(
+                f"batch normalisation of {tuple(scale.shape)} channels: expected {value.shape[:1]}"
+            )
+        shape = (-1,) + (1,) * (value.rank - 1)
+        return self.scale_shift(value, scale.reshape(shape), shift.reshape(shape), label)
+
+    def linear(self, value: Value, weight: Tensor, bias: Tensor | None, label: str) -> Value:
+        """value @ weight.T + bias along the last dimension; weight (out, in)."""
+        if weight.ndim != 2 or value.shape[-1] != weight.shape[1]:
+            raise InvalidInputError(
+                f"linear weight of shape {tuple(weight.shape)}: expected (outputs, {value.shape[-1]})"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            linear = self.linear(value, weight, None, label)
+            return self.scale_shift(linear, 1.0, bias, label)
+        key = ("linear", id(weight), id(bias))
+        if key not in self._shared:
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            self._shared[key] = (self._fill(module, weight, bias), weight, bias)
+        return self.add(self._shared[key][0], [value], label)
+
+    def left_multiply(self, weight: Tensor, value: Value, label: str) -> Value:
+        """weight @ value for samples of rank at least 2; weight (out, in)."""
+        if value.rank < 2:
+            raise UnsupportedOperationError("a constant matrix times a batch of vectors mixes the batch")
+        order = (*range(value.rank - 2), value.rank - 1, value.rank - 2)
+        turned = self.linear(self.permute(value, order, label), weight, None, label)
+        return self.permute(turned, order, label)
+
+    def convolution(
+        self,
+        value: Value,
+        weight: Tensor,
+        bias: Tensor | None,
+        label: str,
+        *,
+        stride: Pair = (1, 1),
+        padding: Sides = (0, 0, 0, 0),
+        dilation: Pair = (1, 1),
+        groups: int = 1,
+    ) -> Value:
+        """A 2d convolution; padding is (left, right, top, bottom), with zeros."""
+        if weight.ndim != 4 or value.rank != 3 or value.shape[0] != weight.shape[1] * groups or groups < 1:
+            raise InvalidInputError(
+                f"convolution weight of shape {tuple(weight.shape)} in {groups} groups: not for samples of "
+                f"shape {value.shape}"
+            )
+        _check_window(stride, padding, dilation)
+        value, symmetric = self._symmetric(value, padding, label)
+        key = ("convolution", id(weight), id(bias), stride, symmetric, dilation, groups)
+        if key not in self._shared:
+            module = nn.Conv2d(
+                value.shape[0], weight.shape[0], (weight.shape[2], weight.shape[3]), stride, symmetric, dilation,
+                groups, bias is not None,
+            )  # fmt: skip
+            self._shared[key] = (self._fill(module, weight, bias), weight, bias)
+        return self.add(self._shared[key][0], [value], label)
+
+    def _fill(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        module.to(self.dtype)
+        module.load_state_dict(
+            {"weight": weight.detach().clone()} | ({} if bias is None else {"bias": bias.detach().clone()})
+        )
+        return module
+
+    def _symmetric(self, value: Value, padding: Sides, label: str) -> tuple[Value, Pair]:
+        left, right, top, bottom = padding
+        if left == right and top == bottom:
+            return value, (top, left)
+        return self.pad(value, padding, label), (0, 0)
+
+    def average_pool(
+        self,
+        value: Value,
+        kernel: Pair,
+        label: str,
+        *,
+        stride: Pair,
+        padding: Sides = (0, 0, 0, 0),
+        ceil: bool = False,
+        count_padding: bool = True,
+    ) -> Value:
+        """The average over windows; without ``count_padding`` only over the pixels inside the image."""
+        _check_window(stride, padding, (1, 1), kernel)
+        _check_ceil(value, kernel, stride, padding, (1, 1), ceil)
+        padded, symmetric = self._symmetric(value, padding, label)
+        if padded is value:
+            module = nn.AvgPool2d(kernel, stride, symmetric, count_include_pad=count_padding)
+            return self.add(module, [value], label)
+        pooled = self.add(nn.AvgPool2d(kernel, stride), [padded], label)
+        if count_padding:
+            return pooled
+        inside = Pad(padding)(torch.ones(1, 1, *value.shape[1:], dtype=torch.float64))
+        share = nn.functional.avg_pool2d(inside, kernel, stride)[0]
+        return self.divide(pooled, share, label)
+
+    def max_pool(
+        self,
+        value: Value,
+        kernel: Pair,
+        label: str,
+        *,
+        stride: Pair,
+        padding: Sides = (0, 0, 0, 0),
+        dilation: Pair = (1, 1),
+        ceil: bool = False,
+    ) -> Value:
+        """The maximum over windows; padding, which never wins, must be symmetric."""
+        _check_window(stride, padding, dilation, kernel)
+        _check_ceil(value, kernel, stride, padding, dilation, ceil)
+        if padding[0] != padding[1] or padding[2] != padding[3]:
+            raise UnsupportedOperationError(f"max pooling with asymmetric padding {padding} is not supported")
+        module = nn.MaxPool2d(kernel, stride, (padding[2], padding[0]), dilation)
+        return self.add(module, [value], label)
+
+    def mean(self, value: Value, dims: Sequence[int], keep: bool, label: str) -> Value:
+        """The mean over height and width of (channels, height, width)."""
+        if value.rank != 3 or sorted(dims) != [1, 2]:
+            raise UnsupportedOperationError(
+                f"mean over dimensions {tuple(dims)} of samples of shape {value.shape} is not supported: "
+                "expected height and width of (channels, height, width)"
+            )
+        size = (value.shape[1], value.shape[2])
+        pooled = self.average_pool(value, size, label, stride=size)
+        return pooled if keep else self.reshape(pooled, value.shape[:1], label)
+
+    def reshape(self, value: Value, shape: Sequence[int], label: str) -> Value:
+        """Reshapes every sample."""
+        if tuple(shape) == value.shape:
+            return value
+        flat = len(shape) == 1 and value.rank > 1 and shape[0] == math.prod(value.shape)
+        return self.add(nn.Flatten() if flat else Reshape(shape), [value], label)
+
+    def permute(self, value: Value, dims: Sequence[int], label: str) -> Value:
+        """Permutes the dimensions of every sample."""
+        return value if list(dims) == list(range(value.rank)) else self.add(Permute(dims), [value], label)
+
+    def index(self, value: Value, dim: int, selection: int | slice | Sequence[int], label: str) -> Value:
+        """Selects along one dimension; a slice may have a negative step."""
+        if not 0 <= dim < value.rank:
+            raise InvalidInputError(f"index along dimension {dim}: expected 0..{value.rank - 1}")
+        size = value.shape[dim]
+        if isinstance(selection, slice):
+            positions = range(size)[selection]
+            if positions == range(size):
+                return value
+            forward = positions.step > 0
+            selection = slice(positions.start, positions.stop, positions.step) if forward else tuple(positions)
+            if not positions:
+                raise UnsupportedOperationError(f"an empty slice of dimension {dim} (size {size})")
+        elif isinstance(selection, int):
+            if not -size <= selection < size:
+                raise InvalidInputError(f"index {selection}: expected one that fits size {size}")
+        elif not all(-size <= position < size for position in selection):
+            raise InvalidInputError(f"index {tuple(selection)}: expected entries that fit size {size}")
+        return self.add(Index(dim, selection), [value], label)
+
+    def pad(self, value: Value, amounts: Sides, label: str) -> Value:
+        """Surrounds the last two dimensions with zeros: (left, right, top, bottom)."""
+        _check_window((1, 1), amounts, (1, 1))
+        return value if not any(amounts) else self.add(Pad(amounts), [value], label)
+
+    def total(self, values: Sequence[Value], label: str) -> Value:
+        """The sum of values."""
+        return values[0] if len(values) == 1 else self.add(Add(), values, label)
+
+    def difference(self, first: Value, second: Value, label: str) -> Value:
+        """The first value minus the second."""
+        return self.add(Subtract(), [first, second], label)
+
+    def concatenate(self, values: Sequence[Value], dim: int, label: str) -> Value:
+        """Values side by side along one dimension."""
+        return values[0] if len(values) == 1 else self.add(Concatenate(dim), values, label)
+
+
+def _equals(constant: Tensor | float, number: float) -> bool:
+    return bool((torch.as_tensor(constant) == number).all())
+
+
+def _check_window(stride: Pair, padding: Sides, dilation: Pair, kernel: Pair = (1, 1)) -> None:
+    if min(*stride, *dilation, *kernel) < 1 or max(*stride, *dilation, *kernel) > LARGEST_PADDING:
+        raise InvalidInputError(
+            f"window with kernel {kernel}, stride {stride}, dilation {dilation}: expected 1..{LARGEST_PADDING}"
+        )
+    if not 0 <= min(padding) <= max(padding) <= LARGEST_PADDING:
+        raise UnsupportedOperationError(f"padding {padding} is not supported: expected 0..{LARGEST_PADDING}")
+
+
+def _check_ceil(value: Value, kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool) -> None:
+    """Rounding the output size up is accepted where it is the same as rounding down."""
+    if not ceil or value.rank != 3:
+        return
+    for axis, sides in enumerate((padding[2] + padding[3], padding[0] + padding[1])):
+        if (value.shape[axis + 1] + sides - dilation[axis] * (kernel[axis] - 1) - 1) % stride[axis]:
+            raise UnsupportedOperationError("pooling with an output size rounded up is not supported")

@@ -1,0 +1,212 @@
+"""Folds the affine start of a network and Delta(R, .) into one layer over flows.
+
+f(Delta(R, delta)) has the first layer W1 A delta + (W1 R + b1). Source: framework paper (2021),
+Corollary 2.1; design fact F2.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.errors import FoldError, InvalidInputError, UnknownNameError
+from flowverify.grid import Grid
+from flowverify.network.affine import affine_rows
+from flowverify.network.convolution import FlowConvolution, flow_convolution
+from flowverify.network.graph import INPUT, Graph, Network, Node
+from flowverify.network.operations import WEIGHTED, Reshape, ScaleShift, is_affine, operation_name
+
+Structure = Literal["dense", "convolution"]
+
+
+class FoldedNetwork(nn.Module):
+    """f(Delta(R, delta)) = remainder(W~1 delta + offset) with offset = prefix(R) and W~1 = W1 A.
+
+    ``flow_input`` is the flow (B, edges) itself where the structure is dense, and flow planes
+    (B, 2C, H, W) where it is a convolution; :meth:`encode` makes it. The entries of the planes that are
+    not edges of the grid have no effect.
+
+    W~1 is computed in float64 from the network's own weights and rounded once to their precision:
+    for double accuracy fold ``network.double()``; ``fold(network).double()`` keeps the rounded W~1.
+
+    Attributes:
+        grid: the grid of the images.
+        structure: "dense" or "convolution".
+        prefix: the affine start that was folded, as a graph from the image.
+        first: W~1, without bias.
+        first_shape: the shape of the folded layer's output for one sample.
+        remainder: the rest, as a graph from the folded layer's output; the identity if nothing is left.
+    """
+
+    mask: Tensor
+
+    def __init__(self, network: Network, chain: list[Node], convolution: FlowConvolution | None) -> None:
+        super().__init__()
+        length = len(chain) if convolution is None else convolution.length
+        last = chain[length - 1].name
+        self.grid: Grid = network.grid
+        self.structure: Structure = "dense" if convolution is None else "convolution"
+        self.prefix: Graph = network.before(last)
+        self.remainder: Graph = network.after(last)
+        self.first_shape: tuple[int, ...] = chain[length - 1].shape
+        dtype = network.dtype
+        if convolution is None:
+            rows = self.first_layer_rows()
+            self.first: nn.Linear | nn.Conv2d = nn.Linear(self.grid.edges, rows.shape[0], False, dtype=dtype)
+            self.first.load_state_dict({"weight": rows})
+            mask = torch.ones(())
+        else:
+            self.first = copy.deepcopy(convolution.convolution).to(dtype)
+            mask = self.grid.planes_mask()
+        self.register_buffer("mask", mask.to(dtype), persistent=False)
+        self.requires_grad_(False)
+        self.train(False)
+        self.to(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
+
+    @property
+    def flow_shape(self) -> tuple[int, ...]:
+        """The shape of one ``flow_input``: (edges,) or (2C, H, W)."""
+        grid = self.grid
+        return (grid.edges,) if self.structure == "dense" else (2 * grid.channels, grid.height, grid.width)
+
+    @property
+    def num_classes(self) -> int:
+        return self.remainder.output_shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.weight.dtype
+
+    def first_layer_rows(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """W~1 as a dense matrix (entries of the first layer, edges), whatever the structure.
+
+        Computed in float64 from the folded prefix: it does not carry the rounding of ``first``.
+        """
+        rows, _ = affine_rows(self.prefix, self.prefix.output)
+        return self.grid.differences(rows.reshape(-1, *self.grid.image_shape)).to(dtype)
+
+    def offset(self, reference: Tensor) -> Tensor:
+        """prefix(R): (B, C, H, W) -> (B, *first_shape)."""
+        return self.prefix(self.grid.check_image(reference, "reference"))  # type: ignore[no-any-return]
+
+    def encode(self, flow: Tensor) -> Tensor:
+        """A flow (B, edges) as the module's flow input."""
+        return self.grid.check_flow(flow) if self.structure == "dense" else self.grid.to_planes(flow)
+
+    def decode(self, flow_input: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`: (B, edges)."""
+        if tuple(flow_input.shape[1:]) != self.flow_shape:
+            raise InvalidInputError(
+                f"flow input of shape {tuple(flow_input.shape)}: expected (batch, {self.flow_shape})"
+            )
+        return flow_input if self.structure == "dense" else self.grid.from_planes(flow_input)
+
+    def first_layer(self, flow_input: Tensor) -> Tensor:
+        """W~1 delta: the linear part of the folded layer, (B, *first_shape)."""
+        if self.structure == "convolution":
+            return self.first(flow_input * self.mask)  # type: ignore[no-any-return]
+        value: Tensor = self.first(flow_input)
+        return value if len(self.first_shape) == 1 else value.reshape(-1, *self.first_shape)
+
+    def forward(self, flow_input: Tensor, offset: Tensor) -> Tensor:
+        """(B, *flow_shape) and (B, *first_shape) -> logits (B, classes)."""
+        return self.remainder(self.first_layer(flow_input) + offset)  # type: ignore[no-any-return]
+
+    def with_reference(self, reference: Tensor) -> Graph:
+        """The network of the flow input alone for one reference R of shape (C, H, W) or (1, C, H, W).
+
+        A graph of canonical operations, whose first weighted layer has the offset for its bias (a
+        constant map added to the convolution where it varies over positions).
+
+        Raises:
+            InvalidInputError: the reference has another shape.
+        """
+        batch = reference if reference.ndim == 4 else reference[None]
+        if batch.shape[0] != 1:
+            raise InvalidInputError(f"reference of shape {tuple(reference.shape)}: expected one image")
+        offset = self.offset(batch)[0].detach()
+        taken = {node.name for node in self.remainder.nodes}
+        nodes: list[Node] = []
+
+        def append(label: str, operation: nn.Module, shape: tuple[int, ...]) -> None:
+            name = label
+            while name in taken:
+                name += "_"
+            nodes.append(Node(name, operation, (nodes[-1].name if nodes else INPUT,), shape))
+
+        if isinstance(self.first, nn.Conv2d):
+            append("flow_mask", ScaleShift(self.mask), self.flow_shape)
+            append("flow_first", copy.deepcopy(self.first), self.first_shape)
+            append("flow_offset", ScaleShift(1.0, offset), self.first_shape)
+        else:
+            layer = nn.Linear(self.grid.edges, offset.numel(), dtype=self.dtype)
+            layer.load_state_dict({"weight": self.first.weight, "bias": offset.flatten()})
+            append("flow_first", layer, (offset.numel(),))
+            if len(self.first_shape) > 1:
+                append("flow_shape", Reshape(self.first_shape), self.first_shape)
+        last = nodes[-1].name
+        for node in copy.deepcopy(self.remainder.nodes):
+            inputs = tuple(last if name == INPUT else name for name in node.inputs)
+            nodes.append(replace(node, inputs=inputs))
+        return Graph(self.flow_shape, nodes)
+
+
+def fold(network: Network, structure: Literal["auto", "dense", "convolution"] = "auto") -> FoldedNetwork:
+    """Folds Delta(R, .) and the affine start of a network into one layer over flows.
+
+    The affine start is the chain of affine operations with one input each, from the image up to the first
+    operation that is not affine, has several inputs, or whose input has several readers. "auto" takes the
+    structure with fewer multiplications.
+
+    Raises:
+        FoldError: nothing affine comes first; the image has several readers; several values are combined
+            before the first Linear or Conv2d; or a convolution was asked for and the start is none.
+        UnknownNameError: an unknown structure.
+    """
+    valid = ("auto", *get_args(Structure))
+    if structure not in valid:
+        raise UnknownNameError("fold structure", structure, valid)
+    chain = _affine_chain(network)
+    if structure == "dense":
+        return FoldedNetwork(network, chain, None)
+    convolution = flow_convolution(chain, network.input_shape)
+    if isinstance(convolution, str):
+        if structure == "convolution":
+            raise FoldError(f"the network does not start with a convolution that can be folded: {convolution}")
+        return FoldedNetwork(network, chain, None)
+    dense = math.prod(chain[-1].shape) * network.grid.edges
+    if structure == "auto" and dense <= convolution.multiplications:
+        return FoldedNetwork(network, chain, None)
+    return FoldedNetwork(network, chain, convolution)
+
+
+def _affine_chain(network: Network) -> list[Node]:
+    chain: list[Node] = []
+    name = INPUT
+    while name != network.output:
+        readers = network.consumers(name)
+        reason = ""
+        if len(readers) > 1:
+            reason = "is read by " + ", ".join(f"{r.name!r} ({operation_name(r.operation)})" for r in readers)
+        elif len(readers[0].inputs) > 1:
+            reason = f"meets other values in {readers[0].name!r} ({operation_name(readers[0].operation)})"
+        if reason:
+            if not any(isinstance(node.operation, WEIGHTED) for node in chain):
+                raise FoldError(f"cannot fold the flow: value {name!r} {reason} before the first Linear or Conv2d")
+            break
+        if not is_affine(readers[0].operation):
+            break
+        chain.append(readers[0])
+        name = readers[0].name
+    if not chain:
+        first = network.nodes[0]
+        raise FoldError(
+            f"cannot fold the flow: the first operation, {first.name!r} ({operation_name(first.operation)}), is "
+            "not affine"
+        )
+    return chain

@@ -1,0 +1,264 @@
+"""Converts a ``torch.nn.Module`` to canonical form.
+
+A ``nn.Sequential`` of known layers is converted layer by layer; any other module through ``torch.export``.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from flowverify.errors import FlowverifyError, InvalidInputError, UnsupportedOperationError
+from flowverify.network.aten import HANDLERS, RESHAPES, constant_result
+from flowverify.network.builder import Builder, Value
+from flowverify.network.graph import Network
+from flowverify.network.operations import first_line
+
+_SIMPLE = (
+    nn.Linear, nn.Conv2d, nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Flatten, nn.AvgPool2d, nn.MaxPool2d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity,
+)  # fmt: skip
+_CREATIONS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+_SYMBOLIC_SAFE = ("sym_size", "slice", "zeros", "ones", "new_zeros", "new_ones", "expand", *RESHAPES)
+
+
+def from_torch(module: nn.Module, input_shape: Sequence[int]) -> Network:
+    """The canonical form of ``module`` in evaluation mode; the module itself is left as it is.
+
+    Args:
+        module: maps images (B, C, H, W) to logits (B, classes).
+        input_shape: (C, H, W).
+
+    Raises:
+        UnsupportedOperationError: the module cannot be traced, has an unknown operation (named), or its
+            converted form does not compute what the module computes.
+        InvalidInputError: the input shape, the output shape or a weight is not what a network can have.
+    """
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise InvalidInputError(f"input shape {tuple(input_shape)}: expected (channels, height, width)")
+    try:
+        own = copy.deepcopy(module).cpu().eval().requires_grad_(False)
+    except Exception as error:  # a module may define its own copying
+        raise UnsupportedOperationError(f"{_title(module)} cannot be copied: {first_line(error)}") from error
+    dtype = _precision(own)
+    layers = list(_layers(own))
+    if layers and all(type(layer) in _SIMPLE and not _is_modified(layer) for layer in layers):
+        network = _from_layers(layers, input_shape, dtype)
+    else:
+        network = _from_export(own, input_shape, dtype)
+    _compare(own, network)
+    return network
+
+
+def _title(module: nn.Module) -> str:
+    return f"module {type(module).__name__}"
+
+
+def _precision(module: nn.Module) -> torch.dtype:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    found = {tensor.dtype for _, tensor in tensors if tensor.is_floating_point()}
+    if len(found) > 1 or not found <= {torch.float32, torch.float64}:
+        raise InvalidInputError(
+            f"{_title(module)} with weights of type {sorted(map(str, found))}: expected all float32 or all float64"
+        )
+    return found.pop() if found else torch.float32
+
+
+def _is_modified(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    if type(module) is nn.Sequential and not _is_modified(module):
+        for child in module:
+            yield from _layers(child)
+    else:
+        yield module
+
+
+def _from_layers(layers: Sequence[nn.Module], input_shape: Sequence[int], dtype: torch.dtype) -> Network:
+    builder = Builder(input_shape, dtype)
+    value = builder.input
+    for position, layer in enumerate(layers):
+        label = f"{position}_{type(layer).__name__}"
+        try:
+            value = _from_layer(builder, layer, value, label)
+        except (InvalidInputError, UnsupportedOperationError) as error:
+            raise type(error)(f"layer {position} ({type(layer).__name__}): {error}") from None
+    return builder.finish(value)
+
+
+def _from_layer(builder: Builder, layer: nn.Module, value: Value, label: str) -> Value:
+    match layer:
+        case nn.Linear():
+            return builder.linear(value, layer.weight, layer.bias, label)
+        case nn.Conv2d():
+            if layer.padding_mode != "zeros":
+                raise UnsupportedOperationError(f"Conv2d with padding_mode={layer.padding_mode!r} is not supported")
+            arguments = {key: getattr(layer, key) for key in ("weight", "bias", "stride", "dilation", "groups")}
+            return _value(HANDLERS["conv2d"](builder, arguments | {"input": value, "padding": layer.padding}, label))
+        case nn.AvgPool2d() | nn.MaxPool2d():
+            if getattr(layer, "return_indices", False):
+                raise UnsupportedOperationError("MaxPool2d with return_indices is not supported")
+            name = "avg_pool2d" if isinstance(layer, nn.AvgPool2d) else "max_pool2d"
+            return _value(HANDLERS[name](builder, {"self": value, **vars(layer)}, label))
+        case nn.BatchNorm1d() | nn.BatchNorm2d():
+            parameters = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+            return builder.batch_norm(value, parameters, layer.eps, label)
+        case nn.Dropout() | nn.Dropout2d() | nn.Identity():
+            return value
+        case nn.LeakyReLU():
+            return builder.add(nn.LeakyReLU(layer.negative_slope), [value], label)
+        case nn.ReLU() | nn.Sigmoid() | nn.Tanh():
+            return builder.add(type(layer)(), [value], label)
+        case nn.Flatten():
+            # flatten() of one sample, whose dimensions count from 1 when they are positive
+            meta = torch.empty(2, *value.shape, device="meta")
+            flat = meta.flatten(layer.start_dim, layer.end_dim)
+            if flat.shape[0] != 2:
+                raise UnsupportedOperationError("Flatten of the batch dimension is not supported")
+            return builder.reshape(value, flat.shape[1:], label)
+    raise UnsupportedOperationError(f"layer {type(layer).__name__} is not supported")
+
+
+def _value(result: Any) -> Value:
+    if not isinstance(result, Value):
+        raise UnsupportedOperationError("an operation with a constant or with several results is not supported here")
+    return result
+
+
+def _from_export(module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> Network:
+    sample = torch.zeros(2, *input_shape, dtype=dtype)
+    try:
+        program = torch.export.export(
+            module, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        ).run_decompositions({})
+    except Exception as error:  # tracing runs the caller's code, which may raise anything
+        raise UnsupportedOperationError(f"{_title(module)} cannot be traced: {first_line(error)}") from error
+    return _Lowering(program, input_shape, dtype).network()
+
+
+class _Lowering:
+    """Walks through an exported program; every tensor's batch dimension must come first and stay whole."""
+
+    def __init__(self, program: torch.export.ExportedProgram, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.program = program
+        self.builder = Builder(shape, dtype)
+        self.known: dict[fx.Node, Any] = {}
+        self.batch = ""
+
+    def network(self) -> Network:
+        signature = self.program.graph_signature
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate or len(signature.user_outputs) != 1:
+            raise UnsupportedOperationError(
+                "a module that changes its own state, or does not return one tensor, is not supported"
+            )
+        stored = {**self.program.constants, **self.program.state_dict}
+        names = {
+            **signature.inputs_to_parameters, **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }  # fmt: skip
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in names:
+                    self.known[node] = stored[names[node.name]].detach()
+                else:
+                    self.known[node] = self.builder.input
+                    self.batch = str(node.meta["val"].shape[0])
+            elif node.op == "output":
+                return self._finish(node.args[0][0])
+            elif node.users:
+                self.known[node] = self._lower(node)
+        raise UnsupportedOperationError("a module without output is not supported")
+
+    def _finish(self, node: Any) -> Network:
+        if not isinstance(self.known.get(node), Value):
+            raise UnsupportedOperationError("an output that does not depend on the input is not supported")
+        return self.builder.finish(self.known[node])
+
+    def _lower(self, node: fx.Node) -> Any:
+        target = node.target
+        overload = getattr(target, "_schema", None)
+        name = overload.name.removeprefix("aten::") if overload else getattr(target, "__name__", str(target))
+        try:
+            result = self._apply(node, name)
+            self._check(node, result)
+            return result
+        except FlowverifyError as error:
+            raise type(error)(f"operation {name} ({node.name}): {error}") from None
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UnsupportedOperationError(
+                f"operation {name} ({node.name}) is not supported with these arguments: {first_line(error)}"
+            ) from error
+
+    def _apply(self, node: fx.Node, name: str) -> Any:
+        arguments: Any = fx.node.map_arg(node.args, self.known.__getitem__)
+        keywords: Any = fx.node.map_arg(node.kwargs, self.known.__getitem__)
+        given = [*node.args, *node.kwargs.values()]
+        symbolic = any(isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.SymInt) for a in given)
+        if symbolic and name not in _SYMBOLIC_SAFE and node.target.__module__ != "_operator":
+            raise UnsupportedOperationError("computing with the size of the batch is not supported")
+        if node.target is operator.getitem:
+            return arguments[0][arguments[1]]
+        flat: list[Any] = []
+        fx.node.map_aggregate((arguments, keywords), flat.append)
+        if name == "sym_size":
+            value = arguments[0]
+            shape = (1, *value.shape) if isinstance(value, Value) else value.shape
+            return shape[arguments[1]]
+        if name in _CREATIONS and isinstance(arguments[0], Value):
+            arguments = (torch.zeros(1, *arguments[0].shape, dtype=self.builder.dtype), *arguments[1:])
+            return constant_result(node.target, arguments, keywords)
+        if not any(isinstance(argument, Value) for argument in flat):
+            return constant_result(node.target, arguments, keywords)
+        if name in RESHAPES:
+            shape = [int(size) for size in node.meta["val"].shape[1:]]
+            self._check_shape(node.meta["val"])
+            return self.builder.reshape(arguments[0], shape, node.name)
+        if name not in HANDLERS or not isinstance(node.target, torch._ops.OpOverload):
+            raise UnsupportedOperationError("is not supported")
+        bound = {
+            parameter.name: keywords.get(parameter.name, parameter.default_value)
+            for parameter in node.target._schema.arguments
+        }
+        bound.update(zip(bound, arguments, strict=False))
+        return HANDLERS[name](self.builder, bound, node.name)
+
+    def _check(self, node: fx.Node, result: Any) -> None:
+        """The result must have the traced shape, with the batch (size 1 in constants) first or absent."""
+        traced = node.meta.get("val")
+        if isinstance(result, Value | Tensor) and isinstance(traced, Tensor):
+            batched = self._check_shape(traced)
+            expected = tuple(int(size) for size in traced.shape[1:]) if batched else tuple(traced.shape)
+            got = result.shape if isinstance(result, Value) else tuple(result.shape[1 if batched else 0 :])
+            if got != expected or (isinstance(result, Value) and not batched):
+                raise UnsupportedOperationError(f"has shape {got} for one sample, expected {expected}")
+            if isinstance(result, Value) and traced.dtype != self.builder.dtype:
+                raise UnsupportedOperationError(f"a result of type {traced.dtype} is not supported")
+
+    def _check_shape(self, traced: Tensor) -> bool:
+        """Whether the batch is dimension 0; it must not be anywhere else."""
+        symbolic = [isinstance(size, torch.SymInt) for size in traced.shape]
+        if any(symbolic[1:]) or (symbolic and symbolic[0] and str(traced.shape[0]) != self.batch):
+            raise UnsupportedOperationError("an operation that mixes or moves the batch dimension is not supported")
+        return bool(symbolic and symbolic[0])
+
+
+def _compare(module: nn.Module, network: Network) -> None:
+    """Runs both on random images; a difference means an operation was converted wrongly."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(3, *network.input_shape, generator=generator, dtype=torch.float64).to(network.dtype)
+    try:
+        with torch.no_grad():
+            expected = module(images)
+    except Exception as error:  # the caller's code may raise anything
+        raise UnsupportedOperationError(f"{_title(module)} fails on a batch of 3: {first_line(error)}") from error
+    found = network(images)
+    close = isinstance(expected, Tensor) and expected.shape == found.shape and expected.dtype == found.dtype
+    if not close or not torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()) + 1e-6):
+        raise UnsupportedOperationError(f"{_title(module)}: its converted form does not compute the same output")

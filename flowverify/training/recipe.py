@@ -1,0 +1,126 @@
+"""A recipe: all that decides the weights of a trained network, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from flowverify.errors import InvalidInputError, UnknownNameError
+
+OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        name: the model's name.
+        dataset: a name known to :func:`flowverify.data.load_dataset`, or the path of an ``.npz``.
+        architecture: a name known to :func:`flowverify.training.build_architecture`.
+        hidden: its hidden sizes.
+        optimizer: ``adam`` or ``sgd`` (with ``momentum``; for adam it must be 0).
+        schedule: of the learning rate: ``constant``, or ``cosine`` down to 0 over all steps.
+        weight_decay: the L2 penalty as torch's optimizers count it.
+        loss: a name known to :data:`flowverify.training.LOSSES`, with its ``loss_options``.
+        seed: of the initial weights, the order of the images, and the loss.
+
+    Raises:
+        UnknownNameError: an unknown optimizer or schedule.
+        InvalidInputError: a number outside its range.
+    """
+
+    name: str
+    dataset: str
+    architecture: str
+    epochs: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    optimizer: str = "adam"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    seed: int = 0
+    hidden: tuple[int, ...] = ()
+    loss: str = "cross-entropy"
+    loss_options: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind, given, valid in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if given not in valid:
+                raise UnknownNameError(kind, given, valid)
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidInputError(f"recipe {name}: given {value!r}, expected an integer >= {least}")
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not isfinite(value) or value < 0:
+                raise InvalidInputError(f"recipe {name}: given {value!r}, expected a number >= 0")
+        if self.learning_rate == 0 or self.momentum >= 1 or (self.optimizer == "adam" and self.momentum):
+            raise InvalidInputError(
+                f"recipe: given learning_rate {self.learning_rate} and momentum {self.momentum} with "
+                f"{self.optimizer}, expected a rate > 0 and a momentum < 1 (0 with adam)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as values that JSON can hold; :meth:`from_dict` is the inverse."""
+        return {
+            **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)},
+            "hidden": list(self.hidden),
+            "loss_options": dict(self.loss_options),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Reads a recipe.
+
+        Raises:
+            UnknownNameError: a key that is not a field of the recipe.
+            InvalidInputError: a field without a default is missing, or a value is out of range.
+        """
+        fields = {entry.name for entry in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise UnknownNameError("recipe key", key, sorted(fields))
+        try:
+            return cls(**{**values, "hidden": tuple(values.get("hidden", ()))})
+        except TypeError as error:
+            raise InvalidInputError(f"recipe: given keys {sorted(values)}: {error}") from error
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a shipped model; raises UnknownNameError with the names there are."""
+    if name not in RECIPES:
+        raise UnknownNameError("recipe", name, list(RECIPES))
+    return RECIPES[name]
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "digits-fc3",
+            "digits",
+            "fc3",
+            hidden=(32, 32),
+            epochs=60,
+            batch_size=32,
+            learning_rate=3e-3,
+            weight_decay=1e-3,
+        ),
+        Recipe("mnist-linear", "mnist", "linear", epochs=10),
+        Recipe(
+            "mnist-fc3", "mnist", "fc3", hidden=(100, 100), epochs=12, learning_rate=2e-3, weight_decay=1e-5
+        ),
+        Recipe("mnist-cnn", "mnist", "wong-cnn", epochs=8, learning_rate=2e-3, weight_decay=1e-5),
+    )
+}
+"""The recipes of the shipped models, by model name."""

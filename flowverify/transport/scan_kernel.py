@@ -1,0 +1,288 @@
+"""Compiled CPU kernel of the support function: sixteen problems at once, one vector lane each.
+
+The problems of one image are solved side by side in the lanes of vector registers. A running maximum is
+sequential along its scan line, so the lanes, and the scan lines themselves, are the contiguous axis:
+buffers are laid out (channel, column, row, lane) for the horizontal scans and (channel, row, column, lane)
+for the vertical ones. Between the two only the columns that hold mass are carried over: the dilation is
+read nowhere else. The mathematics, and the torch implementation that is the reference for this one, are
+in :mod:`flowverify.transport.support`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+LANES = 16
+MAX_STEPS = 64
+
+
+@numba.njit(nogil=True, cache=True)
+def _relax(value: Array, steps: Array, price: Array, target: int, source: int, count: int) -> None:
+    """Lets ``count`` entries at ``target`` take the value at ``source`` for one more step."""
+    one = price.dtype.type(1)
+    for k in range(count):
+        here = value[target + k]
+        there = value[source + k] - price[k]
+        steps_here = steps[target + k]
+        steps_there = steps[source + k] + one
+        better = there > here
+        value[target + k] = there if better else here
+        steps[target + k] = steps_there if better else steps_here
+
+
+@numba.njit(nogil=True, cache=True)
+def _transpose(source: Array, target: Array, columns: Array, height: int, items: int) -> None:
+    """(column, row, items) -> (row, chosen column, items); complex items move 16 bytes at a time."""
+    chosen = columns.size
+    for position in range(chosen):
+        column = columns[position]
+        for row in range(height):
+            start = np.uint64((column * height + row) * items)
+            goal = np.uint64((row * chosen + position) * items)
+            for item in range(items):
+                target[goal + np.uint64(item)] = source[start + np.uint64(item)]
+
+
+@numba.njit(nogil=True, cache=True)
+def _scan(value: Array, steps: Array, price: Array, lines: int, count: int) -> None:
+    """Running maxima across ``lines`` lines of ``count`` entries, forth and back."""
+    size = np.uint64(count)
+    for line in range(1, lines):
+        _relax(value, steps, price, np.uint64(line * count), np.uint64((line - 1) * count), size)
+    for line in range(lines - 2, -1, -1):
+        _relax(value, steps, price, np.uint64(line * count), np.uint64((line + 1) * count), size)
+
+
+@numba.njit(nogil=True, cache=True)
+def _load(coefficients: Array, first: int, used: int, base: Array, shape: tuple[int, int, int]) -> None:
+    """(problem, channel, row, column) -> (channel, column, row, lane); idle lanes repeat the first one."""
+    channels, height, width = shape
+    for channel in range(channels):
+        for row in range(height):
+            for column in range(width):
+                pixel = (channel * height + row) * width + column
+                goal = ((channel * width + column) * height + row) * LANES
+                for lane in range(LANES):
+                    problem = first + lane if lane < used else first
+                    base[goal + lane] = coefficients[problem, pixel]
+
+
+@numba.njit(nogil=True, cache=True)
+def _lipschitz(base: Array, shape: tuple[int, int, int], result: Array) -> None:
+    channels, height, width = shape
+    result[:] = 0
+    for channel in range(channels):
+        for column in range(width):
+            for row in range(height):
+                here = ((channel * width + column) * height + row) * LANES
+                for lane in range(LANES):
+                    if row > 0:
+                        result[lane] = max(result[lane], abs(base[here + lane] - base[here - LANES + lane]))
+                    if column > 0:
+                        left = here - height * LANES
+                        result[lane] = max(result[lane], abs(base[here + lane] - base[left + lane]))
+
+
+@numba.njit(nogil=True, cache=True)
+def _evaluate(
+    base: Array, multiplier: Array, shape: tuple[int, int, int], columns: Array,
+    holders: Array, mass: Array, buffers: tuple[Array, ...], gain: Array, cost: Array,
+) -> None:  # fmt: skip
+    """gain = sum_i mu_i (dilation(c) - c)_i and cost = the transport cost of moving to the argmaxima."""
+    channels, height, width = shape
+    value, steps, value_rows, steps_rows, price, value_wide, steps_wide, value_rows_wide, steps_rows_wide = buffers
+    for k in range(price.size):
+        price[k] = multiplier[k % LANES]
+    value[:] = base
+    steps[:] = 0
+    items = LANES * value.itemsize // 16
+    plane, plane_wide = height * width * LANES, height * width * items
+    chosen = columns.size
+    gain[:] = 0
+    cost[:] = 0
+    holder = 0
+    for channel in range(channels):
+        part = slice(channel * plane, (channel + 1) * plane)
+        part_wide = slice(channel * plane_wide, (channel + 1) * plane_wide)
+        _scan(value[part], steps[part], price, width, height * LANES)
+        _transpose(value_wide[part_wide], value_rows_wide, columns, height, items)
+        _transpose(steps_wide[part_wide], steps_rows_wide, columns, height, items)
+        _scan(value_rows, steps_rows, price, height, chosen * LANES)
+        while holder < mass.size and holders[holder, 0] == channel:
+            start = holders[holder, 1] * LANES
+            goal = holders[holder, 2] * LANES
+            weight = mass[holder]
+            for lane in range(LANES):
+                gain[lane] += weight * (value_rows[goal + lane] - base[start + lane])
+                cost[lane] += weight * steps_rows[goal + lane]
+            holder += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _next_multiplier(
+    low: float, low_value: float, low_slope: float, high: float, high_value: float, high_slope: float,
+    lipschitz: float, guess: float, step: int,
+) -> float:  # fmt: skip
+    """The crossing of the two tangents of the bracket, or a geometric step while one side is missing."""
+    if low < 0:
+        if step == 0 and 0 < guess < high:
+            return guess
+        smaller = high * (0.85 if guess > 0 and step < 4 else 0.35)
+        return smaller if smaller > 1e-3 * lipschitz else 0.0
+    crossing = (low_value - low * low_slope - high_value + high * high_slope) / (high_slope - low_slope)
+    if guess > 0 and high >= lipschitz and step < 5:
+        crossing = min(crossing, low * 1.15)
+    return crossing
+
+
+@numba.njit(nogil=True, cache=True)
+def solve_problems(
+    coefficients: Array, mass: Array, columns: Array, holders: Array, holder_mass: Array, budget: float,
+    guesses: Array, tolerance: float, shape: tuple[int, int, int], first: int, last: int,
+    excess: Array, multipliers: Array, brackets: Array,
+) -> None:  # fmt: skip
+    """Solves problems ``first`` to ``last`` of one image; see :func:`flowverify.transport.support.support`."""
+    channels, height, width = shape
+    kind = coefficients.dtype
+    pixels = channels * height * width
+    base = np.empty(pixels * LANES, kind)
+    value = np.empty(pixels * LANES, kind)
+    steps = np.empty(pixels * LANES, kind)
+    value_rows = np.empty(height * columns.size * LANES, kind)
+    steps_rows = np.empty(height * columns.size * LANES, kind)
+    price = np.empty(max(height, width) * LANES, kind)
+    buffers = (
+        value, steps, value_rows, steps_rows, price, value.view(np.complex128), steps.view(np.complex128),
+        value_rows.view(np.complex128), steps_rows.view(np.complex128),
+    )  # fmt: skip
+    lipschitz = np.empty(LANES, kind)
+    trial = np.empty(LANES, kind)
+    gain = np.empty(LANES, kind)
+    cost = np.empty(LANES, kind)
+    best = np.empty(LANES)
+    best_at = np.empty(LANES)
+    side = np.empty((LANES, 6))  # low, its value, its slope; high, its value, its slope
+    done = np.empty(LANES, np.bool_)
+    for start in range(first, last, LANES):
+        used = min(LANES, last - start)
+        _load(coefficients, start, used, base, shape)
+        _lipschitz(base, shape, lipschitz)
+        for lane in range(LANES):
+            limit = np.float64(lipschitz[lane])
+            best[lane], best_at[lane] = limit * budget, limit
+            side[lane] = -1.0, 0.0, 0.0, limit, limit * budget, budget
+            done[lane] = limit == 0.0 or budget == 0.0 or lane >= used
+        for step in range(MAX_STEPS):
+            pending = False
+            for lane in range(LANES):
+                if not done[lane]:
+                    s = side[lane]
+                    guess = guesses[start + lane] if lane < used else 0.0
+                    trial[lane] = _next_multiplier(
+                        s[0], s[1], s[2], s[3], s[4], s[5], np.float64(lipschitz[lane]), guess, step
+                    )
+                    if s[0] >= 0 and not s[0] < trial[lane] < s[3]:
+                        done[lane] = True
+                    else:
+                        pending = True
+            if not pending:
+                break
+            _evaluate(base, trial, shape, columns, holders, holder_mass, buffers, gain, cost)
+            for lane in range(LANES):
+                if done[lane]:
+                    continue
+                here = np.float64(trial[lane])
+                slope = budget - np.float64(cost[lane])
+                total = here * budget + np.float64(gain[lane])
+                if total < best[lane]:
+                    best[lane], best_at[lane] = total, here
+                if slope < 0:
+                    side[lane, 0], side[lane, 1], side[lane, 2] = here, total, slope
+                else:
+                    side[lane, 3], side[lane, 4], side[lane, 5] = here, total, slope
+                    if here == 0.0 or slope == 0.0:
+                        done[lane] = True
+                s = side[lane]
+                if s[0] >= 0 and not done[lane]:
+                    crossing = (s[1] - s[0] * s[2] - s[4] + s[3] * s[5]) / (s[5] - s[2])
+                    floor = s[1] + (crossing - s[0]) * s[2]
+                    done[lane] = best[lane] - floor <= tolerance * best[lane]
+        for lane in range(used):
+            excess[start + lane] = best[lane]
+            multipliers[start + lane] = best_at[lane]
+            brackets[start + lane, 0] = side[lane, 0]
+            brackets[start + lane, 1] = side[lane, 3]
+
+
+@numba.njit(nogil=True, cache=True)
+def _argmax_scan(value: Array, origin: Array, multiplier: float, height: int, width: int) -> None:
+    for row in range(height):
+        for column in range(1, width):
+            _take(value, origin, multiplier, row * width + column, row * width + column - 1)
+        for column in range(width - 2, -1, -1):
+            _take(value, origin, multiplier, row * width + column, row * width + column + 1)
+    for pixel in range(width, height * width):
+        _take(value, origin, multiplier, pixel, pixel - width)
+    for pixel in range((height - 1) * width - 1, -1, -1):
+        _take(value, origin, multiplier, pixel, pixel + width)
+
+
+@numba.njit(nogil=True, cache=True)
+def _take(value: Array, origin: Array, multiplier: float, target: int, source: int) -> None:
+    there = value[source] - multiplier
+    if there > value[target]:
+        value[target] = there
+        origin[target] = origin[source]
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(
+    coefficients: Array, mass: Array, multiplier: float, shape: tuple[int, int, int], moved: Array
+) -> float:
+    """Moves every source to its argmax at ``multiplier``; returns the transport cost."""
+    channels, height, width = shape
+    plane = height * width
+    moved[:] = 0
+    cost = 0.0
+    for channel in range(channels):
+        offset = channel * plane
+        value = coefficients[offset : offset + plane].copy()
+        origin = np.arange(plane)
+        _argmax_scan(value, origin, value.dtype.type(multiplier), height, width)
+        for pixel in range(plane):
+            if mass[offset + pixel] != 0:
+                goal = origin[pixel]
+                moved[offset + goal] += mass[offset + pixel]
+                distance = abs(goal // width - pixel // width) + abs(goal % width - pixel % width)
+                cost += mass[offset + pixel] * distance
+    return cost
+
+
+@numba.njit(nogil=True, cache=True)
+def maximise_problems(
+    coefficients: Array, mass: Array, budget: float, brackets: Array, shape: tuple[int, int, int],
+    first: int, last: int, maximisers: Array,
+) -> None:  # fmt: skip
+    """Writes nu*: the mix of the two sides of the bracket that spends exactly the budget."""
+    pixels = mass.size
+    far = np.empty(pixels, maximisers.dtype)
+    near = np.empty(pixels, maximisers.dtype)
+    for problem in range(first, last):
+        low, high = brackets[problem, 0], brackets[problem, 1]
+        near_cost = _move(coefficients[problem], mass, high, shape, near)
+        if near_cost > budget:
+            near[:] = mass
+            near_cost = 0.0
+        share = 0.0
+        if low >= 0:
+            far_cost = _move(coefficients[problem], mass, low, shape, far)
+            if far_cost > near_cost:
+                share = min(1.0, (budget - near_cost) / (far_cost - near_cost))
+        for pixel in range(pixels):
+            maximisers[problem, pixel] = (1 - share) * near[pixel] + (share * far[pixel] if share > 0 else 0.0)

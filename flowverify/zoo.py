@@ -1,0 +1,205 @@
+"""The shipped models: an ONNX file and a card (JSON) each, found from a checkout or an installed wheel."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
+from flowverify.network import Network, load_network, write_onnx
+
+_CARD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "tuple[int, int, int]": list,
+    "Mapping[str, Any]": dict,
+    "Mapping[str, str]": dict,
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a shipped model is, and how to make it again.
+
+    Attributes:
+        name: what :func:`load_model` takes.
+        input_shape: (C, H, W) of the unnormalised images in [0, 1] that the network takes.
+        parameters: how many weights and biases there are.
+        clean_accuracy: the share of the whole test split of ``dataset`` classified right, in [0, 1].
+        file: the ONNX file, beside the card; ``sha256`` is the hexadecimal digest of its bytes.
+        command: the command that trains it.
+        recipe: the full recipe, with the ``seed``.
+        trained_with: versions of what trained it.
+    """
+
+    name: str
+    description: str
+    architecture: str
+    dataset: str
+    input_shape: tuple[int, int, int]
+    classes: int
+    parameters: int
+    clean_accuracy: float
+    file: str
+    sha256: str
+    command: str
+    seed: int
+    recipe: Mapping[str, Any]
+    trained_with: Mapping[str, str]
+    license: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def load_model(source: str | Path | nn.Module, input_shape: tuple[int, int, int] | None = None) -> Network:
+    """Loads a network: a shipped model by name, an ``.onnx`` file by path, or a torch module.
+
+    Args:
+        input_shape: (C, H, W). A torch module needs it; where the source states its own it must agree.
+
+    Raises:
+        UnknownNameError: neither the name of a shipped model nor a path that ends in ``.onnx``.
+        ModelFileError: the file is missing, unreadable, or its SHA-256 is not the card's.
+        InvalidInputError: ``input_shape`` is missing or differs from the model's.
+        UnsupportedOperationError: the network holds an operation that has no canonical form.
+    """
+    if isinstance(source, nn.Module) or str(source).endswith(".onnx"):
+        return load_network(source, input_shape)
+    folder = models_folder()
+    if str(source) not in _names(folder):
+        raise UnknownNameError("model", str(source), [*_names(folder), "PATH.onnx"])
+    card = load_card(str(source))
+    if input_shape is not None and tuple(input_shape) != card.input_shape:
+        raise InvalidInputError(
+            f"model {card.name}: given input shape {tuple(input_shape)}, expected {card.input_shape}"
+        )
+    return load_network(_checked_file(card, folder), card.input_shape)
+
+
+def list_models() -> list[Card]:
+    """The cards of all shipped models, by name; raises ModelFileError if one is malformed."""
+    return [load_card(name) for name in _names(models_folder())]
+
+
+def load_card(name: str) -> Card:
+    """The card of a shipped model.
+
+    Raises:
+        UnknownNameError: no model has this name.
+        ModelFileError: the card is malformed.
+    """
+    folder = models_folder()
+    if name not in _names(folder):
+        raise UnknownNameError("model", name, _names(folder))
+    return _read_card(folder / f"{name}.json")
+
+
+def save_model(network: Network, directory: str | Path, **card: Any) -> Card:
+    """Writes ``NAME.onnx`` and ``NAME.json`` into ``directory`` (created if need be) and returns the card.
+
+    ``card`` gives the fields of :class:`Card` except ``file``, ``sha256`` and ``parameters``, which are
+    taken from the network. Each file is replaced in one step, the card last: an interrupted call leaves
+    no half-written file, and a card that does not fit its file fails the check at load.
+
+    Raises:
+        InvalidInputError: the name is not usable as a file name, or fields of the card are missing,
+            unknown or of the wrong type.
+        ModelFileError: the folder cannot be written to.
+    """
+    name = str(card.get("name", ""))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InvalidInputError(f"model name {name!r}: expected letters, digits, '.', '_' and '-' only")
+    target = Path(directory)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=f".{name}-") as scratch:
+            model_file, card_file = Path(scratch) / f"{name}.onnx", Path(scratch) / f"{name}.json"
+            write_onnx(network, model_file)
+            complete = _parse_card(
+                {
+                    **card,
+                    "input_shape": list(card.get("input_shape", ())),
+                    "parameters": sum(tensor.numel() for tensor in network.parameters()),
+                    "file": model_file.name,
+                    "sha256": _sha256(model_file),
+                }
+            )
+            card_file.write_text(complete.to_json(), encoding="utf-8")
+            model_file.replace(target / model_file.name)
+            card_file.replace(target / card_file.name)
+    except OSError as error:
+        raise ModelFileError(
+            f"{target}: cannot be written to ({error}), expected a writable folder"
+        ) from error
+    return complete
+
+
+def models_folder() -> Path:
+    """Where the shipped models lie: in the installed package, or beside it in a checkout."""
+    package = Path(str(files("flowverify")))
+    inside = package / "models"
+    return inside if inside.is_dir() else package.parent / "models"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
+
+
+def _read_card(path: Path) -> Card:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: cannot be read as a JSON card ({error})") from error
+    try:
+        if not isinstance(values, dict):
+            raise InvalidInputError(f"card holds {type(values).__name__}, expected an object")
+        card = _parse_card(values)
+        if card.name != path.stem:
+            raise InvalidInputError(f"card name is {card.name!r}, expected {path.stem!r} as the file's")
+    except InvalidInputError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    return card
+
+
+def _parse_card(values: Mapping[str, Any]) -> Card:
+    expected = {entry.name: str(entry.type) for entry in dataclasses.fields(Card)}
+    if set(values) != set(expected):
+        missing, unknown = sorted(set(expected) - set(values)), sorted(set(values) - set(expected))
+        raise InvalidInputError(
+            f"card lacks {missing} and has unknown {unknown}, expected {sorted(expected)}"
+        )
+    for key, kind in expected.items():
+        if not isinstance(values[key], _CARD_TYPES[kind]):
+            raise InvalidInputError(f"card field {key} is {values[key]!r}, expected {kind}")
+    shape = values["input_shape"]
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise InvalidInputError(f"card field input_shape is {shape}, expected three integers >= 1")
+    if Path(values["file"]).name != values["file"]:
+        raise InvalidInputError(f"card field file is {values['file']!r}, expected a file beside the card")
+    return Card(**{**values, "input_shape": tuple(shape)})
+
+
+def _checked_file(card: Card, folder: Path) -> Path:
+    path = folder / card.file
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file, expected the weights of model {card.name}")
+    digest = _sha256(path)
+    if digest != card.sha256:
+        raise ModelFileError(f"{path}: SHA-256 is {digest}, expected {card.sha256} by the model's card")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,214 @@
+"""The Wasserstein ball: its unit, its membership test, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.grid import Grid
+from flowverify.threat import WassersteinBall, check_images
+
+
+def digits(count: int = 2, *shape: int) -> Tensor:
+    images = torch.rand(count, *(shape or (1, 8, 8)), generator=torch.Generator().manual_seed(0))
+    return images + 0.1
+
+
+def move(images: Tensor, share: float, start: tuple[int, int], end: tuple[int, int]) -> Tensor:
+    """Moves ``share`` of each image's mass from one pixel to another, in its first channel."""
+    moved, amount = images.clone(), share * images.sum((1, 2, 3))
+    moved[:, 0, start[0], start[1]] -= amount
+    moved[:, 0, end[0], end[1]] += amount
+    return moved
+
+
+def test_budget_is_the_radius_times_the_mass() -> None:
+    images = torch.stack([torch.full((2, 3, 4), 0.5), torch.full((2, 3, 4), 0.25)])
+    budget = WassersteinBall(0.1).budget(images)
+    assert budget.tolist() == pytest.approx([1.2, 0.6], rel=1e-15)
+    assert budget.dtype == torch.float64
+    assert WassersteinBall(0.1).budget(images[0]).tolist() == pytest.approx([1.2], rel=1e-15)
+
+
+def test_membership_on_both_sides_of_the_sphere() -> None:
+    """1/256 of the mass moves by (1, 2): W1 is 3/256 for l1 and sqrt(5)/256 for l2, whatever the mass."""
+    images = torch.ones(3, 1, 8, 8, dtype=torch.float64) * torch.tensor([1.0, 7.0, 0.01])[:, None, None, None]
+    moved = move(images, 1 / 256, (2, 2), (3, 4))
+    for ground, distance in (("l1", 3 / 256), ("l2", math.sqrt(5) / 256)):
+        ball = WassersteinBall(distance, ground)
+        assert ball.contains(images, moved).tolist() == [True] * 3
+        assert ball.with_radius(distance * (1 + 1e-5)).contains(images, moved).tolist() == [True] * 3
+        assert ball.with_radius(distance * (1 - 1e-5)).contains(images, moved).tolist() == [False] * 3
+        assert ball.with_radius(distance * (1 - 1e-5)).contains(images, moved, tolerance=1e-4).all()
+
+
+def test_membership_is_decided_image_by_image() -> None:
+    images = digits(6)
+    perturbed = images.clone()
+    perturbed[1] = move(images[1:2], 0.001, (0, 0), (0, 1))[0]
+    perturbed[2] = move(images[2:3], 0.01, (0, 0), (7, 7))[0]
+    perturbed[3, 0, 0, 0] += 0.01
+    perturbed[4, 0, 0, 0] = math.nan
+    perturbed[5, 0, :2, 0] += torch.tensor([-1.0, 1.0]) * (images[5, 0, 0, 0] + 1e-4)
+    ball = WassersteinBall(0.1)
+    assert ball.contains(images, perturbed).tolist() == [True, True, False, False, False, False]
+    assert ball.contains(images[2], perturbed[2]).tolist() == [False]
+
+
+def test_radius_zero_contains_the_image_only() -> None:
+    images = digits()
+    ball = WassersteinBall(0)
+    assert ball.contains(images, images.clone()).all()
+    assert not ball.contains(images, move(images, 1e-4, (0, 0), (0, 1))).any()
+
+
+def test_mass_may_not_change_nor_cross_channels() -> None:
+    images = digits(1, 2, 4, 4)
+    ball = WassersteinBall(10.0)
+    assert ball.contains(images, images.flip(-1)).all()
+    assert not ball.contains(images, images * (1 + 1e-4)).any()
+    assert ball.contains(images, images * (1 + 1e-6)).all()
+    crossed = images.clone()
+    crossed[:, 0, 0, 0] -= 0.05
+    crossed[:, 1, 0, 0] += 0.05
+    assert not ball.contains(images, crossed).any()
+
+
+def test_cap() -> None:
+    images = torch.full((1, 1, 2, 2), 0.75)
+    moved = images.clone()
+    moved[0, 0, 0] += torch.tensor([0.5, -0.5])
+    assert WassersteinBall(1.0).contains(images, moved).all()
+    assert WassersteinBall(1.0, cap=1.25).contains(images, moved).all()
+    assert not WassersteinBall(1.0, cap=1.2).contains(images, moved).any()
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_the_l1_ball_of_l1_radius_contains_the_ball(seed: int) -> None:
+    images, others = torch.rand(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(seed)).double()
+    others = others / others.sum() * images.sum()
+    l2, l1 = (WassersteinBall(1.0, ground) for ground in ("l2", "l1"))
+    low, high = 0.0, 10.0
+    for _ in range(25):
+        middle = (low + high) / 2
+        low, high = (low, middle) if l2.with_radius(middle).contains(images, others, 0.0) else (middle, high)
+    assert l1.with_radius(l2.with_radius(high).l1_radius).contains(images, others)
+    assert not l1.with_radius(low * (1 - 1e-5)).contains(images, others)
+
+
+def test_l1_radius() -> None:
+    assert WassersteinBall(0.3).l1_radius == 0.3
+    assert WassersteinBall(0.3, "l2").l1_radius == 0.3 * math.sqrt(2)
+    images = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    diagonal = images.flip(-1, -2)
+    assert WassersteinBall(1.4143, "l2").contains(images, diagonal).all()
+    assert not WassersteinBall(1.4143, "l1").contains(images, diagonal).any()
+    assert WassersteinBall(WassersteinBall(1.4143, "l2").l1_radius).contains(images, diagonal).all()
+
+
+def test_ball_is_a_frozen_value() -> None:
+    ball = WassersteinBall(np.float32(0.5), ground="l2", cap=Fraction(3, 2))  # type: ignore[arg-type]
+    assert ball == WassersteinBall(0.5, "l2", 1.5)
+    assert (type(ball.radius), type(ball.cap)) == (float, float)
+    assert ball.with_radius(1) == WassersteinBall(1.0, "l2", 1.5)
+    assert len({ball, WassersteinBall(0.5, "l2", 1.5)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ball.radius = 1.0  # type: ignore[misc]
+
+
+BAD_NUMBERS: list[Any] = [math.nan, math.inf, -math.inf, "0.1", None, True, 1j, torch.tensor(0.1), [0.1]]
+
+
+@pytest.mark.parametrize("radius", [*BAD_NUMBERS, -0.1])
+def test_bad_radius(radius: Any) -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"radius: given .*, expected a finite number >= 0 \(pixels\)"
+    ):
+        WassersteinBall(radius)
+    with pytest.raises(InvalidInputError, match="radius: given"):
+        WassersteinBall(0.1).with_radius(radius)
+
+
+@pytest.mark.parametrize("cap", [value for value in [*BAD_NUMBERS, 0.0, -1.0] if value is not None])
+def test_bad_cap(cap: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"cap: given .*, expected None or a finite number > 0"):
+        WassersteinBall(0.1, cap=cap)
+
+
+def test_bad_ground() -> None:
+    with pytest.raises(UnknownNameError, match="unknown ground cost 'linf': expected one of l1, l2"):
+        WassersteinBall(0.1, ground="linf")
+
+
+def test_check_images() -> None:
+    images = digits().half()
+    assert check_images(images) is images
+    assert check_images(images[0]).shape == (1, 1, 8, 8)
+    assert check_images(images, Grid(8, 8)) is images
+    with pytest.raises(
+        InvalidInputError, match=r"images of shape \(2, 1, 8, 8\): expected \(\.\.\., 1, 7, 8\)"
+    ):
+        check_images(images, Grid(7, 8))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-0.25, r"images: value -0\.25 at \(1, 0, 2, 3\), expected finite and >= 0"),
+        (math.nan, r"images: value nan at \(1, 0, 2, 3\)"),
+        (math.inf, r"images: value inf at \(1, 0, 2, 3\)"),
+    ],
+)
+def test_bad_pixels_are_named(value: float, message: str) -> None:
+    images = digits()
+    images[1, 0, 2, 3] = value
+    images[1, 0, 5, 5] = -9.0
+    for check in (
+        check_images,
+        WassersteinBall(0.1).budget,
+        lambda bad: WassersteinBall(0.1).contains(bad, bad),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            check(images)
+
+
+def test_bad_images() -> None:
+    images = digits()
+    images[1] = 0.0
+    with pytest.raises(InvalidInputError, match=r"images: image 1 has mass 0\.0, expected a positive mass"):
+        check_images(images)
+    with pytest.raises(
+        InvalidInputError, match=r"images of dtype torch\.uint8: expected a floating-point dtype"
+    ):
+        check_images(torch.ones(1, 1, 2, 2, dtype=torch.uint8))
+    for shape in ((8, 8), (1, 1, 1, 8, 8), (1, 0, 8, 8)):
+        with pytest.raises(
+            InvalidInputError, match=r"images of shape \(.*\): expected \(B, C, H, W\) or \(C, H, W\)"
+        ):
+            check_images(torch.ones(shape))
+    with pytest.raises(InvalidInputError, match=r"images: given list, expected a torch\.Tensor"):
+        check_images([[1.0]])  # type: ignore[arg-type]
+
+
+def test_bad_perturbed_images() -> None:
+    images, ball = digits(), WassersteinBall(0.1)
+    with pytest.raises(
+        InvalidInputError, match=r"perturbed of shape \(1, 1, 8, 8\): expected that of images"
+    ):
+        ball.contains(images, images[:1])
+    for perturbed in ([1.0], torch.ones(2, 1, 8, 8, dtype=torch.int64)):
+        with pytest.raises(
+            InvalidInputError, match=r"perturbed: given (list|torch\.int64), expected a floating-point"
+        ):
+            ball.contains(images, perturbed)  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""The training loop: reproducible, honest in its reports, open to other losses."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowverify.data import load_dataset
+from flowverify.errors import DataError, InvalidInputError, UnknownNameError
+from flowverify.training import (
+    RECIPES,
+    BatchContext,
+    BatchOutcome,
+    EpochReport,
+    accuracy,
+    train,
+    train_and_save,
+)
+from flowverify.zoo import Card
+
+SHORT = replace(RECIPES["digits-fc3"], epochs=2)
+
+
+def weights(recipe=SHORT, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    return [tensor.detach().clone() for tensor in train(recipe, **options).network.parameters()]
+
+
+def test_same_seed_gives_the_same_bits() -> None:
+    first = weights()
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, weights(), strict=True))
+
+
+def test_other_seed_gives_other_weights() -> None:
+    assert not torch.equal(weights()[0], weights(replace(SHORT, seed=1))[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.1}, {"schedule": "constant"}, {}],
+    ids=["sgd", "constant", "adam"],
+)
+def test_every_optimizer_and_schedule_learns(change: dict[str, object]) -> None:
+    assert train(replace(SHORT, epochs=4, **change)).history[-1].test_accuracy > 0.85  # type: ignore[arg-type]
+
+
+def test_leaves_random_state_and_threads_alone() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(replace(SHORT, epochs=1), threads=threads + 1)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_reports_every_epoch() -> None:
+    reports: list[EpochReport] = []
+    result = train(SHORT, on_epoch=reports.append)
+    assert result.history == tuple(reports) and [report.epoch for report in reports] == [1, 2]
+    assert reports[1].loss < reports[0].loss and reports[1].train_accuracy > reports[0].train_accuracy
+    assert reports[1].test_accuracy == accuracy(result.network, load_dataset("digits"))
+
+
+def test_batch_loss_sees_progress_its_own_randomness_and_reports_metrics() -> None:
+    """A loss on noisy images whose noise grows: the shape of the noise-augmented recipes."""
+    contexts: list[BatchContext] = []
+    draws: list[float] = []
+
+    def noisy(model: nn.Module, images: Tensor, labels: Tensor, context: BatchContext) -> BatchOutcome:
+        noise = torch.randn(images.shape, generator=context.generator)
+        contexts.append(context)
+        draws.append(float(noise.flatten()[0]))
+        logits = model(images + 0.1 * context.progress * noise)
+        return BatchOutcome(nn.functional.cross_entropy(logits, labels), logits, {"scale": context.progress})
+
+    state = torch.get_rng_state()
+    result = train(SHORT, batch_loss=noisy)
+    first, draws = draws, []
+    train(SHORT, batch_loss=noisy)
+    assert draws == first and torch.equal(torch.get_rng_state(), state)
+    progress = [context.progress for context in contexts[: len(first)]]
+    assert progress == [step / len(first) for step in range(len(first))]
+    assert {context.epoch for context in contexts} == {0, 1}
+    assert 0 < result.history[0].metrics["scale"] < 0.5 < result.history[1].metrics["scale"] < 1
+
+
+def test_diverging_loss_is_an_error() -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"the loss is (nan|inf) in epoch 1 with learning_rate 1e\+30"
+    ):
+        train(replace(SHORT, optimizer="sgd", learning_rate=1e30))
+
+
+def test_unknown_device_is_an_error() -> None:
+    with pytest.raises(InvalidInputError, match="device 'tpu9'"):
+        train(SHORT, device="tpu9")
+
+
+def test_unknown_data_set_is_an_error() -> None:
+    with pytest.raises(UnknownNameError, match="unknown data set"):
+        train(replace(SHORT, dataset="minst"))
+
+
+def test_npz_without_images_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "empty.npz"
+    np.savez(path, images=np.zeros((0, 4, 4), dtype=np.uint8), labels=np.zeros(0, dtype=int))
+    with pytest.raises(DataError, match="no images"):
+        train(replace(SHORT, dataset=str(path)))
+
+
+def test_published_file_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "digits-fc3", SHORT)
+
+    def publish(folder: str, seed: int | None = None) -> Card:
+        return train_and_save("digits-fc3", tmp_path / folder, seed=seed)
+
+    first = publish("one")
+    assert first == publish("two")
+    assert first.command == "flowverify train --recipe digits-fc3" and first.seed == 0
+    other = publish("three", seed=5)
+    assert other.sha256 != first.sha256
+    assert other.command == "flowverify train --recipe digits-fc3 --seed 5" and other.recipe["seed"] == 5
+
+
+def test_publishing_into_a_file_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(InvalidInputError, match="taken: is a file, expected a folder"):
+        train_and_save("digits-fc3", tmp_path / "taken")
