@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.certify.bracket import Bracket
 from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.certify.domain import DomainName
 from flowverify.certify.verify import Certifier
@@ -119,7 +119,10 @@ def _search_batch(
         if method == "fine-tuned":
             vanilla = margins(torch.float64, "vanilla", None)
             floor = (radius * (1 + tolerance)).clamp(min=SMALLEST_RADIUS, max=limit)
-            better = ((vanilla(torch.arange(count), floor) > 0) & (floor > radius)).nonzero().flatten()
+            hopeful = margins(torch.float32, "vanilla", None)(torch.arange(count), floor) > 0
+            better = (hopeful & (floor > radius)).nonzero().flatten()
+            if better.numel():
+                better = better[vanilla(better, floor[better]) > 0]
             if better.numel():
                 raised = _bracket(
                     lambda index, value: vanilla(better[index], value), floor[better], clean[better], limit, tolerance
@@ -153,54 +156,17 @@ def _search_batch(
 
 
 def _bracket(evaluate: MarginFunction, start: Tensor, clean: Tensor, limit: float, tolerance: float) -> Tensor:
-    """Largest radii with a positive margin, to ``tolerance``, from radii ``start`` where it is positive.
-
-    Margins fall with the radius, nearly linearly: the crossing of the chord with zero predicts the radius
-    and the next trial stands just below it, the one after just above the new lower end. Where that does not
-    halve the bracket in log scale, the next trial does.
-    """
-    low, low_margin = start.clone(), clean.clone()
-    high = torch.full_like(low, math.inf)
-    high_margin = torch.zeros_like(low)
-    active = torch.arange(low.numel())
-    aim_above = torch.zeros(low.numel(), dtype=torch.bool)
-    while active.numel():
-        trial = torch.empty(active.numel(), dtype=torch.float64)
-        for k, i in enumerate(active.tolist()):
-            trial[k] = _next_trial(
-                float(low[i]), float(low_margin[i]), float(high[i]), float(high_margin[i]), bool(aim_above[i]),
-                limit, tolerance,
-            )  # fmt: skip
-        margin = evaluate(active, trial)
-        for k, i in enumerate(active.tolist()):
-            before = math.log(float(high[i]) / float(low[i])) if low[i] > 0 and high[i] < math.inf else math.inf
-            if margin[k] > 0:
-                low[i], low_margin[i] = trial[k], margin[k]
-            else:
-                high[i], high_margin[i] = trial[k], margin[k]
-            after = math.log(float(high[i]) / float(low[i])) if low[i] > 0 and high[i] < math.inf else math.inf
-            halved = after == math.inf or after <= before / 2
-            aim_above[i] = bool(margin[k] > 0)
-            if not halved:
-                high_margin[i] = math.nan  # asks for bisection
-        open_low = (low[active] > 0) & (high[active] <= low[active] * (1 + tolerance))
-        finished = open_low | (low[active] >= limit) | (high[active] <= SMALLEST_RADIUS)
-        active = active[~finished]
-    return low
-
-
-def _next_trial(
-    low: float, low_margin: float, high: float, high_margin: float, aim_above: bool, limit: float, tolerance: float
-) -> float:
-    if high == math.inf:
-        return min(limit, FIRST_RADIUS if low == 0 else 2 * low)
-    smallest = max(low * (1 + tolerance / 8), high * 1e-3)
-    if math.isnan(high_margin) or not math.isfinite(high_margin):
-        return math.sqrt(max(low, high * 1e-2) * high)
-    crossing = low + (high - low) * low_margin / (low_margin - high_margin)
-    if aim_above and low > 0 and crossing < low * (1 + 2 * tolerance):
-        return min(low * (1 + 0.9 * tolerance), high * (1 - tolerance / 8))
-    return min(max(crossing * (1 - 0.4 * tolerance), smallest), high * (1 - tolerance / 8))
+    """Largest radii with a positive margin, to ``tolerance``, from radii ``start`` where it is positive."""
+    brackets = [
+        Bracket(low, margin, limit, tolerance, FIRST_RADIUS, SMALLEST_RADIUS)
+        for low, margin in zip(start.tolist(), clean.tolist(), strict=True)
+    ]
+    while active := [index for index, bracket in enumerate(brackets) if not bracket.finished]:
+        trials = [brackets[index].trial() for index in active]
+        margins = evaluate(torch.tensor(active), torch.tensor(trials, dtype=torch.float64)).tolist()
+        for index, trial, margin in zip(active, trials, margins, strict=True):
+            brackets[index].update(trial, margin)
+    return torch.tensor([bracket.low for bracket in brackets], dtype=torch.float64)
 
 
 def _confirm(evaluate: MarginFunction, radius: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowverify.errors import UnsupportedOperationError
-from flowverify.network.builder import Builder, Pair, Sides, Value
+from flowverify.network.builder import Builder, Value
+from flowverify.network.windows import Pair, Sides
 
 Arguments = dict[str, Any]
 Handler = Callable[[Builder, Arguments, str], Any]
@@ -68,14 +68,18 @@ def _combine(builder: Builder, first: Any, second: Any, alpha: float, beta: floa
 def _product(builder: Builder, a: Arguments, label: str) -> Value:
     first, second = a["self"], a["other"]
     if isinstance(first, Value) and isinstance(second, Value):
-        raise UnsupportedOperationError("a product of two values that both depend on the input is not supported")
+        raise UnsupportedOperationError(
+            "a product of two values that both depend on the input is not supported"
+        )
     value, factor = (first, second) if isinstance(first, Value) else (second, first)
     return builder.scale_shift(value, factor, 0.0, label)
 
 
 def _quotient(builder: Builder, a: Arguments, label: str) -> Value:
     if isinstance(a["other"], Value) or a.get("rounding_mode") is not None:
-        raise UnsupportedOperationError("division by a value that depends on the input, or rounded, is not supported")
+        raise UnsupportedOperationError(
+            "division by a value that depends on the input, or rounded, is not supported"
+        )
     return builder.divide(a["self"], a["other"], label)
 
 
@@ -93,7 +97,9 @@ def _addmm(builder: Builder, a: Arguments, label: str) -> Value:
 def _matmul(builder: Builder, a: Arguments, label: str) -> Value:
     first, second = a["self"], a["other"] if "other" in a else a["mat2"]
     if isinstance(first, Value) and isinstance(second, Value):
-        raise UnsupportedOperationError("a product of two values that both depend on the input is not supported")
+        raise UnsupportedOperationError(
+            "a product of two values that both depend on the input is not supported"
+        )
     if isinstance(second, Value):
         if first.ndim != 2:
             raise UnsupportedOperationError(f"a constant of rank {first.ndim} times a value is not supported")
@@ -257,7 +263,9 @@ def _pad(builder: Builder, a: Arguments, label: str) -> Value:
     if a.get("mode", "constant") != "constant" or (a["value"] or 0) != 0:
         raise UnsupportedOperationError("padding with anything but zeros is not supported")
     if any(amounts[4:]) or a["self"].rank < 2 or len(amounts) not in (2, 4, 6, 8):
-        raise UnsupportedOperationError(f"padding by {amounts} is not supported: expected height and width only")
+        raise UnsupportedOperationError(
+            f"padding by {amounts} is not supported: expected height and width only"
+        )
     left, right, top, bottom = (*amounts, 0, 0)[:4]
     return builder.pad(a["self"], (left, right, top, bottom), label)
 
@@ -291,16 +299,3 @@ HANDLERS: dict[str, Handler] = {
     "clone": _same, "contiguous": _same, "detach": _same, "alias": _same, "lift_fresh_copy": _same,
     "to": _cast, "_to_copy": _cast,
 }  # fmt: skip
-
-
-def constant_result(target: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
-    """Runs an operator on constants.
-
-    Raises:
-        UnsupportedOperationError: it is random.
-    """
-    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-        raise UnsupportedOperationError("a random operation is not supported")
-    with torch.no_grad():
-        result = target(*arguments, **keywords)
-    return result.detach().clone() if isinstance(result, Tensor) else result

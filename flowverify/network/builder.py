@@ -28,10 +28,7 @@ from flowverify.network.operations import (
     operation_name,
     output_shape,
 )
-
-Pair = tuple[int, int]
-Sides = tuple[int, int, int, int]
-LARGEST_PADDING = 4096
+from flowverify.network.windows import Pair, Sides, check_ceil, check_window
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,9 @@ class Builder:
         inverse = 1 / torch.as_tensor(divisor, dtype=torch.float64)
         return self.scale_shift(value, inverse, 0.0, label)
 
-    def batch_norm(self, value: Value, parameters: Sequence[Tensor | None], epsilon: float, label: str) -> Value:
+    def batch_norm(
+        self, value: Value, parameters: Sequence[Tensor | None], epsilon: float, label: str
+    ) -> Value:
         """Evaluation-mode batch normalisation over dimension 0; parameters: weight, bias, mean, variance."""
         weight, bias, mean, variance = (p if p is None else p.double() for p in parameters)
         if mean is None or variance is None:
@@ -173,7 +172,7 @@ class Builder:
                 f"convolution weight of shape {tuple(weight.shape)} in {groups} groups: not for samples of "
                 f"shape {value.shape}"
             )
-        _check_window(stride, padding, dilation)
+        check_window(stride, padding, dilation)
         value, symmetric = self._symmetric(value, padding, label)
         key = ("convolution", id(weight), id(bias), stride, symmetric, dilation, groups)
         if key not in self._shared:
@@ -209,8 +208,8 @@ class Builder:
         count_padding: bool = True,
     ) -> Value:
         """The average over windows; without ``count_padding`` only over the pixels inside the image."""
-        _check_window(stride, padding, (1, 1), kernel)
-        _check_ceil(value, kernel, stride, padding, (1, 1), ceil)
+        check_window(stride, padding, (1, 1), kernel)
+        check_ceil(value.shape, kernel, stride, padding, (1, 1), ceil)
         padded, symmetric = self._symmetric(value, padding, label)
         if padded is value:
             module = nn.AvgPool2d(kernel, stride, symmetric, count_include_pad=count_padding)
@@ -234,8 +233,8 @@ class Builder:
         ceil: bool = False,
     ) -> Value:
         """The maximum over windows; padding, which never wins, must be symmetric."""
-        _check_window(stride, padding, dilation, kernel)
-        _check_ceil(value, kernel, stride, padding, dilation, ceil)
+        check_window(stride, padding, dilation, kernel)
+        check_ceil(value.shape, kernel, stride, padding, dilation, ceil)
         if padding[0] != padding[1] or padding[2] != padding[3]:
             raise UnsupportedOperationError(f"max pooling with asymmetric padding {padding} is not supported")
         module = nn.MaxPool2d(kernel, stride, (padding[2], padding[0]), dilation)
@@ -273,7 +272,9 @@ class Builder:
             if positions == range(size):
                 return value
             forward = positions.step > 0
-            selection = slice(positions.start, positions.stop, positions.step) if forward else tuple(positions)
+            selection = (
+                slice(positions.start, positions.stop, positions.step) if forward else tuple(positions)
+            )
             if not positions:
                 raise UnsupportedOperationError(f"an empty slice of dimension {dim} (size {size})")
         elif isinstance(selection, int):
@@ -285,7 +286,7 @@ class Builder:
 
     def pad(self, value: Value, amounts: Sides, label: str) -> Value:
         """Surrounds the last two dimensions with zeros: (left, right, top, bottom)."""
-        _check_window((1, 1), amounts, (1, 1))
+        check_window((1, 1), amounts, (1, 1))
         return value if not any(amounts) else self.add(Pad(amounts), [value], label)
 
     def total(self, values: Sequence[Value], label: str) -> Value:
@@ -303,21 +304,3 @@ class Builder:
 
 def _equals(constant: Tensor | float, number: float) -> bool:
     return bool((torch.as_tensor(constant) == number).all())
-
-
-def _check_window(stride: Pair, padding: Sides, dilation: Pair, kernel: Pair = (1, 1)) -> None:
-    if min(*stride, *dilation, *kernel) < 1 or max(*stride, *dilation, *kernel) > LARGEST_PADDING:
-        raise InvalidInputError(
-            f"window with kernel {kernel}, stride {stride}, dilation {dilation}: expected 1..{LARGEST_PADDING}"
-        )
-    if not 0 <= min(padding) <= max(padding) <= LARGEST_PADDING:
-        raise UnsupportedOperationError(f"padding {padding} is not supported: expected 0..{LARGEST_PADDING}")
-
-
-def _check_ceil(value: Value, kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool) -> None:
-    """Rounding the output size up is accepted where it is the same as rounding down."""
-    if not ceil or value.rank != 3:
-        return
-    for axis, sides in enumerate((padding[2] + padding[3], padding[0] + padding[1])):
-        if (value.shape[axis + 1] + sides - dilation[axis] * (kernel[axis] - 1) - 1) % stride[axis]:
-            raise UnsupportedOperationError("pooling with an output size rounded up is not supported")

@@ -34,6 +34,10 @@ class FoldedNetwork(nn.Module):
     W~1 is computed in float64 from the network's own weights and rounded once to their precision:
     for double accuracy fold ``network.double()``; ``fold(network).double()`` keeps the rounded W~1.
 
+    The planes are multiplied by the mask of the edges before the convolution. auto_LiRPA's interval
+    propagation loses an L1 ball at that product (its bounds are then UNSOUND), and its patches mode cannot
+    take it: give it all intervals, with ``conv_mode: matrix``, or fold with structure "dense".
+
     Attributes:
         grid: the grid of the images.
         structure: "dense" or "convolution".
@@ -62,7 +66,7 @@ class FoldedNetwork(nn.Module):
             mask = torch.ones(())
         else:
             self.first = copy.deepcopy(convolution.convolution).to(dtype)
-            mask = self.grid.planes_mask()
+            mask = self.grid.planes_mask()[None]
         self.register_buffer("mask", mask.to(dtype), persistent=False)
         self.requires_grad_(False)
         self.train(False)
@@ -140,7 +144,7 @@ class FoldedNetwork(nn.Module):
             nodes.append(Node(name, operation, (nodes[-1].name if nodes else INPUT,), shape))
 
         if isinstance(self.first, nn.Conv2d):
-            append("flow_mask", ScaleShift(self.mask), self.flow_shape)
+            append("flow_mask", ScaleShift(self.mask[0]), self.flow_shape)
             append("flow_first", copy.deepcopy(self.first), self.first_shape)
             append("flow_offset", ScaleShift(1.0, offset), self.first_shape)
         else:
@@ -177,7 +181,9 @@ def fold(network: Network, structure: Literal["auto", "dense", "convolution"] = 
     convolution = flow_convolution(chain, network.input_shape)
     if isinstance(convolution, str):
         if structure == "convolution":
-            raise FoldError(f"the network does not start with a convolution that can be folded: {convolution}")
+            raise FoldError(
+                f"the network does not start with a convolution that can be folded: {convolution}"
+            )
         return FoldedNetwork(network, chain, None)
     dense = math.prod(chain[-1].shape) * network.grid.edges
     if structure == "auto" and dense <= convolution.multiplications:
@@ -197,7 +203,9 @@ def _affine_chain(network: Network) -> list[Node]:
             reason = f"meets other values in {readers[0].name!r} ({operation_name(readers[0].operation)})"
         if reason:
             if not any(isinstance(node.operation, WEIGHTED) for node in chain):
-                raise FoldError(f"cannot fold the flow: value {name!r} {reason} before the first Linear or Conv2d")
+                raise FoldError(
+                    f"cannot fold the flow: value {name!r} {reason} before the first Linear or Conv2d"
+                )
             break
         if not is_affine(readers[0].operation):
             break

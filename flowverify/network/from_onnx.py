@@ -61,7 +61,9 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Net
     except _InputShapeError as error:
         raise InvalidInputError(f"model file {str(path)!r}: {error}") from None
     except Exception as error:  # so can a file that is valid ONNX
-        raise ModelFileError(f"model file {str(path)!r} is not a valid network: {first_line(error)}") from error
+        raise ModelFileError(
+            f"model file {str(path)!r} is not a valid network: {first_line(error)}"
+        ) from error
 
 
 class _InputShapeError(InvalidInputError):
@@ -85,7 +87,9 @@ def _input_shape(graph: onnx.GraphProto, given: Sequence[int] | None) -> tuple[t
         raise UnsupportedOperationError(f"{text}: expected (N, C, H, W) or (N, pixels) with N free or 1")
     if given is None:
         if len(sizes) == 2:
-            raise _InputShapeError(f"{text}: expected input_shape=(channels, height, width) to be given with it")
+            raise _InputShapeError(
+                f"{text}: expected input_shape=(channels, height, width) to be given with it"
+            )
         if min(sizes[1:]) < 1:
             raise _InputShapeError(f"{text}: expected input_shape= to be given for the free sizes")
         return tuple(sizes[1:]), False
@@ -101,7 +105,9 @@ class _Reader:
 
     def __init__(self, model: onnx.ModelProto, shape: Sequence[int], vector: bool) -> None:
         self.graph = model.graph
-        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        self.opset = next(
+            (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0
+        )
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
         self.known: dict[str, Any] = {"": None}
@@ -112,7 +118,9 @@ class _Reader:
         double |= any(value is not None and value.dtype == torch.float64 for value in self.known.values())
         self.builder = Builder(shape, torch.float64 if double else torch.float32)
         value = self.builder.input
-        self.known[entry.name] = self.builder.reshape(value, (int(np.prod(shape)),), "pixels") if vector else value
+        self.known[entry.name] = (
+            self.builder.reshape(value, (int(np.prod(shape)),), "pixels") if vector else value
+        )
 
     def network(self) -> Network:
         for node in self.graph.node:
@@ -178,7 +186,8 @@ class _Reader:
             raise UnsupportedOperationError("several results are not supported on constants")
         evaluator = onnx.reference.ReferenceEvaluator(node, opsets={"": self.opset})
         feeds = {name: array for name, array in zip(node.input, arrays, strict=True) if name}
-        return [_tensor(np.asarray(evaluator.run(None, feeds)[0]))]
+        results: Any = evaluator.run(None, feeds)
+        return [_tensor(np.asarray(results[0]))]
 
 
 def _entries(operator: str, arrays: list[Any]) -> float:
@@ -190,15 +199,21 @@ def _entries(operator: str, arrays: list[Any]) -> float:
             return float(np.abs(shape).prod()) * value.size
         case "Range", [start, limit, step]:
             return float((limit - start) / step)
-        case ("ConstantOfShape" | "Expand" | "Range"), _:
+        case (("ConstantOfShape" | "Expand" | "Range"), _):
             return float("inf")
     return 0.0
 
 
 def _tensor(array: Any) -> Tensor:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.dtype == np.float16:
-        raise UnsupportedOperationError(f"a constant of type {getattr(array, 'dtype', type(array))} is not supported")
-    kept = array.astype(np.int64) if array.dtype.kind == "u" else np.array(array, dtype=array.dtype.newbyteorder("="))
+        raise UnsupportedOperationError(
+            f"a constant of type {getattr(array, 'dtype', type(array))} is not supported"
+        )
+    kept = (
+        array.astype(np.int64)
+        if array.dtype.kind == "u"
+        else np.array(array, dtype=array.dtype.newbyteorder("="))
+    )
     return torch.from_numpy(np.ascontiguousarray(kept).reshape(array.shape))
 
 
@@ -216,4 +231,6 @@ def _constant(attributes: dict[str, Any]) -> Tensor:
 
 def _shape(value: Any, attributes: dict[str, int]) -> Tensor:
     shape = [1, *value.shape] if isinstance(value, Value) else list(value.shape)
-    return torch.tensor(shape[attributes.get("start", 0) : attributes.get("end", len(shape))], dtype=torch.int64)
+    return torch.tensor(
+        shape[attributes.get("start", 0) : attributes.get("end", len(shape))], dtype=torch.int64
+    )

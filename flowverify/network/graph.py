@@ -122,10 +122,10 @@ class Graph(nn.Module):
         """The precision of the weights (float32 if there are none)."""
         return self._like().dtype
 
-    def _like(self) -> Tensor:
-        """A tensor of the weights' precision and device."""
+    def _like(self, default: Tensor | None = None) -> Tensor:
+        """A tensor of the weights' precision and device, or the default if there are no weights."""
         tensors = (t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
-        return next(tensors, torch.zeros((), dtype=torch.float32))
+        return next(tensors, torch.zeros((), dtype=torch.float32) if default is None else default)
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a graph is always in evaluation mode."""
@@ -150,7 +150,7 @@ class Graph(nn.Module):
                 f"network input of shape {tuple(images.shape)}: expected "
                 f"(batch, {', '.join(map(str, self.input_shape))})"
             )
-        if images.dtype != self.dtype:
+        if images.dtype != self._like(images).dtype:
             raise InvalidInputError(f"network input of type {images.dtype}: expected {self.dtype}")
         return self.values(images)[self.output]
 
@@ -207,7 +207,8 @@ class Graph(nn.Module):
         done = self._ancestors(name)
         rest = [node for node in self.nodes if node.name not in done]
         renamed = [
-            replace(node, inputs=tuple(INPUT if read == name else read for read in node.inputs)) for node in rest
+            replace(node, inputs=tuple(INPUT if read == name else read for read in node.inputs))
+            for node in rest
         ]
         if any(read in done and read != name for node in rest for read in node.inputs):
             raise InvalidInputError(f"value {name!r}: expected one that the output depends on alone")

@@ -38,4 +38,6 @@ def load_network(
         return from_torch(source, input_shape)
     if isinstance(source, str | Path):
         return read_onnx(source, input_shape)
-    raise InvalidInputError(f"network of type {type(source).__name__}: expected a path, a module or a Network")
+    raise InvalidInputError(
+        f"network of type {type(source).__name__}: expected a path, a module or a Network"
+    )

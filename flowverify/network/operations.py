@@ -116,7 +116,9 @@ class Index(nn.Module):
         if isinstance(self.selection, slice):
             return value[(slice(None),) * (self.dim + 1) + (self.selection,)]
         size = value.shape[self.dim + 1]
-        return value.index_select(self.dim + 1, torch.where(self.positions < 0, self.positions + size, self.positions))
+        return value.index_select(
+            self.dim + 1, torch.where(self.positions < 0, self.positions + size, self.positions)
+        )
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, selection={self.selection}"

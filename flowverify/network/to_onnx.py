@@ -55,7 +55,9 @@ def write_onnx(network: Graph, path: str | Path) -> None:
     except OSError as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        raise ModelFileError(f"model file {str(path)!r} cannot be written: {error.strerror or error}") from error
+        raise ModelFileError(
+            f"model file {str(path)!r} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def onnx_model(network: Graph) -> onnx.ModelProto:
@@ -74,7 +76,10 @@ def onnx_model(network: Graph) -> onnx.ModelProto:
         writer.constants,
     )
     model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="flowverify"
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="flowverify",
     )
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -95,7 +100,9 @@ class _Writer:
         _EMITTERS[type(node.operation)](self, node, inputs, self.names[node.name])
 
     def emit(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(onnx.helper.make_node(kind, list(inputs), [output], name=f"n_{output}", **attributes))
+        self.nodes.append(
+            onnx.helper.make_node(kind, list(inputs), [output], name=f"n_{output}", **attributes)
+        )
         return output
 
     def floats(self, node: Node, label: str, tensor: Tensor) -> str:
@@ -154,7 +161,9 @@ def _pool(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
         "pads": _pair(operation.padding) * 2,
     }
     if isinstance(operation, nn.AvgPool2d):
-        writer.emit("AveragePool", inputs, output, count_include_pad=int(operation.count_include_pad), **attributes)
+        writer.emit(
+            "AveragePool", inputs, output, count_include_pad=int(operation.count_include_pad), **attributes
+        )
     else:
         writer.emit("MaxPool", inputs, output, dilations=_pair(operation.dilation), **attributes)
 
@@ -206,7 +215,9 @@ def _add(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
 
 
 def _plain(kind: str, attributes: Callable[[Any], dict[str, Any]] = lambda operation: {}) -> Emitter:
-    return lambda writer, node, inputs, output: writer.emit(kind, inputs, output, **attributes(node.operation))
+    return lambda writer, node, inputs, output: writer.emit(
+        kind, inputs, output, **attributes(node.operation)
+    )
 
 
 _EMITTERS: dict[type[nn.Module], Emitter] = {

@@ -117,10 +117,8 @@ RECIPES: dict[str, Recipe] = {
             weight_decay=1e-3,
         ),
         Recipe("mnist-linear", "mnist", "linear", epochs=10),
-        Recipe(
-            "mnist-fc3", "mnist", "fc3", hidden=(100, 100), epochs=12, learning_rate=2e-3, weight_decay=1e-5
-        ),
-        Recipe("mnist-cnn", "mnist", "wong-cnn", epochs=8, learning_rate=2e-3, weight_decay=1e-5),
+        Recipe("mnist-fc3", "mnist", "fc3", hidden=(100, 100), epochs=12),
+        Recipe("mnist-cnn", "mnist", "wong-cnn", epochs=8),
     )
 }
 """The recipes of the shipped models, by model name."""

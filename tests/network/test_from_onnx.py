@@ -1,0 +1,433 @@
+import random
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
+from flowverify.network import read_onnx
+
+SHAPE = (2, 6, 8)
+PIXELS = 96
+GENERATOR = np.random.default_rng(0)
+
+
+def constant(*shape, dtype=np.float32):
+    return GENERATOR.standard_normal(shape).astype(dtype)
+
+
+def numbers(*values):
+    return np.array(values, dtype=np.int64)
+
+
+def node(kind, inputs, output="y", **attributes):
+    return helper.make_node(kind, inputs, [output], name=f"the_{kind}", **attributes)
+
+
+def model_of(nodes, constants, shape=("batch", *SHAPE), opset=13, outputs=("out",), kind=TensorProto.FLOAT):
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info(name, kind, ["n", "classes"]) for name in outputs],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def write(tmp_path, model):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def flattened(*nodes):
+    """The nodes, then Flatten from "y" to "out"."""
+    return [*nodes, helper.make_node("Flatten", ["y"], ["out"], name="last")]
+
+
+def chain(kind, constants=None, opset=13, after=(), **attributes):
+    constants = constants or {}
+    inputs = ["x", *("" if array is None else name for name, array in constants.items())]
+    stored = {name: array for name, array in constants.items() if array is not None}
+    return flattened(node(kind, inputs, **attributes)), stored, opset
+
+
+def on_vectors(*nodes):
+    return [helper.make_node("Flatten", ["x"], ["f"], name="first"), *nodes]
+
+
+CASES = {
+    "Gemm": (
+        on_vectors(node("Gemm", ["f", "w", "b"], "out", alpha=0.5, beta=2.0)),
+        {"w": constant(PIXELS, 3), "b": constant(3)},
+        13,
+    ),
+    "Gemm transposed": (
+        on_vectors(node("Gemm", ["f", "w"], "out", transB=1)),
+        {"w": constant(3, PIXELS)},
+        13,
+    ),
+    "Gemm scalar bias": (
+        on_vectors(node("Gemm", ["f", "w", "b"], "out")),
+        {"w": constant(PIXELS, 3), "b": constant(1, 1)},
+        13,
+    ),
+    "MatMul": (on_vectors(node("MatMul", ["f", "w"], "out")), {"w": constant(PIXELS, 3)}, 13),
+    "MatMul left": (flattened(node("MatMul", ["w", "x"])), {"w": constant(5, 6)}, 13),
+    "Add": chain("Add", {"c": constant(2, 1, 1)}),
+    "Add two": (flattened(node("Relu", ["x"], "r"), node("Add", ["x", "r"])), {}, 13),
+    "Sub": chain("Sub", {"c": constant(1, 2, 1, 1)}),
+    "Sub from": (flattened(node("Sub", ["c", "x"])), {"c": constant()}, 13),
+    "Sub two": (flattened(node("Relu", ["x"], "r"), node("Sub", ["r", "x"])), {}, 13),
+    "Mul": (flattened(node("Mul", ["c", "x"])), {"c": constant(6, 8)}, 13),
+    "Div": chain("Div", {"c": constant(2, 1, 1)}),
+    "Neg": chain("Neg"),
+    "Sum": (flattened(node("Relu", ["x"], "r"), node("Sum", ["c", "r", "x"])), {"c": constant(8)}, 13),
+    "Conv": chain(
+        "Conv",
+        {"w": constant(4, 1, 3, 2), "b": constant(4)},
+        group=2,
+        strides=[2, 1],
+        dilations=[1, 2],
+        pads=[1, 2, 1, 2],
+    ),
+    "Conv asymmetric": chain("Conv", {"w": constant(3, 2, 3, 2)}, pads=[0, 1, 2, 0]),
+    "Conv same upper": chain("Conv", {"w": constant(3, 2, 3, 2)}, auto_pad="SAME_UPPER", strides=[2, 2]),
+    "Conv same lower": chain("Conv", {"w": constant(3, 2, 2, 4)}, auto_pad="SAME_LOWER"),
+    "Conv valid": chain("Conv", {"w": constant(3, 2, 2, 4)}, auto_pad="VALID", kernel_shape=[2, 4]),
+    "Relu": chain("Relu"),
+    "LeakyRelu": chain("LeakyRelu", alpha=0.25),
+    "LeakyRelu default": chain("LeakyRelu"),
+    "Sigmoid": chain("Sigmoid"),
+    "Tanh": chain("Tanh"),
+    "Flatten": chain("Flatten", axis=-3),
+    "Reshape": chain("Reshape", {"s": numbers(0, -1, 4)}),
+    "Reshape batch free": chain("Reshape", {"s": numbers(-1, 4, 24)}),
+    "Transpose": chain("Transpose", perm=[0, 2, 3, 1]),
+    "Squeeze": (
+        flattened(node("Gather", ["x", "i"], "g", axis=1), node("Squeeze", ["g", "a"])),
+        {"i": numbers(1), "a": numbers(1)},
+        13,
+    ),
+    "Squeeze 11": (
+        flattened(node("Gather", ["x", "i"], "g", axis=1), node("Squeeze", ["g"], axes=[1])),
+        {"i": numbers(1)},
+        11,
+    ),
+    "Unsqueeze": chain("Unsqueeze", {"a": numbers(-1, 2)}),
+    "Unsqueeze 11": chain("Unsqueeze", {}, 11, axes=[1]),
+    "Slice": chain(
+        "Slice", {"s": numbers(1, -1), "e": numbers(-1, -7), "a": numbers(3, 2), "t": numbers(2, -2)}
+    ),
+    "Slice reversed": chain(
+        "Slice", {"s": numbers(-1), "e": numbers(-(2**63)), "a": numbers(-1), "t": numbers(-1)}
+    ),
+    "Slice 9": chain("Slice", {}, 9, starts=[1, 0], ends=[4, 2**31 - 1], axes=[2, 3]),
+    "Slice default axes": chain("Slice", {"s": numbers(0, 1), "e": numbers(2**63 - 1, 2)}),
+    "Gather": chain("Gather", {"i": np.array(-2, dtype=np.int64)}, axis=2),
+    "Gather list": chain("Gather", {"i": numbers(3, 0, -1)}, axis=-1),
+    "Concat": (flattened(node("Relu", ["x"], "r"), node("Concat", ["x", "r"], axis=2)), {}, 13),
+    "Split": (
+        [helper.make_node("Split", ["x", "s"], ["p", "y"], axis=3), *flattened()],
+        {"s": numbers(3, 5)},
+        13,
+    ),
+    "Pad": chain("Pad", {"p": numbers(0, 0, 1, 2, 0, 0, 3, 0), "v": np.array(0, dtype=np.float32)}),
+    "Pad axes": chain("Pad", {"p": numbers(1, 2), "v": None, "a": numbers(-1)}, 18),
+    "Pad 9": chain("Pad", {}, 9, pads=[0, 0, 1, 2, 0, 0, 3, 0], mode="constant"),
+    "AveragePool": chain("AveragePool", kernel_shape=[2, 3], strides=[2, 1], pads=[1, 1, 1, 1]),
+    "AveragePool padding counted": chain(
+        "AveragePool", kernel_shape=[2, 3], pads=[1, 1, 1, 1], count_include_pad=1
+    ),
+    "AveragePool asymmetric": chain("AveragePool", kernel_shape=[2, 3], pads=[1, 0, 0, 2]),
+    "AveragePool asymmetric counted": chain(
+        "AveragePool", kernel_shape=[2, 3], pads=[1, 0, 0, 2], count_include_pad=1
+    ),
+    "AveragePool same": chain("AveragePool", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER"),
+    "GlobalAveragePool": chain("GlobalAveragePool"),
+    "ReduceMean": chain("ReduceMean", axes=[2, -1], keepdims=0),
+    "ReduceMean 18": chain("ReduceMean", {"a": numbers(2, 3)}, 18),
+    "MaxPool": chain("MaxPool", kernel_shape=[2, 3], strides=[2, 1], pads=[1, 1, 1, 1], dilations=[2, 1]),
+    "BatchNormalization": chain(
+        "BatchNormalization",
+        {"g": constant(2), "b": constant(2), "m": constant(2), "v": abs(constant(2))},
+        epsilon=0.1,
+    ),
+    "Identity": chain("Identity"),
+    "Dropout": chain("Dropout"),
+    "Cast": chain("Cast", to=TensorProto.FLOAT),
+    "Constant": (
+        flattened(
+            helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(constant(2, 1, 1))),
+            node("Add", ["x", "c"]),
+        ),
+        {},
+        13,
+    ),
+    "Constant number": (
+        flattened(helper.make_node("Constant", [], ["c"], value_float=1.5), node("Add", ["x", "c"])),
+        {},
+        13,
+    ),
+}
+
+
+def runtime(model, images):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", ["batch", 1])
+def test_every_operator_agrees_with_onnxruntime(name, batch, tmp_path):
+    nodes, constants, opset = CASES[name]
+    model = model_of(nodes, constants, (batch, *SHAPE), opset)
+    network = read_onnx(write(tmp_path, model))
+    images = torch.randn(3, *SHAPE)
+    if batch == 1 or opset < 10:
+        expected = torch.cat([runtime(model, image[None]) for image in images])
+    else:
+        expected = runtime(model, images)
+    torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reshape_by_computed_shape(tmp_path):
+    nodes = [
+        node("Shape", ["x"], "s"),
+        node("Gather", ["s", "zero"], "n", axis=0),
+        node("Unsqueeze", ["n", "axis"], "n1"),
+        node("Concat", ["n1", "rest"], "target", axis=0),
+        node("Reshape", ["x", "target"], "out"),
+    ]
+    constants = {"zero": np.array(0, dtype=np.int64), "axis": numbers(0), "rest": numbers(-1)}
+    network = read_onnx(write(tmp_path, model_of(nodes, constants)))
+    images = torch.randn(3, *SHAPE)
+    assert torch.equal(network(images), images.flatten(1))
+
+
+def test_double_precision_is_kept(tmp_path):
+    nodes = on_vectors(node("MatMul", ["f", "w"], "out"))
+    weight = constant(PIXELS, 3, dtype=np.float64)
+    network = read_onnx(write(tmp_path, model_of(nodes, {"w": weight})))
+    assert network.dtype == torch.float64
+    images = torch.randn(2, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(
+        network(images), images.flatten(1) @ torch.from_numpy(weight), rtol=0, atol=1e-12
+    )
+
+
+def test_vector_input(tmp_path):
+    path = write(
+        tmp_path, model_of([node("MatMul", ["x", "w"], "out")], {"w": constant(PIXELS, 3)}, ("n", PIXELS))
+    )
+    network = read_onnx(path, SHAPE)
+    images = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(
+        network(images), runtime(onnx.load(path), images.flatten(1)), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(
+        InvalidInputError, match=r"model.onnx.*input 'x' of shape \['free', 96\]: expected input_shape="
+    ):
+        read_onnx(path)
+    with pytest.raises(InvalidInputError, match=r"input_shape \(1, 6, 8\): expected one that fits"):
+        read_onnx(path, (1, 6, 8))
+    with pytest.raises(InvalidInputError, match=r"input shape \(96,\): expected \(channels, height, width\)"):
+        read_onnx(path, (96,))
+
+
+def test_free_sizes(tmp_path):
+    path = write(tmp_path, model_of(flattened(node("Relu", ["x"])), {}, ("n", 2, "h", "w")))
+    assert read_onnx(path, SHAPE).num_classes == PIXELS
+    with pytest.raises(InvalidInputError, match="to be given for the free sizes"):
+        read_onnx(path)
+    with pytest.raises(InvalidInputError, match=r"input_shape \(3, 6, 8\): expected one that fits"):
+        read_onnx(path, (3, 6, 8))
+
+
+def two_values(kind):
+    return flattened(node("Relu", ["x"], "r"), node(kind, ["x", "r"])), {}, 13
+
+
+REFUSED = {
+    "unknown": (chain("Softplus"), r"operator Softplus \(node 'the_Softplus'\): is not supported"),
+    "softmax": (chain("Softmax"), r"operator Softmax .*export the network's logits"),
+    "product": (two_values("Mul"), "operator Mul .*both depend on the input"),
+    "quotient": (two_values("Div"), "operator Div .*both depend on the input"),
+    "matrix product": (
+        (flattened(node("Transpose", ["x"], "r", perm=[0, 1, 3, 2]), node("MatMul", ["x", "r"])), {}, 13),
+        "operator MatMul .*both depend",
+    ),
+    "reciprocal": (
+        (flattened(node("Div", ["c", "x"])), {"c": constant()}, 13),
+        "operator Div .*constant first",
+    ),
+    "flatten": (chain("Flatten", axis=2), "operator Flatten .*axis=2"),
+    "batch transposed": (chain("Transpose", perm=[1, 0, 2, 3]), "operator Transpose .*batch first"),
+    "transpose default": (chain("Transpose"), "operator Transpose .*batch first"),
+    "batch reshaped": (chain("Reshape", {"s": numbers(2, -1)}), "operator Reshape .*mixes the batch"),
+    "batch gathered": (chain("Gather", {"i": numbers(0)}, axis=0), "operator Gather .*batch dimension"),
+    "batch sliced": (
+        chain("Slice", {"s": numbers(0), "e": numbers(1), "a": numbers(0)}),
+        "operator Slice .*batch",
+    ),
+    "batch concatenated": (chain("Concat", axis=0), "operator Concat .*batch"),
+    "batch unsqueezed": (chain("Unsqueeze", {"a": numbers(0)}), "operator Unsqueeze .*expected 1..4"),
+    "batch averaged": (chain("ReduceMean", axes=[0]), "operator ReduceMean .*batch"),
+    "squeeze all": (chain("Squeeze"), "Squeeze without axes"),
+    "pad value": (
+        chain("Pad", {"p": numbers(*[0] * 7, 1), "v": np.array(1, dtype=np.float32)}),
+        "constant zeros",
+    ),
+    "pad mode": (chain("Pad", {"p": numbers(*[0] * 7, 1)}, mode="edge"), "constant zeros"),
+    "crop": (chain("Pad", {"p": numbers(*[0] * 7, -1)}), r"padding \(0, -1, 0, 0\) is not supported"),
+    "pad channels": (chain("Pad", {"p": numbers(0, 1, *[0] * 6)}), "other than of height and width"),
+    "huge pad": (chain("Pad", {"p": numbers(*[0] * 7, 2**40)}), "padding .* is not supported"),
+    "max pool asymmetric": (chain("MaxPool", kernel_shape=[2, 2], pads=[1, 0, 0, 0]), "asymmetric padding"),
+    "pool rounded up": (chain("MaxPool", kernel_shape=[5, 5], strides=[2, 2], ceil_mode=1), "rounded up"),
+    "pool dilated": (
+        chain("AveragePool", {}, 19, kernel_shape=[2, 2], dilations=[2, 2]),
+        "average pooling with dilation",
+    ),
+    "training": (
+        chain("BatchNormalization", {n: abs(constant(2)) for n in "gbmv"}, 14, training_mode=1),
+        "inference mode",
+    ),
+    "transposed": (
+        (on_vectors(node("Gemm", ["f", "w"], "out", transA=1)), {"w": constant(1, 3)}, 13),
+        "Gemm that transposes",
+    ),
+    "precision": (chain("Cast", to=TensorProto.DOUBLE), "change of precision"),
+    "old": (chain("Relu", {}, 6), r"operator set 6: expected 7"),
+    "constant output": (
+        ([node("Identity", ["c"], "out")], {"c": constant(1, 3)}, 13),
+        "does not depend on the input",
+    ),
+    "random": (
+        ([node("RandomNormal", [], "r", shape=[8]), *flattened(node("Add", ["x", "r"]))], {}, 13),
+        "operator RandomNormal .*not supported on constants",
+    ),
+    "second output": (
+        ([helper.make_node("MaxPool", ["x"], ["m", "out"], kernel_shape=[2, 2])], {}, 13),
+        "output 'out' is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_operators_are_named(name, tmp_path):
+    (nodes, constants, opset), message = REFUSED[name]
+    with pytest.raises(UnsupportedOperationError, match=rf"model file '.*model.onnx': .*{message}"):
+        read_onnx(write(tmp_path, model_of(nodes, constants, opset=opset)))
+
+
+def test_unknown_attribute_is_refused(tmp_path, monkeypatch):
+    model = model_of(chain("Relu")[0], {})
+    monkeypatch.setattr("onnx.checker.check_model", lambda model: None)
+    model.graph.node[0].attribute.append(helper.make_attribute("consumed", 1))
+    with pytest.raises(UnsupportedOperationError, match=r"Relu .*attribute 'consumed' is not supported"):
+        read_onnx(write(tmp_path, model))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "message"),
+    [
+        ((2, *SHAPE), TensorProto.FLOAT, r"shape \[2, 2, 6, 8\]: expected \(N, C, H, W\)"),
+        (("n", 6, 8), TensorProto.FLOAT, r"expected \(N, C, H, W\)"),
+        (("n", *SHAPE), TensorProto.FLOAT16, "not float32 or float64"),
+    ],
+)
+def test_inputs_that_are_not_images_are_refused(shape, kind, message, tmp_path):
+    with pytest.raises(UnsupportedOperationError, match=message):
+        read_onnx(write(tmp_path, model_of(flattened(node("Relu", ["x"])), {}, shape, kind=kind)))
+
+
+def test_several_outputs_are_refused(tmp_path):
+    model = model_of(flattened(node("Relu", ["x"])), {}, outputs=("out", "y"))
+    with pytest.raises(UnsupportedOperationError, match="1 inputs and 2 outputs: expected one of each"):
+        read_onnx(write(tmp_path, model))
+
+
+def small_model():
+    nodes = on_vectors(node("Gemm", ["f", "w", "b"], "g"), node("Relu", ["g"], "out"))
+    return model_of(nodes, {"w": constant(PIXELS, 3), "b": constant(3)})
+
+
+INVALID = {
+    "NaN": (
+        lambda model: model.graph.initializer[1].CopyFrom(numpy_helper.from_array(constant(3) * np.nan, "b")),
+        "a bias with NaN",
+    ),
+    "shape": (
+        lambda model: model.graph.initializer[0].CopyFrom(numpy_helper.from_array(constant(95, 3), "w")),
+        "linear weight of shape",
+    ),
+    "short data": (lambda model: setattr(model.graph.initializer[0], "raw_data", b"1234"), ""),
+    "missing value": (lambda model: model.graph.initializer.pop(), ""),
+    "image output": (
+        lambda model: model.graph.output[0].CopyFrom(
+            helper.make_tensor_value_info("x", 1, ["batch", *SHAPE])
+        ),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_networks(name, tmp_path):
+    change, message = INVALID[name]
+    model = small_model()
+    change(model)
+    with pytest.raises(
+        ModelFileError, match=rf"^model file '.*model.onnx' is not (a )?valid [^\n]*{message}[^\n]*$"
+    ):
+        read_onnx(write(tmp_path, model))
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(ModelFileError, match="nothing.onnx': expected an existing ONNX file"):
+        read_onnx(tmp_path / "nothing.onnx")
+    with pytest.raises(ModelFileError, match="expected an existing ONNX file"):
+        read_onnx(tmp_path)
+    empty = tmp_path / "empty.onnx"
+    empty.write_bytes(b"")
+    with pytest.raises(ModelFileError, match="empty.onnx' is not valid ONNX"):
+        read_onnx(empty)
+
+
+def test_corrupt_files_raise_only_our_errors(tmp_path):
+    data = small_model().SerializeToString()
+    source = random.Random(0)
+    path = tmp_path / "corrupt.onnx"
+    refused = 0
+    for attempt in range(400):
+        if attempt % 4 == 0:
+            corrupt = data[: source.randrange(len(data))]
+        elif attempt % 4 == 1:
+            corrupt = source.randbytes(source.randrange(200))
+        else:
+            changed = bytearray(data)
+            for _ in range(source.randrange(1, 6)):
+                position = source.randrange(len(data)) if attempt % 4 == 2 else source.randrange(150)
+                changed[position if source.random() < 0.5 else -1 - position] = source.randrange(256)
+            corrupt = bytes(changed)
+        path.write_bytes(corrupt)
+        try:
+            read_onnx(path)
+        except FlowverifyError as error:
+            refused += 1
+            assert "corrupt.onnx" in str(error)
+            assert "\n" not in str(error)
+    assert refused > 200
+
+
+def test_huge_constants_are_refused(tmp_path):
+    nodes = [
+        node("ConstantOfShape", ["s"], "c"),
+        *flattened(node("Add", ["x", "c"])),
+    ]
+    with pytest.raises(UnsupportedOperationError, match="ConstantOfShape .*so many entries"):
+        read_onnx(write(tmp_path, model_of(nodes, {"s": numbers(2**20, 2**20)})))
