@@ -12,6 +12,7 @@ from flowverify.errors import FoldError
 from flowverify.lirpa.bounded import l1_ball
 from flowverify.lirpa.perturbation import PerturbationFlowPolytope, PerturbationWasserstein, WarmStart
 from flowverify.network import Network, fold
+from flowverify.transport.distance import EXACT_MASS_TOLERANCE, FLOAT32_MASS_TOLERANCE
 from flowverify.transport.inverse import flow_by_tree
 
 DomainName = Literal["auto", "image", "flow"]
@@ -83,7 +84,10 @@ class FlowDomain:
             flow = images.new_zeros(images.shape[0], self.folded.grid.edges)
             references = images
         else:
-            flow = flow_by_tree(references, images).to(images)
+            # Masses agree in float64; rounding the image to float32 is all that may part them.
+            tolerance = EXACT_MASS_TOLERANCE if images.dtype == torch.float64 else FLOAT32_MASS_TOLERANCE
+            flow = flow_by_tree(references.double(), images.double(), mass_tolerance=tolerance).to(images)
+            references = references.to(images)
         return (self.folded.encode(flow), self.folded.offset(references))
 
     def perturbation(
@@ -98,7 +102,7 @@ class FlowDomain:
             return l1_ball(budget.to(images.dtype))
         radius = budget / images.flatten(1).double().sum(1)
         return PerturbationFlowPolytope(
-            radius, images if references is None else references, tolerance=tolerance, warm_start=warm_start
+            radius, images if references is None else references.to(images), tolerance=tolerance, warm_start=warm_start
         )
 
 

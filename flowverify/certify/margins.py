@@ -115,7 +115,7 @@ class MarginBounds:
             part = slice(start, start + size)
             if warm_start is not None:
                 warm_start.at(None, rows[part])
-            own = None if references is None else references[part].to(images)
+            own = None if references is None else references[part].to(images.device)
             parts.append(self._bound(images[part], specification[part], budget[part], own, warm_start))
         if warm_start is not None:
             warm_start.at(None, rows)

@@ -10,6 +10,10 @@ METHODS: dict[str, str] = {
     "vanilla": "the L1 ball in the flow domain (framework paper, Theorem 3)",
     "fine-tuned": "the flows of the L1 ball that lead to images, R + A delta >= 0 (Theorem 6)",
 }
+LINEAR_METHODS: dict[str, str] = {
+    "linear": "affine networks: the exact radius, without a solver (Lemma 8 by design fact F4)",
+    "linear-lp": "affine networks: the exact radius by linear programs (Lemma 8)",
+}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def search_radius(
     tolerance: float = RELATIVE_TOLERANCE,
     batch_size: int = 100,
     progress: Callable[[int], None] | None = None,
+    references: Tensor | None = None,
 ) -> list[Certificate]:
     """The largest certified radius of each image, to ``tolerance`` relative.
 
@@ -44,6 +45,8 @@ def search_radius(
     Args:
         images: (B, C, H, W), in any number; they are taken ``batch_size`` at a time.
         progress: called with the number of images that each batch has finished.
+        references: R for each image, (B, C, H, W), for a certifier with ``domain="flow"``; see
+            :mod:`flowverify.certify.references`.
 
     Raises:
         InvalidInputError: as :meth:`Certifier.check`, or a tolerance outside (0, 1).
@@ -56,7 +59,8 @@ def search_radius(
     result: list[Certificate] = []
     for start in range(0, images.shape[0], batch_size):
         part = slice(start, start + batch_size)
-        found = _search_batch(certifier, images[part], labels[part], ground, tolerance)
+        own = None if references is None else references[part]
+        found = _search_batch(certifier, images[part], labels[part], ground, tolerance, own)
         result.extend(found)
         if progress is not None:
             progress(len(found))
@@ -85,13 +89,14 @@ def certified_radius(
 
 
 def _search_batch(
-    certifier: Certifier, images: Tensor, labels: Tensor, ground: str, tolerance: float
+    certifier: Certifier, images: Tensor, labels: Tensor, ground: str, tolerance: float, references: Tensor | None
 ) -> list[Certificate]:
     begin = time.perf_counter()
     predictions, correct = certifier.clean(images, labels)
     chosen = correct.nonzero().flatten()
     count = chosen.numel()
     own_images, own_labels = images[chosen], labels[chosen]
+    own_references = None if references is None else references[chosen]
     limit = float(certifier.network.grid.diameter)
 
     def margins(dtype: torch.dtype, method: str, warm_start: WarmStart | None) -> MarginFunction:
@@ -99,7 +104,13 @@ def _search_batch(
             if warm_start is not None:
                 warm_start.at(None, index)
             return certifier.margins(
-                own_images[index], own_labels[index], radius, dtype=dtype, method=method, warm_start=warm_start
+                own_images[index],
+                own_labels[index],
+                radius,
+                dtype=dtype,
+                method=method,
+                warm_start=warm_start,
+                references=None if own_references is None else own_references[index],
             ).cpu()
 
         return evaluate
@@ -109,7 +120,7 @@ def _search_batch(
     if count:
         zero = torch.zeros(count, dtype=torch.float64)
         with torch.no_grad():
-            logits = certifier.engine(torch.float64).network(own_images.double())
+            logits = certifier.precise(own_images.double())
         other = logits.scatter(1, own_labels[:, None], -torch.inf).amax(1)
         margin = (logits.gather(1, own_labels[:, None]).squeeze(1) - other).cpu()
         clean = margin.clone()

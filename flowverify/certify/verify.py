@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.certify.base import BaseCertifier
 from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.certify.domain import DomainName
 from flowverify.certify.margins import MarginBounds
 from flowverify.certify.methods import check_bound, check_method
 from flowverify.errors import InvalidInputError
 from flowverify.lirpa.perturbation import WarmStart
-from flowverify.network import Network, load_network
 from flowverify.threat import WassersteinBall, check_images
 
 DUALITY_GAP = 1e-6  # relative; what it costs in radius is far below the tolerance of any search
 ROUNDING = 1e-11  # float64 bounds are lowered by this fraction of the network's largest value at the image
 
 
-class Certifier:
+class Certifier(BaseCertifier):
     """One network, one method, one bound.
 
     Float32 is for searching; only what holds in float64, with an allowance for rounding, is certified. The
@@ -50,11 +50,15 @@ class Certifier:
         input_shape: tuple[int, int, int] | None = None,
         domain: DomainName = "auto",
     ) -> None:
-        self.method, self.bound = check_method(method), bound
+        check_method(method)
         check_bound(bound)
-        self.network: Network = load_network(model, input_shape)
+        super().__init__(model, method, bound, input_shape)
         self._domain: DomainName = domain
         self._engines: dict[tuple[str, torch.dtype], MarginBounds] = {}
+
+    def prepare(self) -> None:
+        for dtype in (torch.float32, torch.float64):
+            self.engine(dtype)
 
     def engine(self, dtype: torch.dtype, method: str | None = None) -> MarginBounds:
         """The bounding engine of this precision, built on first use."""
@@ -65,40 +69,6 @@ class Certifier:
             )
         return self._engines[key]
 
-    def check(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as a valid batch, and labels as int64 of its length.
-
-        Raises:
-            InvalidInputError: wrong shape, a pixel that is negative or not finite, mass 0, a label that is
-                not a class of the network.
-        """
-        device = next((parameter.device for parameter in self.network.parameters()), images.device)
-        images = check_images(images, self.network.grid).to(device)
-        labels = torch.as_tensor(labels, device=device).reshape(-1)
-        if labels.is_floating_point() or labels.shape[0] != images.shape[0]:
-            raise InvalidInputError(
-                f"labels of type {labels.dtype} and length {labels.shape[0]}: expected {images.shape[0]} integers"
-            )
-        classes = self.network.num_classes
-        wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
-        if wrong.numel():
-            at = int(wrong[0])
-            raise InvalidInputError(
-                f"label {int(labels[at])} (image {at}): expected a class of the network, 0 to {classes - 1}"
-            )
-        return images, labels.to(torch.int64)
-
-    def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions, and whether each image is classified as its label in float32 and in float64 alike."""
-        engine = self.engine(torch.float64)
-        with torch.no_grad():
-            exact = engine.network(images.double())
-            rounded = self.engine(torch.float32).network(images.float())
-        predictions = exact.argmax(1)
-        best = exact.gather(1, labels[:, None]).squeeze(1)
-        others = exact.scatter(1, labels[:, None], -torch.inf).amax(1)
-        return predictions, (best > others) & (rounded.argmax(1) == labels)
-
     def margins(
         self,
         images: Tensor,
@@ -108,15 +78,19 @@ class Certifier:
         dtype: torch.dtype = torch.float64,
         method: str | None = None,
         warm_start: WarmStart | None = None,
+        references: Tensor | None = None,
     ) -> Tensor:
-        """min over t of the lower bound of f_y - f_t over balls of these l1-ground radii; (B,) float64."""
+        """min over t of the lower bound of f_y - f_t over balls of these l1-ground radii; (B,) float64.
+
+        ``references`` (B, C, H, W), of the masses of the images, are used in the flow domain only.
+        """
         budget = l1_radius.to(images.device) * images.flatten(1).double().sum(1)
         engine = self.engine(dtype, method)
-        bounds = engine.lower_bounds(images, labels, budget, warm_start=warm_start)
+        bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
         worst = bounds.double().amin(1) if bounds.shape[1] else bounds.new_full((bounds.shape[0],), torch.inf).double()
         if dtype == torch.float64:
             with torch.no_grad():
-                values = engine.network.values(images.double()).values()
+                values = self.precise.values(images.double()).values()
             worst = worst - ROUNDING * torch.stack([value.flatten(1).abs().amax(1) for value in values]).amax(0)
         # A NaN (overflowing weights) proves nothing.
         return torch.where(torch.isnan(worst), -torch.inf, worst)
@@ -129,6 +103,12 @@ class Certifier:
             vanilla = self.margins(images[undecided], labels[undecided], l1_radius[undecided], method="vanilla")
             worst[undecided] = torch.maximum(worst[undecided], vanilla)
         return worst
+
+    def search(self, images: Tensor, labels: Tensor, ground: str = "l1") -> list[Certificate]:
+        """The largest certified radii; see :func:`flowverify.certify.radius.search_radius`."""
+        from flowverify.certify.radius import search_radius
+
+        return search_radius(self, images, labels, ground)
 
     def notes(self) -> str:
         """What the engines had to do to finish, such as smaller chunks."""

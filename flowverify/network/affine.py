@@ -26,10 +26,9 @@ def affine_rows(network: Graph, node_name: str, dtype: torch.dtype = torch.float
     Raises:
         InvalidInputError: the network has no such value, or it is not affine in the input.
     """
-    if node_name not in network.affine_of_input():
-        raise InvalidInputError(
-            f"value {node_name!r}: expected one that is affine in the input: {sorted(network.affine_of_input())}"
-        )
+    known = network.affine_of_input()
+    if node_name not in known:
+        raise InvalidInputError(f"value {node_name!r}: expected one that is affine in the input: {sorted(known)}")
     part = network.before(node_name).cpu().double()
     zero = torch.zeros(1, *part.input_shape, dtype=torch.float64)
     with torch.no_grad():

@@ -68,18 +68,14 @@ def _combine(builder: Builder, first: Any, second: Any, alpha: float, beta: floa
 def _product(builder: Builder, a: Arguments, label: str) -> Value:
     first, second = a["self"], a["other"]
     if isinstance(first, Value) and isinstance(second, Value):
-        raise UnsupportedOperationError(
-            "a product of two values that both depend on the input is not supported"
-        )
+        raise UnsupportedOperationError("a product of two values that both depend on the input is not supported")
     value, factor = (first, second) if isinstance(first, Value) else (second, first)
     return builder.scale_shift(value, factor, 0.0, label)
 
 
 def _quotient(builder: Builder, a: Arguments, label: str) -> Value:
     if isinstance(a["other"], Value) or a.get("rounding_mode") is not None:
-        raise UnsupportedOperationError(
-            "division by a value that depends on the input, or rounded, is not supported"
-        )
+        raise UnsupportedOperationError("division by a value that depends on the input, or rounded, is not supported")
     return builder.divide(a["self"], a["other"], label)
 
 
@@ -97,9 +93,7 @@ def _addmm(builder: Builder, a: Arguments, label: str) -> Value:
 def _matmul(builder: Builder, a: Arguments, label: str) -> Value:
     first, second = a["self"], a["other"] if "other" in a else a["mat2"]
     if isinstance(first, Value) and isinstance(second, Value):
-        raise UnsupportedOperationError(
-            "a product of two values that both depend on the input is not supported"
-        )
+        raise UnsupportedOperationError("a product of two values that both depend on the input is not supported")
     if isinstance(second, Value):
         if first.ndim != 2:
             raise UnsupportedOperationError(f"a constant of rank {first.ndim} times a value is not supported")
@@ -263,9 +257,7 @@ def _pad(builder: Builder, a: Arguments, label: str) -> Value:
     if a.get("mode", "constant") != "constant" or (a["value"] or 0) != 0:
         raise UnsupportedOperationError("padding with anything but zeros is not supported")
     if any(amounts[4:]) or a["self"].rank < 2 or len(amounts) not in (2, 4, 6, 8):
-        raise UnsupportedOperationError(
-            f"padding by {amounts} is not supported: expected height and width only"
-        )
+        raise UnsupportedOperationError(f"padding by {amounts} is not supported: expected height and width only")
     left, right, top, bottom = (*amounts, 0, 0)[:4]
     return builder.pad(a["self"], (left, right, top, bottom), label)
 
@@ -291,7 +283,8 @@ HANDLERS: dict[str, Handler] = {
     "_native_batch_norm_legit_no_training": lambda builder, a, label: [_batch_norm(builder, a, label)],
     "dropout": _dropout, "permute": _permute, "transpose": _transpose, "slice": _slice, "select": _select,
     "index_select": _index_select, "flip": _flip, "unbind": _unbind, "split": _split, "chunk": _split,
-    "split_with_sizes": _split, "cat": _concatenate, "concat": _concatenate, "constant_pad_nd": _pad, "pad": _pad,
+    "split_with_sizes": _split, "cat": _concatenate, "concat": _concatenate,
+    "constant_pad_nd": _pad, "pad": _pad,
     "relu": _activation(lambda a: nn.ReLU()),
     "leaky_relu": _activation(lambda a: nn.LeakyReLU(float(a["negative_slope"]))),
     "sigmoid": _activation(lambda a: nn.Sigmoid()),

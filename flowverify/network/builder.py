@@ -115,9 +115,7 @@ class Builder:
         inverse = 1 / torch.as_tensor(divisor, dtype=torch.float64)
         return self.scale_shift(value, inverse, 0.0, label)
 
-    def batch_norm(
-        self, value: Value, parameters: Sequence[Tensor | None], epsilon: float, label: str
-    ) -> Value:
+    def batch_norm(self, value: Value, parameters: Sequence[Tensor | None], epsilon: float, label: str) -> Value:
         """Evaluation-mode batch normalisation over dimension 0; parameters: weight, bias, mean, variance."""
         weight, bias, mean, variance = (p if p is None else p.double() for p in parameters)
         if mean is None or variance is None:
@@ -125,9 +123,7 @@ class Builder:
         scale = (variance + epsilon).rsqrt() * (1 if weight is None else weight)
         shift = (0 if bias is None else bias) - mean * scale
         if value.rank < 1 or scale.shape != (value.shape[0],):
-            raise InvalidInputError(
-                f"batch normalisation of {tuple(scale.shape)} channels: expected {value.shape[:1]}"
-            )
+            raise InvalidInputError(f"batch normalisation of {tuple(scale.shape)} channels: expected {value.shape[:1]}")
         shape = (-1,) + (1,) * (value.rank - 1)
         return self.scale_shift(value, scale.reshape(shape), shift.reshape(shape), label)
 
@@ -177,8 +173,8 @@ class Builder:
         key = ("convolution", id(weight), id(bias), stride, symmetric, dilation, groups)
         if key not in self._shared:
             module = nn.Conv2d(
-                value.shape[0], weight.shape[0], (weight.shape[2], weight.shape[3]), stride, symmetric, dilation,
-                groups, bias is not None,
+                value.shape[0], weight.shape[0], (weight.shape[2], weight.shape[3]), stride, symmetric,
+                dilation, groups, bias is not None,
             )  # fmt: skip
             self._shared[key] = (self._fill(module, weight, bias), weight, bias)
         return self.add(self._shared[key][0], [value], label)
@@ -272,9 +268,7 @@ class Builder:
             if positions == range(size):
                 return value
             forward = positions.step > 0
-            selection = (
-                slice(positions.start, positions.stop, positions.step) if forward else tuple(positions)
-            )
+            selection = slice(positions.start, positions.stop, positions.step) if forward else tuple(positions)
             if not positions:
                 raise UnsupportedOperationError(f"an empty slice of dimension {dim} (size {size})")
         elif isinstance(selection, int):

@@ -109,9 +109,7 @@ def _grow(
     downward = nn.functional.pad(kernel, (1, 0, 0, 1)) - nn.functional.pad(kernel, (1, 0, 1, 0))
     grown = torch.cat([rightward, downward], dim=1)
     padding_rows, head_rows, tail_rows = _centre(input_shape[1], kernel.shape[2], top, bottom, stride[0])
-    padding_columns, head_columns, tail_columns = _centre(
-        input_shape[2], kernel.shape[3], left, right, stride[1]
-    )
+    padding_columns, head_columns, tail_columns = _centre(input_shape[2], kernel.shape[3], left, right, stride[1])
     grown = nn.functional.pad(grown, (head_columns, tail_columns, head_rows, tail_rows))
     convolution = nn.Conv2d(
         grown.shape[1], grown.shape[0], (grown.shape[2], grown.shape[3]), stride,

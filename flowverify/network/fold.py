@@ -181,9 +181,7 @@ def fold(network: Network, structure: Literal["auto", "dense", "convolution"] = 
     convolution = flow_convolution(chain, network.input_shape)
     if isinstance(convolution, str):
         if structure == "convolution":
-            raise FoldError(
-                f"the network does not start with a convolution that can be folded: {convolution}"
-            )
+            raise FoldError(f"the network does not start with a convolution that can be folded: {convolution}")
         return FoldedNetwork(network, chain, None)
     dense = math.prod(chain[-1].shape) * network.grid.edges
     if structure == "auto" and dense <= convolution.multiplications:
@@ -203,9 +201,7 @@ def _affine_chain(network: Network) -> list[Node]:
             reason = f"meets other values in {readers[0].name!r} ({operation_name(readers[0].operation)})"
         if reason:
             if not any(isinstance(node.operation, WEIGHTED) for node in chain):
-                raise FoldError(
-                    f"cannot fold the flow: value {name!r} {reason} before the first Linear or Conv2d"
-                )
+                raise FoldError(f"cannot fold the flow: value {name!r} {reason} before the first Linear or Conv2d")
             break
         if not is_affine(readers[0].operation):
             break
@@ -214,7 +210,7 @@ def _affine_chain(network: Network) -> list[Node]:
     if not chain:
         first = network.nodes[0]
         raise FoldError(
-            f"cannot fold the flow: the first operation, {first.name!r} ({operation_name(first.operation)}), is "
-            "not affine"
+            f"cannot fold the flow: the first operation, {first.name!r} ({operation_name(first.operation)}), "
+            "is not affine"
         )
     return chain

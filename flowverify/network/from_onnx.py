@@ -23,8 +23,8 @@ from flowverify.network.operations import first_line
 _OLDEST, _NEWEST = 7, 25
 _CONSTANT_FIRST = ("Add", "Sub", "Mul", "MatMul", "Sum")
 _FOLDABLE = (
-    "Add", "Sub", "Mul", "Div", "Neg", "Gather", "Concat", "Slice", "Reshape", "Transpose", "Squeeze", "Unsqueeze",
-    "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand",
+    "Add", "Sub", "Mul", "Div", "Neg", "Gather", "Concat", "Slice", "Reshape", "Transpose", "Squeeze",
+    "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand",
 )  # fmt: skip
 _LARGEST_CONSTANT = 1 << 28
 
@@ -61,9 +61,7 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Net
     except _InputShapeError as error:
         raise InvalidInputError(f"model file {str(path)!r}: {error}") from None
     except Exception as error:  # so can a file that is valid ONNX
-        raise ModelFileError(
-            f"model file {str(path)!r} is not a valid network: {first_line(error)}"
-        ) from error
+        raise ModelFileError(f"model file {str(path)!r} is not a valid network: {first_line(error)}") from error
 
 
 class _InputShapeError(InvalidInputError):
@@ -75,9 +73,7 @@ def _input_shape(graph: onnx.GraphProto, given: Sequence[int] | None) -> tuple[t
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [entry for entry in graph.input if entry.name not in stored]
     if len(inputs) != 1 or len(graph.output) != 1:
-        raise UnsupportedOperationError(
-            f"{len(inputs)} inputs and {len(graph.output)} outputs: expected one of each"
-        )
+        raise UnsupportedOperationError(f"{len(inputs)} inputs and {len(graph.output)} outputs: expected one of each")
     kind = inputs[0].type.tensor_type
     sizes = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
     text = f"input {inputs[0].name!r} of shape {['free' if size < 1 else size for size in sizes]}"
@@ -87,9 +83,7 @@ def _input_shape(graph: onnx.GraphProto, given: Sequence[int] | None) -> tuple[t
         raise UnsupportedOperationError(f"{text}: expected (N, C, H, W) or (N, pixels) with N free or 1")
     if given is None:
         if len(sizes) == 2:
-            raise _InputShapeError(
-                f"{text}: expected input_shape=(channels, height, width) to be given with it"
-            )
+            raise _InputShapeError(f"{text}: expected input_shape=(channels, height, width) to be given with it")
         if min(sizes[1:]) < 1:
             raise _InputShapeError(f"{text}: expected input_shape= to be given for the free sizes")
         return tuple(sizes[1:]), False
@@ -105,9 +99,7 @@ class _Reader:
 
     def __init__(self, model: onnx.ModelProto, shape: Sequence[int], vector: bool) -> None:
         self.graph = model.graph
-        self.opset = next(
-            (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0
-        )
+        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
         self.known: dict[str, Any] = {"": None}
@@ -118,9 +110,7 @@ class _Reader:
         double |= any(value is not None and value.dtype == torch.float64 for value in self.known.values())
         self.builder = Builder(shape, torch.float64 if double else torch.float32)
         value = self.builder.input
-        self.known[entry.name] = (
-            self.builder.reshape(value, (int(np.prod(shape)),), "pixels") if vector else value
-        )
+        self.known[entry.name] = self.builder.reshape(value, (int(np.prod(shape)),), "pixels") if vector else value
 
     def network(self) -> Network:
         for node in self.graph.node:
@@ -132,9 +122,8 @@ class _Reader:
                 self.known[name] = result
             missing = [name for name in node.output[len(results) :] if name]
             if any(name in self._needed() for name in missing):
-                raise UnsupportedOperationError(
-                    f"operator {node.op_type} (node {self._label(node)!r}): output {missing[0]!r} is not supported"
-                )
+                where = f"operator {node.op_type} (node {self._label(node)!r})"
+                raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
         output = self.known[self.graph.output[0].name]
         if not isinstance(output, Value):
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
@@ -206,14 +195,8 @@ def _entries(operator: str, arrays: list[Any]) -> float:
 
 def _tensor(array: Any) -> Tensor:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.dtype == np.float16:
-        raise UnsupportedOperationError(
-            f"a constant of type {getattr(array, 'dtype', type(array))} is not supported"
-        )
-    kept = (
-        array.astype(np.int64)
-        if array.dtype.kind == "u"
-        else np.array(array, dtype=array.dtype.newbyteorder("="))
-    )
+        raise UnsupportedOperationError(f"a constant of type {getattr(array, 'dtype', type(array))} is not supported")
+    kept = array.astype(np.int64) if array.dtype.kind == "u" else np.array(array, dtype=array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(kept).reshape(array.shape))
 
 
@@ -231,6 +214,4 @@ def _constant(attributes: dict[str, Any]) -> Tensor:
 
 def _shape(value: Any, attributes: dict[str, int]) -> Tensor:
     shape = [1, *value.shape] if isinstance(value, Value) else list(value.shape)
-    return torch.tensor(
-        shape[attributes.get("start", 0) : attributes.get("end", len(shape))], dtype=torch.int64
-    )
+    return torch.tensor(shape[attributes.get("start", 0) : attributes.get("end", len(shape))], dtype=torch.int64)

@@ -99,15 +99,9 @@ def _from_layer(builder: Builder, layer: nn.Module, value: Value, label: str) ->
             return builder.linear(value, layer.weight, layer.bias, label)
         case nn.Conv2d():
             if layer.padding_mode != "zeros":
-                raise UnsupportedOperationError(
-                    f"Conv2d with padding_mode={layer.padding_mode!r} is not supported"
-                )
-            arguments = {
-                key: getattr(layer, key) for key in ("weight", "bias", "stride", "dilation", "groups")
-            }
-            return _value(
-                HANDLERS["conv2d"](builder, arguments | {"input": value, "padding": layer.padding}, label)
-            )
+                raise UnsupportedOperationError(f"Conv2d with padding_mode={layer.padding_mode!r} is not supported")
+            arguments = {key: getattr(layer, key) for key in ("weight", "bias", "stride", "dilation", "groups")}
+            return _value(HANDLERS["conv2d"](builder, arguments | {"input": value, "padding": layer.padding}, label))
         case nn.AvgPool2d() | nn.MaxPool2d():
             if getattr(layer, "return_indices", False):
                 raise UnsupportedOperationError("MaxPool2d with return_indices is not supported")
@@ -134,9 +128,7 @@ def _from_layer(builder: Builder, layer: nn.Module, value: Value, label: str) ->
 
 def _value(result: Any) -> Value:
     if not isinstance(result, Value):
-        raise UnsupportedOperationError(
-            "an operation with a constant or with several results is not supported here"
-        )
+        raise UnsupportedOperationError("an operation with a constant or with several results is not supported here")
     return result
 
 
@@ -154,9 +146,7 @@ def _from_export(module: nn.Module, input_shape: Sequence[int], dtype: torch.dty
 class _Lowering:
     """Walks through an exported program; every tensor's batch dimension must come first and stay whole."""
 
-    def __init__(
-        self, program: torch.export.ExportedProgram, shape: Sequence[int], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.program = program
         self.builder = Builder(shape, dtype)
         self.known: dict[fx.Node, Any] = {}
@@ -255,9 +245,7 @@ class _Lowering:
         """Whether the batch is dimension 0; it must not be anywhere else."""
         symbolic = [isinstance(size, torch.SymInt) for size in traced.shape]
         if any(symbolic[1:]) or (symbolic and symbolic[0] and str(traced.shape[0]) != self.batch):
-            raise UnsupportedOperationError(
-                "an operation that mixes or moves the batch dimension is not supported"
-            )
+            raise UnsupportedOperationError("an operation that mixes or moves the batch dimension is not supported")
         return bool(symbolic and symbolic[0])
 
 
@@ -282,14 +270,8 @@ def _compare(module: nn.Module, network: Network) -> None:
         with torch.no_grad():
             expected = module(images)
     except Exception as error:  # the caller's code may raise anything
-        raise UnsupportedOperationError(
-            f"{_title(module)} fails on a batch of 3: {first_line(error)}"
-        ) from error
+        raise UnsupportedOperationError(f"{_title(module)} fails on a batch of 3: {first_line(error)}") from error
     found = network(images)
     close = isinstance(expected, Tensor) and expected.shape == found.shape and expected.dtype == found.dtype
-    if not close or not torch.allclose(
-        found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()) + 1e-6
-    ):
-        raise UnsupportedOperationError(
-            f"{_title(module)}: its converted form does not compute the same output"
-        )
+    if not close or not torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()) + 1e-6):
+        raise UnsupportedOperationError(f"{_title(module)}: its converted form does not compute the same output")

@@ -100,9 +100,7 @@ class Graph(nn.Module):
         for name, value in together.items():
             separate = torch.cat([values[name] for values in alone])
             scale = float(value.abs().max())
-            if separate.shape != value.shape or not torch.allclose(
-                separate, value, rtol=0, atol=1e-4 * scale + 1e-30
-            ):
+            if separate.shape != value.shape or not torch.allclose(separate, value, rtol=0, atol=1e-4 * scale + 1e-30):
                 raise InvalidInputError(
                     f"node {name!r}: the value of a sample depends on the rest of its batch, expected "
                     "dimension 0 to be the batch only"
@@ -207,8 +205,7 @@ class Graph(nn.Module):
         done = self._ancestors(name)
         rest = [node for node in self.nodes if node.name not in done]
         renamed = [
-            replace(node, inputs=tuple(INPUT if read == name else read for read in node.inputs))
-            for node in rest
+            replace(node, inputs=tuple(INPUT if read == name else read for read in node.inputs)) for node in rest
         ]
         if any(read in done and read != name for node in rest for read in node.inputs):
             raise InvalidInputError(f"value {name!r}: expected one that the output depends on alone")
@@ -238,8 +235,7 @@ class Network(Graph):
         super().__init__(input_shape, nodes)
         if len(self.output_shape) != 1:
             raise InvalidInputError(
-                f"network output of shape (batch, {', '.join(map(str, self.output_shape))}): expected "
-                "(batch, classes)"
+                f"network output of shape (batch, {', '.join(map(str, self.output_shape))}): expected (batch, classes)"
             )
 
     @classmethod

@@ -13,9 +13,7 @@ from flowverify.network.from_torch import from_torch
 from flowverify.network.graph import Network
 
 
-def load_network(
-    source: str | Path | nn.Module | Network, input_shape: Sequence[int] | None = None
-) -> Network:
+def load_network(source: str | Path | nn.Module | Network, input_shape: Sequence[int] | None = None) -> Network:
     """The canonical form of an ONNX file, a ``torch.nn.Module`` or a network that is canonical already.
 
     Args:
@@ -38,6 +36,4 @@ def load_network(
         return from_torch(source, input_shape)
     if isinstance(source, str | Path):
         return read_onnx(source, input_shape)
-    raise InvalidInputError(
-        f"network of type {type(source).__name__}: expected a path, a module or a Network"
-    )
+    raise InvalidInputError(f"network of type {type(source).__name__}: expected a path, a module or a Network")

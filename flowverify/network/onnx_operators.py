@@ -1,8 +1,8 @@
 """What each ONNX operator becomes: the table behind :mod:`from_onnx`.
 
 Everything is evaluated for a batch of one: an argument is a :class:`Value` (depends on the input; shapes
-without the batch) or a constant tensor, whose batch dimension, where it has one, has size 1. An attribute that
-a handler does not take is refused by the reader.
+without the batch) or a constant tensor, whose batch dimension, where it has one, has size 1. An attribute
+that a handler does not take is refused by the reader.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def _gemm(builder: Builder, inputs: list[Any], attributes: Attributes, label: st
     if attributes.pop("transA", 0) or not isinstance(value, Value):
         raise UnsupportedOperationError("Gemm that transposes the batch, or of a constant, is not supported")
     if isinstance(weight, Value) or isinstance(bias, Value) or weight.ndim != 2:
-        raise UnsupportedOperationError(
-            "Gemm with a weight or bias that depends on the input is not supported"
-        )
+        raise UnsupportedOperationError("Gemm with a weight or bias that depends on the input is not supported")
     matrix = weight if attributes.pop("transB", 0) else weight.t()
     scaled = None if bias is None else (bias if beta == 1 else bias * beta)
     if scaled is not None and scaled.ndim == 2 and scaled.shape[0] == 1:
@@ -90,9 +88,7 @@ def _negate(builder: Builder, inputs: list[Any], attributes: Attributes, label: 
 def _total(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     result = inputs[0]
     for other in inputs[1:]:
-        result = (
-            _add(builder, [result, other], attributes, label) if depends(result, other) else result + other
-        )
+        result = _add(builder, [result, other], attributes, label) if depends(result, other) else result + other
     return result  # type: ignore[no-any-return]
 
 
@@ -110,9 +106,7 @@ def _window(value: Value, attributes: Attributes, kernel: Pair) -> tuple[Pair, S
         for axis in (0, 1):
             size = value.shape[axis + 1]
             outputs = math.ceil(size / stride[axis])
-            totals.append(
-                max(0, (outputs - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1 - size)
-            )
+            totals.append(max(0, (outputs - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1 - size))
         small, large = [total // 2 for total in totals], [total - total // 2 for total in totals]
         first, last = (small, large) if automatic == "SAME_UPPER" else (large, small)
         sides = (first[1], last[1], first[0], last[0])
@@ -150,9 +144,7 @@ def _average_pool(builder: Builder, inputs: list[Any], attributes: Attributes, l
     if dilation != (1, 1):
         raise UnsupportedOperationError("average pooling with dilation is not supported")
     ceil, count = bool(attributes.pop("ceil_mode", 0)), bool(attributes.pop("count_include_pad", 0))
-    return builder.average_pool(
-        inputs[0], kernel, label, stride=stride, padding=sides, ceil=ceil, count_padding=count
-    )
+    return builder.average_pool(inputs[0], kernel, label, stride=stride, padding=sides, ceil=ceil, count_padding=count)
 
 
 def _max_pool(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
@@ -160,9 +152,7 @@ def _max_pool(builder: Builder, inputs: list[Any], attributes: Attributes, label
     stride, sides, dilation = _window(inputs[0], attributes, kernel)
     attributes.pop("storage_order", 0)
     ceil = bool(attributes.pop("ceil_mode", 0))
-    return builder.max_pool(
-        inputs[0], kernel, label, stride=stride, padding=sides, dilation=dilation, ceil=ceil
-    )
+    return builder.max_pool(inputs[0], kernel, label, stride=stride, padding=sides, dilation=dilation, ceil=ceil)
 
 
 def _global_average_pool(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:

@@ -96,9 +96,7 @@ def _transpose(builder: Builder, inputs: list[Any], attributes: Attributes, labe
     value: Value = inputs[0]
     order = attributes.pop("perm", list(range(value.rank, -1, -1)))
     if sorted(order) != list(range(value.rank + 1)) or order[0] != 0:
-        raise UnsupportedOperationError(
-            f"Transpose with perm={order} is not supported: expected the batch first"
-        )
+        raise UnsupportedOperationError(f"Transpose with perm={order} is not supported: expected the batch first")
     return builder.permute(value, [axis - 1 for axis in order[1:]], label)
 
 
@@ -138,9 +136,7 @@ def _split(builder: Builder, inputs: list[Any], attributes: Attributes, label: s
     dim = sample_dim(attributes.pop("axis", 0), value)
     sizes = listed(inputs, 1, attributes, "split")
     if sizes is None or sum(sizes) != value.shape[dim]:
-        raise UnsupportedOperationError(
-            f"Split is supported with sizes that add up to {value.shape[dim]} only"
-        )
+        raise UnsupportedOperationError(f"Split is supported with sizes that add up to {value.shape[dim]} only")
     parts, start = [], 0
     for size in sizes:
         parts.append(builder.index(value, dim, slice(start, start + size), label))

@@ -102,9 +102,7 @@ class Index(nn.Module):
         listed = not isinstance(selection, int | slice)
         self.dim = int(dim)
         self.selection: int | slice | tuple[int, ...] = (
-            tuple(int(position) for position in selection)
-            if not isinstance(selection, int | slice)
-            else selection
+            tuple(int(position) for position in selection) if not isinstance(selection, int | slice) else selection
         )
         self.register_buffer(
             "positions", torch.tensor(self.selection if listed else [], dtype=torch.int64), persistent=listed
@@ -116,9 +114,7 @@ class Index(nn.Module):
         if isinstance(self.selection, slice):
             return value[(slice(None),) * (self.dim + 1) + (self.selection,)]
         size = value.shape[self.dim + 1]
-        return value.index_select(
-            self.dim + 1, torch.where(self.positions < 0, self.positions + size, self.positions)
-        )
+        return value.index_select(self.dim + 1, torch.where(self.positions < 0, self.positions + size, self.positions))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, selection={self.selection}"

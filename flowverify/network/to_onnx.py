@@ -55,9 +55,7 @@ def write_onnx(network: Graph, path: str | Path) -> None:
     except OSError as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        raise ModelFileError(
-            f"model file {str(path)!r} cannot be written: {error.strerror or error}"
-        ) from error
+        raise ModelFileError(f"model file {str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 def onnx_model(network: Graph) -> onnx.ModelProto:
@@ -86,7 +84,7 @@ def onnx_model(network: Graph) -> onnx.ModelProto:
 
 
 class _Writer:
-    """Collects ONNX nodes and constants; the value of node ``n`` is called ``v_n``, the last one ``output``."""
+    """Collects ONNX nodes and constants; node ``n`` has the value ``v_n``, the last one ``output``."""
 
     def __init__(self, network: Graph) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -100,9 +98,7 @@ class _Writer:
         _EMITTERS[type(node.operation)](self, node, inputs, self.names[node.name])
 
     def emit(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(
-            onnx.helper.make_node(kind, list(inputs), [output], name=f"n_{output}", **attributes)
-        )
+        self.nodes.append(onnx.helper.make_node(kind, list(inputs), [output], name=f"n_{output}", **attributes))
         return output
 
     def floats(self, node: Node, label: str, tensor: Tensor) -> str:
@@ -161,9 +157,7 @@ def _pool(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
         "pads": _pair(operation.padding) * 2,
     }
     if isinstance(operation, nn.AvgPool2d):
-        writer.emit(
-            "AveragePool", inputs, output, count_include_pad=int(operation.count_include_pad), **attributes
-        )
+        writer.emit("AveragePool", inputs, output, count_include_pad=int(operation.count_include_pad), **attributes)
     else:
         writer.emit("MaxPool", inputs, output, dilations=_pair(operation.dilation), **attributes)
 
@@ -215,9 +209,7 @@ def _add(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
 
 
 def _plain(kind: str, attributes: Callable[[Any], dict[str, Any]] = lambda operation: {}) -> Emitter:
-    return lambda writer, node, inputs, output: writer.emit(
-        kind, inputs, output, **attributes(node.operation)
-    )
+    return lambda writer, node, inputs, output: writer.emit(kind, inputs, output, **attributes(node.operation))
 
 
 _EMITTERS: dict[type[nn.Module], Emitter] = {

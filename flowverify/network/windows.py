@@ -26,9 +26,7 @@ def check_window(stride: Pair, padding: Sides, dilation: Pair, kernel: Pair = (1
         raise UnsupportedOperationError(f"padding {padding} is not supported: expected 0..{LARGEST}")
 
 
-def check_ceil(
-    shape: Sequence[int], kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool
-) -> None:
+def check_ceil(shape: Sequence[int], kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool) -> None:
     """Rounding the output size up is accepted where it is the same as rounding down."""
     if not ceil or len(shape) != 3:
         return

@@ -60,7 +60,7 @@ def _scan(value: Array, steps: Array, price: Array, lines: int, count: int) -> N
 
 
 @numba.njit(nogil=True, cache=True)
-def _load(coefficients: Array, first: int, used: int, base: Array, shape: tuple[int, int, int]) -> None:
+def load(coefficients: Array, first: int, used: int, base: Array, shape: tuple[int, int, int]) -> None:
     """(problem, channel, row, column) -> (channel, column, row, lane); idle lanes repeat the first one."""
     channels, height, width = shape
     for channel in range(channels):
@@ -74,7 +74,7 @@ def _load(coefficients: Array, first: int, used: int, base: Array, shape: tuple[
 
 
 @numba.njit(nogil=True, cache=True)
-def _lipschitz(base: Array, shape: tuple[int, int, int], result: Array) -> None:
+def lipschitz_constants(base: Array, shape: tuple[int, int, int], result: Array) -> None:
     channels, height, width = shape
     result[:] = 0
     for channel in range(channels):
@@ -90,7 +90,7 @@ def _lipschitz(base: Array, shape: tuple[int, int, int], result: Array) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _evaluate(
+def evaluate(
     base: Array, multiplier: Array, shape: tuple[int, int, int], columns: Array,
     holders: Array, mass: Array, buffers: tuple[Array, ...], gain: Array, cost: Array,
 ) -> None:  # fmt: skip
@@ -171,8 +171,8 @@ def solve_problems(
     done = np.empty(LANES, np.bool_)
     for start in range(first, last, LANES):
         used = min(LANES, last - start)
-        _load(coefficients, start, used, base, shape)
-        _lipschitz(base, shape, lipschitz)
+        load(coefficients, start, used, base, shape)
+        lipschitz_constants(base, shape, lipschitz)
         for lane in range(LANES):
             limit = np.float64(lipschitz[lane])
             best[lane], best_at[lane] = limit * budget, limit
@@ -193,7 +193,7 @@ def solve_problems(
                         pending = True
             if not pending:
                 break
-            _evaluate(base, trial, shape, columns, holders, holder_mass, buffers, gain, cost)
+            evaluate(base, trial, shape, columns, holders, holder_mass, buffers, gain, cost)
             for lane in range(LANES):
                 if done[lane]:
                     continue
@@ -266,7 +266,7 @@ def _move(
 
 @numba.njit(nogil=True, cache=True)
 def maximise_problems(
-    coefficients: Array, mass: Array, budget: float, brackets: Array, shape: tuple[int, int, int],
+    coefficients: Array, mass: Array, budgets: Array, brackets: Array, shape: tuple[int, int, int],
     first: int, last: int, maximisers: Array,
 ) -> None:  # fmt: skip
     """Writes nu*: the mix of the two sides of the bracket that spends exactly the budget."""
@@ -274,7 +274,7 @@ def maximise_problems(
     far = np.empty(pixels, maximisers.dtype)
     near = np.empty(pixels, maximisers.dtype)
     for problem in range(first, last):
-        low, high = brackets[problem, 0], brackets[problem, 1]
+        low, high, budget = brackets[problem, 0], brackets[problem, 1], budgets[problem]
         near_cost = _move(coefficients[problem], mass, high, shape, near)
         if near_cost > budget:
             near[:] = mass

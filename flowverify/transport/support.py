@@ -13,27 +13,23 @@ two sides so that the cost is exactly eps gives a primal solution, so that the s
 duality gap. The same duality is that of Wasserstein distributionally robust optimisation (Gao & Kleywegt
 2016; Blanchet & Murthy 2019).
 
-Two implementations give the same numbers: a compiled kernel on CPU, and torch on any device.
+Two implementations give the same numbers: a compiled kernel on the CPU
+(:mod:`flowverify.transport.compiled`), and torch on any device (:mod:`flowverify.transport.search`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowverify.errors import InvalidInputError
-from flowverify.transport.dilation import dilate, lipschitz_constant
+from flowverify.transport import compiled, search
+from flowverify.transport.dilation import dilate
 
 Backend = Literal["auto", "compiled", "torch"]
-
-MAX_STEPS = 64
-TORCH_CHUNK = 1 << 24  # pixels of coefficients in one torch pass
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,8 @@ def support(
     Raises:
         InvalidInputError: shapes that do not fit, a negative or non-finite budget.
     """
-    _check(coefficients, images, budget)
+    check_problems(coefficients, images)
+    _check_budget(budget, images.shape[0])
     dtype = torch.promote_types(coefficients.dtype, images.dtype)
     coefficients, images = coefficients.detach().to(dtype), images.detach().to(dtype)
     budget = budget.detach().double()
@@ -84,9 +81,9 @@ def support(
     if guess is None:
         guess = torch.zeros(images.shape[0], problems, dtype=torch.float64)
     guess = guess.detach().double()
-    compiled = backend == "compiled" or (backend == "auto" and images.device.type == "cpu")
-    solve = _solve_compiled if compiled and dtype in (torch.float32, torch.float64) else _solve_torch
-    return solve(coefficients, images, budget, guess, tolerance, maximiser)
+    solve = compiled.solve if use_compiled(backend, images) else search.solve
+    excess, multiplier, moved = solve(coefficients, images, budget, guess, tolerance, maximiser)
+    return Support(excess, multiplier, moved)
 
 
 def support_value(
@@ -101,7 +98,14 @@ def support_value(
     return value
 
 
-def _check(coefficients: Tensor, images: Tensor, budget: Tensor) -> None:
+def use_compiled(backend: Backend, images: Tensor) -> bool:
+    """Whether the compiled kernel takes these images: on the CPU, in float32 or float64, unless told not to."""
+    possible = images.device.type == "cpu" and images.dtype in (torch.float32, torch.float64)
+    return possible and backend != "torch"
+
+
+def check_problems(coefficients: Tensor, images: Tensor) -> None:
+    """Raises InvalidInputError unless coefficients and images fit each other; shapes as in :func:`support`."""
     if images.ndim != 4:
         raise InvalidInputError(f"images of shape {tuple(images.shape)}: expected (B, C, H, W)")
     batch = images.shape[0]
@@ -111,6 +115,9 @@ def _check(coefficients: Tensor, images: Tensor, budget: Tensor) -> None:
             f"coefficients of shape {tuple(coefficients.shape)}: expected ({batch}, S, *{tuple(images.shape[-3:])}) "
             f"or (S, *{tuple(images.shape[-3:])})"
         )
+
+
+def _check_budget(budget: Tensor, batch: int) -> None:
     if budget.shape != (batch,):
         raise InvalidInputError(f"budget of shape {tuple(budget.shape)}: expected ({batch},)")
     if not bool((torch.isfinite(budget) & (budget >= 0)).all()):
@@ -150,160 +157,3 @@ class _SupportFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             for_budget = (gradient * multiplier).sum(1)
         return for_coefficients, for_images, for_budget, None, None
-
-
-def _solve_compiled(
-    coefficients: Tensor, images: Tensor, budget: Tensor, guess: Tensor, tolerance: float, maximiser: bool
-) -> Support:
-    from flowverify.transport import scan_kernel
-
-    shared = coefficients.ndim == 4
-    problems = coefficients.shape[-4]
-    shape = tuple(images.shape[1:])
-    rows = coefficients.contiguous().reshape(-1, problems, images[0].numel()).numpy()
-    mass = images.contiguous().reshape(images.shape[0], -1).numpy()
-    budgets = budget.numpy()
-    guesses = guess.contiguous().numpy()
-    excess = np.empty(guesses.shape)
-    multipliers = np.empty(guesses.shape)
-    brackets = np.empty((*guesses.shape, 2))
-    maximisers = np.empty((*guesses.shape, mass.shape[1]), mass.dtype) if maximiser else None
-    jobs: list[Callable[[], None]] = []
-    workers = torch.get_num_threads()
-    chunk = _chunk_size(problems, images.shape[0], workers, scan_kernel.LANES)
-    for index in range(images.shape[0]):
-        own = rows[0 if shared else index]
-        columns, holders, held = _mass_layout(mass[index].reshape(shape))
-
-        def job(first: int, index: int = index, own: Any = own, layout: Any = (columns, holders, held)) -> None:
-            last = min(first + chunk, problems)
-            scan_kernel.solve_problems(
-                own, mass[index], *layout, budgets[index], guesses[index], tolerance, shape, first, last,
-                excess[index], multipliers[index], brackets[index],
-            )  # fmt: skip
-            if maximisers is not None:
-                scan_kernel.maximise_problems(
-                    own, mass[index], budgets[index], brackets[index], shape, first, last, maximisers[index]
-                )
-
-        jobs.extend(lambda first=first, job=job: job(first) for first in range(0, problems, chunk))
-    if workers > 1 and len(jobs) > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            for outcome in [pool.submit(job) for job in jobs]:
-                outcome.result()
-    else:
-        for one in jobs:
-            one()
-    return Support(
-        torch.from_numpy(excess).to(images.dtype),
-        torch.from_numpy(multipliers).to(images.dtype),
-        None if maximisers is None else torch.from_numpy(maximisers).reshape(*guesses.shape, *shape),
-    )
-
-
-def _chunk_size(problems: int, images: int, workers: int, lanes: int) -> int:
-    """Problems a job: whole vectors, and enough jobs to keep every worker busy."""
-    jobs_an_image = max(1, -(-4 * workers // images)) if workers > 1 else 1
-    return max(lanes, -(-problems // (jobs_an_image * lanes)) * lanes)
-
-
-def _mass_layout(mass: np.ndarray[Any, Any]) -> tuple[Any, Any, Any]:
-    """Columns that hold mass, and for each pixel that does its place in the kernel's two layouts."""
-    _, height, width = mass.shape
-    columns = np.flatnonzero(mass.any(axis=(0, 1)))
-    position = np.full(width, -1)
-    position[columns] = np.arange(columns.size)
-    channel, row, column = np.nonzero(mass)
-    holders = np.stack(
-        [channel, (channel * width + column) * height + row, row * columns.size + position[column]], axis=1
-    )
-    return columns, np.ascontiguousarray(holders), np.ascontiguousarray(mass[channel, row, column])
-
-
-def _solve_torch(
-    coefficients: Tensor, images: Tensor, budget: Tensor, guess: Tensor, tolerance: float, maximiser: bool
-) -> Support:
-    per_problem = images[0].numel()
-    batch, problems = images.shape[0], coefficients.shape[-4]
-    size = max(1, TORCH_CHUNK // (per_problem * problems))
-    parts = []
-    for start in range(0, batch, size):
-        chosen = slice(start, start + size)
-        own = coefficients.expand(batch, *coefficients.shape[-4:])[chosen]
-        parts.append(
-            _bracket_search(own, images[chosen], budget[chosen].to(images.device), guess[chosen], tolerance, maximiser)
-        )
-    return Support(
-        torch.cat([part.excess for part in parts]),
-        torch.cat([part.multiplier for part in parts]),
-        torch.cat([part.maximiser for part in parts]) if maximiser else None,  # type: ignore[misc]
-    )
-
-
-def _bracket_search(
-    coefficients: Tensor, images: Tensor, budget: Tensor, guess: Tensor, tolerance: float, maximiser: bool
-) -> Support:
-    mass = images[:, None]  # (B, 1, C, H, W)
-    limit = lipschitz_constant(coefficients).double()  # (B, S)
-    budget = budget[:, None].expand_as(limit)
-
-    def evaluate(multiplier: Tensor) -> tuple[Tensor, Tensor]:
-        value, distance, _ = dilate(coefficients, multiplier.to(coefficients.dtype))
-        gain = (mass * (value - coefficients)).flatten(2).double().sum(-1)
-        cost = (mass * distance).flatten(2).double().sum(-1)
-        return multiplier * budget + gain, budget - cost
-
-    high, high_value, high_slope = limit, limit * budget, budget
-    low = torch.full_like(limit, -1.0)
-    low_value, low_slope = torch.zeros_like(limit), torch.zeros_like(limit)
-    best, best_at = high_value, limit
-    done = (limit == 0) | (budget == 0)
-    guess = guess.to(limit.device)
-    for step in range(MAX_STEPS):
-        smaller = high * 0.35
-        trial = torch.where(smaller > 1e-3 * limit, smaller, 0.0)
-        if step == 0:
-            trial = torch.where((guess > 0) & (guess < high), guess, trial)
-        crossing = (low_value - low * low_slope - high_value + high * high_slope) / (high_slope - low_slope)
-        trial = torch.where(low >= 0, crossing, trial)
-        done = done | ((low >= 0) & ~((low < trial) & (trial < high)))
-        if bool(done.all()):
-            break
-        trial = torch.where(done, limit, trial)
-        value, slope = evaluate(trial)
-        better = ~done & (value < best)
-        best, best_at = torch.where(better, value, best), torch.where(better, trial, best_at)
-        below, above = ~done & (slope < 0), ~done & (slope >= 0)
-        low, low_value, low_slope = (
-            torch.where(below, new, old) for new, old in ((trial, low), (value, low_value), (slope, low_slope))
-        )
-        high, high_value, high_slope = (
-            torch.where(above, new, old) for new, old in ((trial, high), (value, high_value), (slope, high_slope))
-        )
-        done = done | (above & ((trial == 0) | (slope == 0)))
-        crossing = (low_value - low * low_slope - high_value + high * high_slope) / (high_slope - low_slope)
-        floor = low_value + (crossing - low) * low_slope
-        done = done | ((low >= 0) & (best - floor <= tolerance * best))
-    moved = _mix(coefficients, images, budget, low, high) if maximiser else None
-    return Support(best.to(images.dtype), best_at.to(images.dtype), moved)
-
-
-def _mix(coefficients: Tensor, images: Tensor, budget: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """nu*: sources moved to their argmax on either side of the bracket, mixed so as to spend the budget."""
-    near, near_cost = _move(coefficients, images, high)
-    far, far_cost = _move(coefficients, images, low.clamp(min=0))
-    stay = images[:, None].expand_as(near)
-    overspent = near_cost > budget
-    near = torch.where(overspent[..., None, None, None], stay, near)
-    near_cost = torch.where(overspent, 0.0, near_cost)
-    usable = (low >= 0) & (far_cost > near_cost)
-    share = torch.where(usable, (budget - near_cost) / (far_cost - near_cost), 0.0).clamp(0, 1)
-    share = share.to(images.dtype)[..., None, None, None]
-    return (1 - share) * near + share * far
-
-
-def _move(coefficients: Tensor, images: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    _, distance, origin = dilate(coefficients, multiplier.to(coefficients.dtype))
-    mass = images[:, None].expand_as(coefficients)
-    moved = torch.zeros_like(coefficients).flatten(-2).scatter_add(-1, origin.flatten(-2), mass.flatten(-2))
-    return moved.reshape(coefficients.shape), (mass * distance).flatten(2).double().sum(-1)

@@ -31,9 +31,7 @@ def test_rows_and_bias_are_the_affine_map(chunk_entries, monkeypatch):
     checked = 0
     for name in network.affine_of_input():
         rows, bias = affine_rows(network, name)
-        torch.testing.assert_close(
-            images.flatten(1) @ rows.T + bias, values[name].flatten(1), rtol=0, atol=1e-13
-        )
+        torch.testing.assert_close(images.flatten(1) @ rows.T + bias, values[name].flatten(1), rtol=0, atol=1e-13)
         checked += 1
     assert checked >= 6
 

@@ -44,9 +44,7 @@ def assert_folds(network, structure, tolerance):
     found = folded(encoded, folded.offset(reference))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
     baked = folded.with_reference(reference[:1])
-    torch.testing.assert_close(
-        baked(encoded), network(grid.apply(reference[:1], flow)), rtol=0, atol=tolerance * scale
-    )
+    torch.testing.assert_close(baked(encoded), network(grid.apply(reference[:1], flow)), rtol=0, atol=tolerance * scale)
     assert folded.num_classes == network.num_classes
     return folded
 
@@ -148,10 +146,13 @@ def test_dense_and_convolution_are_one_function(kernel, stride, padding, dilatio
     by_rows = fold(network, "dense").first.weight
     planes = fold(network, "convolution")
     unit_flows = torch.eye(network.grid.edges, dtype=torch.float64)
-    torch.testing.assert_close(
-        planes.first_layer(planes.encode(unit_flows)).flatten(1).T, by_rows, rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(planes.first_layer(planes.encode(unit_flows)).flatten(1).T, by_rows, rtol=0, atol=1e-13)
     torch.testing.assert_close(planes.first_layer_rows(), by_rows, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sides", [(0, 3, 0, 0), (0, 0, 1, 3), (2, 0, 0, 3)])
+def test_asymmetric_padding_before_the_convolution(sides):
+    assert_folds(cnn(CONVOLUTIONS[3] | {"padding": 0}, [Pad(sides)]), "convolution", DOUBLE)
 
 
 def test_normalisation_and_batch_norm_around_the_convolution():
@@ -207,7 +208,7 @@ def test_first_layer_rows_are_w1_times_the_incidence_matrix():
     rows, bias = affine_rows(network, network.nodes[1].name)
     torch.testing.assert_close(rows, network.nodes[1].operation.weight, rtol=0, atol=0)
     torch.testing.assert_close(bias, network.nodes[1].operation.bias, rtol=0, atol=0)
-    expected = rows @ Grid(4, 5).incidence().to_dense()
+    expected = rows @ torch.from_numpy(Grid(4, 5).incidence_scipy().toarray())
     torch.testing.assert_close(fold(network).first.weight, expected, rtol=0, atol=1e-15)
 
 
@@ -230,9 +231,7 @@ class Residual(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        return self.last(
-            (x + self.inner(torch.relu(x) if isinstance(self.stem, nn.Conv2d) else x)).flatten(1)
-        )
+        return self.last((x + self.inner(torch.relu(x) if isinstance(self.stem, nn.Conv2d) else x)).flatten(1))
 
 
 def test_fold_stops_at_a_residual_connection_after_the_first_convolution():
@@ -252,9 +251,7 @@ def test_fold_refuses_what_it_cannot_fold():
             x = x.flatten(1)
             return x + x
 
-    with pytest.raises(
-        FoldError, match=r"'\w+' meets other values in 'add\w*' \(Add\) before the first Linear"
-    ):
+    with pytest.raises(FoldError, match=r"'\w+' meets other values in 'add\w*' \(Add\) before the first Linear"):
         fold(from_torch(Twice(), (1, 2, 2)))
     with pytest.raises(FoldError, match=r"start with a convolution.*'0_Flatten' \(Flatten\) comes before"):
         fold(network_of((1, 4, 5), *mlp_parts()), "convolution")

@@ -120,12 +120,8 @@ CASES = {
     ),
     "Unsqueeze": chain("Unsqueeze", {"a": numbers(-1, 2)}),
     "Unsqueeze 11": chain("Unsqueeze", {}, 11, axes=[1]),
-    "Slice": chain(
-        "Slice", {"s": numbers(1, -1), "e": numbers(-1, -7), "a": numbers(3, 2), "t": numbers(2, -2)}
-    ),
-    "Slice reversed": chain(
-        "Slice", {"s": numbers(-1), "e": numbers(-(2**63)), "a": numbers(-1), "t": numbers(-1)}
-    ),
+    "Slice": chain("Slice", {"s": numbers(1, -1), "e": numbers(-1, -7), "a": numbers(3, 2), "t": numbers(2, -2)}),
+    "Slice reversed": chain("Slice", {"s": numbers(-1), "e": numbers(-(2**63)), "a": numbers(-1), "t": numbers(-1)}),
     "Slice 9": chain("Slice", {}, 9, starts=[1, 0], ends=[4, 2**31 - 1], axes=[2, 3]),
     "Slice default axes": chain("Slice", {"s": numbers(0, 1), "e": numbers(2**63 - 1, 2)}),
     "Gather": chain("Gather", {"i": np.array(-2, dtype=np.int64)}, axis=2),
@@ -140,13 +136,9 @@ CASES = {
     "Pad axes": chain("Pad", {"p": numbers(1, 2), "v": None, "a": numbers(-1)}, 18),
     "Pad 9": chain("Pad", {}, 9, pads=[0, 0, 1, 2, 0, 0, 3, 0], mode="constant"),
     "AveragePool": chain("AveragePool", kernel_shape=[2, 3], strides=[2, 1], pads=[1, 1, 1, 1]),
-    "AveragePool padding counted": chain(
-        "AveragePool", kernel_shape=[2, 3], pads=[1, 1, 1, 1], count_include_pad=1
-    ),
+    "AveragePool padding counted": chain("AveragePool", kernel_shape=[2, 3], pads=[1, 1, 1, 1], count_include_pad=1),
     "AveragePool asymmetric": chain("AveragePool", kernel_shape=[2, 3], pads=[1, 0, 0, 2]),
-    "AveragePool asymmetric counted": chain(
-        "AveragePool", kernel_shape=[2, 3], pads=[1, 0, 0, 2], count_include_pad=1
-    ),
+    "AveragePool asymmetric counted": chain("AveragePool", kernel_shape=[2, 3], pads=[1, 0, 0, 2], count_include_pad=1),
     "AveragePool same": chain("AveragePool", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER"),
     "GlobalAveragePool": chain("GlobalAveragePool"),
     "ReduceMean": chain("ReduceMean", axes=[2, -1], keepdims=0),
@@ -215,20 +207,14 @@ def test_double_precision_is_kept(tmp_path):
     network = read_onnx(write(tmp_path, model_of(nodes, {"w": weight})))
     assert network.dtype == torch.float64
     images = torch.randn(2, *SHAPE, dtype=torch.float64)
-    torch.testing.assert_close(
-        network(images), images.flatten(1) @ torch.from_numpy(weight), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(network(images), images.flatten(1) @ torch.from_numpy(weight), rtol=0, atol=1e-12)
 
 
 def test_vector_input(tmp_path):
-    path = write(
-        tmp_path, model_of([node("MatMul", ["x", "w"], "out")], {"w": constant(PIXELS, 3)}, ("n", PIXELS))
-    )
+    path = write(tmp_path, model_of([node("MatMul", ["x", "w"], "out")], {"w": constant(PIXELS, 3)}, ("n", PIXELS)))
     network = read_onnx(path, SHAPE)
     images = torch.randn(2, *SHAPE)
-    torch.testing.assert_close(
-        network(images), runtime(onnx.load(path), images.flatten(1)), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(network(images), runtime(onnx.load(path), images.flatten(1)), rtol=1e-5, atol=1e-5)
     with pytest.raises(
         InvalidInputError, match=r"model.onnx.*input 'x' of shape \['free', 96\]: expected input_shape="
     ):
@@ -368,9 +354,7 @@ INVALID = {
     "short data": (lambda model: setattr(model.graph.initializer[0], "raw_data", b"1234"), ""),
     "missing value": (lambda model: model.graph.initializer.pop(), ""),
     "image output": (
-        lambda model: model.graph.output[0].CopyFrom(
-            helper.make_tensor_value_info("x", 1, ["batch", *SHAPE])
-        ),
+        lambda model: model.graph.output[0].CopyFrom(helper.make_tensor_value_info("x", 1, ["batch", *SHAPE])),
         "",
     ),
 }
@@ -381,9 +365,7 @@ def test_invalid_networks(name, tmp_path):
     change, message = INVALID[name]
     model = small_model()
     change(model)
-    with pytest.raises(
-        ModelFileError, match=rf"^model file '.*model.onnx' is not (a )?valid [^\n]*{message}[^\n]*$"
-    ):
+    with pytest.raises(ModelFileError, match=rf"^model file '.*model.onnx' is not (a )?valid [^\n]*{message}[^\n]*$"):
         read_onnx(write(tmp_path, model))
 
 
@@ -402,7 +384,7 @@ def test_corrupt_files_raise_only_our_errors(tmp_path):
     data = small_model().SerializeToString()
     source = random.Random(0)
     path = tmp_path / "corrupt.onnx"
-    refused = 0
+    messages = []
     for attempt in range(400):
         if attempt % 4 == 0:
             corrupt = data[: source.randrange(len(data))]
@@ -418,10 +400,9 @@ def test_corrupt_files_raise_only_our_errors(tmp_path):
         try:
             read_onnx(path)
         except FlowverifyError as error:
-            refused += 1
-            assert "corrupt.onnx" in str(error)
-            assert "\n" not in str(error)
-    assert refused > 200
+            messages.append(str(error))
+    assert len(messages) > 200
+    assert all("corrupt.onnx" in message and "\n" not in message for message in messages)
 
 
 def test_huge_constants_are_refused(tmp_path):

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import aten, from_torch
@@ -33,9 +33,7 @@ def assert_converts(module, shape=SHAPE):
     dtype = network.dtype
     images = torch.randn(4, *shape, dtype=torch.float64).to(dtype)
     expected = module(images).detach()
-    torch.testing.assert_close(
-        network(images), expected, rtol=0, atol=1e-6 * max(1, float(expected.abs().max()))
-    )
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-6 * max(1, float(expected.abs().max())))
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     return network
 
@@ -58,9 +56,7 @@ def test_sequential_is_converted_layer_by_layer(monkeypatch):
     network = assert_converts(
         randomise(
             nn.Sequential(
-                nn.Sequential(
-                    nn.Conv2d(2, 3, 3, padding="same", bias=False), nn.BatchNorm2d(3), nn.ReLU(True)
-                ),
+                nn.Sequential(nn.Conv2d(2, 3, 3, padding="same", bias=False), nn.BatchNorm2d(3), nn.ReLU(True)),
                 nn.Conv2d(3, 4, (2, 4), padding="same", dilation=(1, 1)),
                 nn.LeakyReLU(0.2),
                 nn.AvgPool2d(2, padding=1, count_include_pad=False),
@@ -94,7 +90,7 @@ class ResidualBlock(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x):
-        return F.relu(x + self.second(F.relu_(self.norm(self.first(x)))))
+        return functional.relu(x + self.second(functional.relu_(self.norm(self.first(x)))))
 
 
 def test_residual_network():
@@ -142,10 +138,8 @@ FUNCTIONS = {
     "matmul": lambda m, x: x.reshape(x.size(0), -1) @ m.matrix,
     "matmul vector": lambda m, x: x.reshape(-1, 4, 24) @ m.matrix[:24, 0],
     "matmul left": lambda m, x: (m.matrix[:6, :5].t() @ x).flatten(1),
-    "linear on rows": lambda m, x: F.linear(x, m.matrix[:8, :].t()).flatten(1),
-    "views": lambda m, x: (
-        x.view(x.size(0), -1).unsqueeze(1).squeeze(1).view(-1, 4, 24).contiguous().flatten(1)
-    ),
+    "linear on rows": lambda m, x: functional.linear(x, m.matrix[:8, :].t()).flatten(1),
+    "views": lambda m, x: x.view(x.size(0), -1).unsqueeze(1).squeeze(1).view(-1, 4, 24).contiguous().flatten(1),
     "unflatten": lambda m, x: x.flatten(1).unflatten(1, (3, 32)).flatten(-2),
     "permute": lambda m, x: x.permute(0, 3, 1, 2).transpose(-1, 1).flatten(1),
     "slices": lambda m, x: x[:, -1, 1:-1:2, ::3].flatten(1),
@@ -155,15 +149,15 @@ FUNCTIONS = {
     "chunk": lambda m, x: x.chunk(3, dim=3)[2].flatten(1) - x.split(3, dim=3)[2].flatten(1),
     "split sizes": lambda m, x: x.split([1, 7], dim=3)[1].flatten(1),
     "index": lambda m, x: x.index_select(2, torch.tensor([3, 0])).flatten(1),
-    "average pool": lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False).flatten(1),
-    "adaptive pool": lambda m, x: F.adaptive_avg_pool2d(x, (3, 2)).flatten(1),
-    "max pool": lambda m, x: F.max_pool2d(x, 2, 1, 1).flatten(1),
-    "pool rounded up": lambda m, x: F.max_pool2d(x, 2, ceil_mode=True).flatten(1),
+    "average pool": lambda m, x: functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False).flatten(1),
+    "adaptive pool": lambda m, x: functional.adaptive_avg_pool2d(x, (3, 2)).flatten(1),
+    "max pool": lambda m, x: functional.max_pool2d(x, 2, 1, 1).flatten(1),
+    "pool rounded up": lambda m, x: functional.max_pool2d(x, 2, ceil_mode=True).flatten(1),
     "mean": lambda m, x: x.mean((2, 3)) + x.mean((-1, -2), keepdim=True).flatten(1),
-    "pad": lambda m, x: F.pad(x, (1, 0, 2, 3)).flatten(1),
+    "pad": lambda m, x: functional.pad(x, (1, 0, 2, 3)).flatten(1),
     "zeros": lambda m, x: x.flatten(1) + torch.zeros_like(x).flatten(1) + torch.zeros(x.shape[0], PIXELS),
-    "dropout": lambda m, x: F.dropout(x, 0.5, m.training).flatten(1),
-    "softened": lambda m, x: torch.sigmoid(F.leaky_relu(x, 0.3)).flatten(1),
+    "dropout": lambda m, x: functional.dropout(x, 0.5, m.training).flatten(1),
+    "softened": lambda m, x: torch.sigmoid(functional.leaky_relu(x, 0.3)).flatten(1),
     "to": lambda m, x: x.to(torch.float32).detach().flatten(1),
 }
 
@@ -179,7 +173,7 @@ REFUSED = {
         lambda m, x: torch.softmax(x.flatten(1), 1),
         r"operation softmax \(softmax\): is not supported",
     ),
-    "gelu": (lambda m, x: F.gelu(x).flatten(1), "operation gelu"),
+    "gelu": (lambda m, x: functional.gelu(x).flatten(1), "operation gelu"),
     "product": (lambda m, x: (x * x).flatten(1), r"operation mul .*both depend on the input"),
     "quotient": (lambda m, x: (1 / (x + 5)).flatten(1), r"operation (reciprocal|div)"),
     "batch size": (lambda m, x: x.flatten(1) / x.shape[0], "div.*computing with the size of the batch"),
@@ -188,16 +182,16 @@ REFUSED = {
     "batch merged": (lambda m, x: x.view(-1, 8)[:, :3].reshape(-1, 36), "mixes or moves the batch"),
     "batch slice": (lambda m, x: (x + x[:1]).flatten(1), "slice .*batch is not supported"),
     "random": (lambda m, x: (x + torch.rand(8)).flatten(1), "operation rand .*random"),
-    "dropout": (lambda m, x: F.dropout(x, 0.5, True).flatten(1), "operation .*dropout"),
+    "dropout": (lambda m, x: functional.dropout(x, 0.5, True).flatten(1), "operation .*dropout"),
     "branch": (
         lambda m, x: (x if x.sum() > 0 else -x).flatten(1),
         "module Lambda cannot be traced: .*data-dependent",
     ),
     "crash": (lambda m, x: x.nothing(), "module Lambda cannot be traced: .*nothing"),
-    "adaptive pool": (lambda m, x: F.adaptive_avg_pool2d(x, 5).flatten(1), "expected an integer ratio"),
-    "pad value": (lambda m, x: F.pad(x, (1, 1), value=1.0).flatten(1), "anything but zeros"),
-    "crop": (lambda m, x: F.pad(x, (-1, 0, 0, 0)).flatten(1), r"padding \(-1"),
-    "pool rounded up": (lambda m, x: F.avg_pool2d(x, 5, ceil_mode=True).flatten(1), "rounded up"),
+    "adaptive pool": (lambda m, x: functional.adaptive_avg_pool2d(x, 5).flatten(1), "expected an integer ratio"),
+    "pad value": (lambda m, x: functional.pad(x, (1, 1), value=1.0).flatten(1), "anything but zeros"),
+    "crop": (lambda m, x: functional.pad(x, (-1, 0, 0, 0)).flatten(1), r"padding \(-1"),
+    "pool rounded up": (lambda m, x: functional.avg_pool2d(x, 5, ceil_mode=True).flatten(1), "rounded up"),
     "precision": (lambda m, x: x.double().flatten(1), "torch.float64 is not supported"),
     "two outputs": (lambda m, x: (x.flatten(1), x), "does not return one tensor"),
     "constant": (lambda m, x: torch.zeros(x.shape[0], 3), "does not depend on the input"),

@@ -78,9 +78,7 @@ def test_diamond():
     assert network.before("sum").output_shape == (4,)
     rest = network.after("left")
     torch.testing.assert_close(rest(left), network(images))
-    with pytest.raises(
-        InvalidInputError, match="value 'right': expected one that the output depends on alone"
-    ):
+    with pytest.raises(InvalidInputError, match="value 'right': expected one that the output depends on alone"):
         network.after("right")
 
 
@@ -239,9 +237,7 @@ def test_structure_is_checked(nodes, message):
 def test_weights_must_be_finite(bad):
     linear = nn.Linear(20, 3)
     linear.bias.data[1] = bad
-    with pytest.raises(
-        InvalidInputError, match=r"node '1_Linear' \(Linear\): given a bias with NaN or infinite"
-    ):
+    with pytest.raises(InvalidInputError, match=r"node '1_Linear' \(Linear\): given a bias with NaN or infinite"):
         Network.sequential(SHAPE, [nn.Flatten(), linear])
     with pytest.raises(InvalidInputError, match=r"\(ScaleShift\): given a scale with NaN"):
         Network.sequential(SHAPE, [nn.Flatten(), ScaleShift(torch.tensor(bad))])
@@ -256,9 +252,7 @@ def test_weights_must_have_one_precision():
 
 def test_input_is_checked():
     network = chain()
-    with pytest.raises(
-        InvalidInputError, match=r"input of shape \(2, 1, 5, 4\): expected \(batch, 1, 4, 5\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"input of shape \(2, 1, 5, 4\): expected \(batch, 1, 4, 5\)"):
         network(torch.zeros(2, 1, 5, 4))
     with pytest.raises(InvalidInputError, match=r"input of shape \(1, 4, 5\): expected"):
         network(torch.zeros(1, 4, 5))

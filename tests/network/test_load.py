@@ -28,9 +28,7 @@ def test_wrong_sources_are_refused(tmp_path):
         load_network(module())
     with pytest.raises(InvalidInputError, match=r"input shape \(1, 5, 4\): expected \(1, 4, 5\)"):
         load_network(load_network(module(), SHAPE), (1, 5, 4))
-    with pytest.raises(
-        InvalidInputError, match="network of type int: expected a path, a module or a Network"
-    ):
+    with pytest.raises(InvalidInputError, match="network of type int: expected a path, a module or a Network"):
         load_network(3)
     with pytest.raises(ModelFileError, match="expected an existing ONNX file"):
         load_network(str(tmp_path / "nothing.onnx"))

@@ -120,9 +120,7 @@ def test_double_precision_is_rounded(tmp_path):
     assert read.dtype == torch.float32
     assert torch.equal(read.nodes[1].operation.weight, network.nodes[1].operation.weight.float())
     network.nodes[1].operation.weight[0, 0] = 1e300
-    with pytest.raises(
-        InvalidInputError, match=r"'1_Linear' \(Linear\): given a weight too large for float32"
-    ):
+    with pytest.raises(InvalidInputError, match=r"'1_Linear' \(Linear\): given a weight too large for float32"):
         write_onnx(network, tmp_path / "network.onnx")
 
 

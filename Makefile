@@ -1,0 +1,50 @@
+# Needs Python 3.11 or newer with pip and venv, and nothing else: `make demo` and `make test` install first.
+#
+#   PYTHON  the interpreter that makes the environment
+#   VENV    where the environment goes
+#   TORCH   what pip installs as torch, e.g. TORCH="torch==2.13.0+cpu" with PIP_EXTRA_INDEX_URL set to the
+#           index of CPU builds, which are much smaller
+#   FLOWVERIFY_DATA  the folder with the subfolder mnist; tests that need MNIST are skipped without it
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+AUTO_LIRPA ?= auto-LiRPA==0.3
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help: ## say what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+install: $(INSTALLED) ## make the environment, with torch, auto_LiRPA and all extras
+
+# auto_LiRPA's metadata forbids every torch since 1.13, hence --no-deps; pyproject.toml lists what it imports.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps "$(AUTO_LIRPA)"
+	touch $@
+
+demo: install ## certify a shipped network on images of digits, and draw demo.png
+	$(BIN)/flowverify demo --picture demo.png
+
+test: install ## run the tests
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(PYTEST_ARGS)
+
+lint: install ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install ## run the benchmarks, one after the other
+	@for script in $(filter-out %/__init__.py %/common.py,$(wildcard benchmarks/*.py)); do \
+	    name=$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" || exit 1; \
+	done
+
+clean: ## remove the environment and what tools left behind
+	rm -rf $(VENV) build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,85 @@
+"""What every certifier has: a network, valid inputs, clean predictions, and two questions that it answers."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.certify.certificate import Certificate
+from flowverify.errors import InvalidInputError
+from flowverify.network import Network, load_network
+from flowverify.threat import WassersteinBall, check_images
+
+
+class BaseCertifier(ABC):
+    """A method of certification applied to one network.
+
+    Args:
+        model: a network, a ``torch.nn.Module`` or the path of an ONNX file.
+        method, bound: names, as they appear in the certificates.
+        input_shape: (C, H, W), where the model does not say.
+    """
+
+    def __init__(
+        self, model: str | Path | nn.Module, method: str, bound: str, input_shape: tuple[int, int, int] | None = None
+    ) -> None:
+        self.network: Network = load_network(model, input_shape)
+        self.method, self.bound = method, bound
+        self._precise: Network | None = None
+
+    @abstractmethod
+    def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
+        """Decides the radius of ``ball`` for each image of a batch (B, C, H, W)."""
+
+    @abstractmethod
+    def search(self, images: Tensor, labels: Tensor, ground: str = "l1") -> list[Certificate]:
+        """The largest certified radius of each image of a batch (B, C, H, W)."""
+
+    def prepare(self) -> None:
+        """Builds what the first batch would build: what is wrong with the network comes out here."""
+
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+
+    @property
+    def precise(self) -> Network:
+        """The network in float64."""
+        if self._precise is None:
+            self._precise = copy.deepcopy(self.network).double()
+        return self._precise
+
+    def check(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as a valid batch, and labels as int64 of its length, on the network's device.
+
+        Raises:
+            InvalidInputError: wrong shape, a pixel that is negative or not finite, mass 0, a label that is
+                not a class of the network.
+        """
+        images = check_images(images, self.network.grid).to(self.device)
+        labels = torch.as_tensor(labels, device=self.device).reshape(-1)
+        if labels.is_floating_point() or labels.shape[0] != images.shape[0]:
+            raise InvalidInputError(
+                f"labels of type {labels.dtype} and length {labels.shape[0]}: expected {images.shape[0]} integers"
+            )
+        classes = self.network.num_classes
+        wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+        if wrong.numel():
+            at = int(wrong[0])
+            raise InvalidInputError(
+                f"label {int(labels[at])} (image {at}): expected a class of the network, 0 to {classes - 1}"
+            )
+        return images, labels.to(torch.int64)
+
+    def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions, and whether each image is classified as its label in float64 and by the network as it is."""
+        with torch.no_grad():
+            exact = self.precise(images.double())
+            rounded = self.network(images.to(self.network.dtype))
+        best = exact.gather(1, labels[:, None]).squeeze(1)
+        others = exact.scatter(1, labels[:, None], -torch.inf).amax(1)
+        return exact.argmax(1), (best > others) & (rounded.argmax(1) == labels)

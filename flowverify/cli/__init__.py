@@ -1,0 +1,52 @@
+"""The command line: ``flowverify verify | models | doctor | train | demo``.
+
+Every command imports what it needs when it runs, so that ``--help`` answers at once and a missing package is
+an error of one line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flowverify import __version__
+from flowverify.cli.demo import demo
+from flowverify.cli.doctor import doctor
+from flowverify.cli.models import models
+from flowverify.cli.train import train
+from flowverify.cli.verify import verify
+
+app = typer.Typer(
+    name="flowverify",
+    help="Certifies image classifiers against 1-Wasserstein (earth mover's) perturbations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (verify, models, doctor, train, demo):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flowverify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself; typer reads them off this function."""
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+__all__ = ["app", "main"]

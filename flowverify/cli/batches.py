@@ -1,0 +1,93 @@
+"""Certification of many images, batch by batch: what is done is handed on before the next batch starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from flowverify.certify.certificate import Certificate, Verdict
+from flowverify.cli.report import one_line, print_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowverify.certify.verify import Certifier
+    from flowverify.data import Dataset
+    from flowverify.threat import WassersteinBall
+
+Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
+
+
+def certify_batches(
+    certifier: Certifier,
+    data: Dataset,
+    positions: Sequence[int],
+    ball: WassersteinBall | None,
+    ground: str,
+    batch_size: int,
+) -> Iterator[list[Result]]:
+    """Certificates of the images at ``positions``, ``batch_size`` at a time.
+
+    With a ball they are decided at its radius, without one the largest certified radius of each is searched.
+    A batch that breaks down gives the verdict ``error`` for its images, and the next one is tried.
+
+    Raises:
+        InvalidInputError: an image or a label is not valid for the network; nothing has been computed then.
+        DependencyError, FoldError, UnsupportedOperationError, BoundError: the network cannot be bounded at all.
+    """
+    import torch
+
+    device = next((p.device for p in certifier.network.parameters()), torch.device("cpu"))
+    chosen = data[list(positions)]
+    images, labels = certifier.check(chosen.images.to(device), chosen.labels.to(device))
+    for dtype in (torch.float32, torch.float64):
+        certifier.engine(dtype)
+    for start in range(0, len(positions), batch_size):
+        part = slice(start, start + batch_size)
+        begin = time.perf_counter()
+        try:
+            certificates = _certify(certifier, images[part], labels[part], ball, ground)
+        except Exception as error:  # whatever a certifier dies of must not cost the other batches
+            name, last = positions[start], positions[min(start + batch_size, len(positions)) - 1]
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            print_error(f"images {name} to {last}: {reason}")
+            seconds = (time.perf_counter() - begin) / len(labels[part])
+            certificates = _failures(certifier, images[part], labels[part], ball, ground, seconds, reason)
+        yield list(zip(positions[part], certificates, strict=True))
+
+
+def _certify(
+    certifier: Certifier, images: Tensor, labels: Tensor, ball: WassersteinBall | None, ground: str
+) -> list[Certificate]:
+    from flowverify.certify.radius import search_radius
+
+    return search_radius(certifier, images, labels, ground) if ball is None else certifier.certify(images, labels, ball)
+
+
+def _failures(
+    certifier: Certifier,
+    images: Tensor,
+    labels: Tensor,
+    ball: WassersteinBall | None,
+    ground: str,
+    seconds: float,
+    reason: str,
+) -> list[Certificate]:
+    dtype = certifier.network.dtype
+    predictions = certifier.network(images.to(dtype)).argmax(1)
+    return [
+        Certificate(
+            verdict=Verdict.ERROR,
+            label=label,
+            prediction=prediction,
+            method=certifier.method,
+            bound=certifier.bound,
+            ground=ground,
+            radius=0.0 if ball is None else ball.radius,
+            margin=None,
+            seconds=seconds,
+            note=reason,
+        )
+        for label, prediction in zip(labels.tolist(), predictions.tolist(), strict=True)
+    ]

@@ -1,0 +1,99 @@
+"""``flowverify demo``: both methods on real images, as a table and a picture; needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowverify.certify.certificate import Verdict
+from flowverify.cli.options import check_picture
+from flowverify.cli.report import output, table, user_errors
+
+if TYPE_CHECKING:
+    from flowverify.certify.certificate import Certificate
+
+MODEL, DATASET = "digits-fc3", "digits"
+PICTURED = 3
+
+
+@user_errors
+def demo(
+    count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 24,
+    bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
+    picture: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
+) -> None:
+    """Certify the first images of digits with both methods and draw worst cases."""
+    from flowverify.certify.methods import check_bound
+    from flowverify.data import load_dataset
+    from flowverify.zoo import load_card, load_model
+
+    check_bound(bound)
+    check_picture(picture)
+    card, network = load_card(MODEL), load_model(MODEL)
+    data = load_dataset(DATASET)[:count]
+
+    from flowverify.certify.radius import search_radius
+    from flowverify.certify.verify import Certifier
+    from flowverify.figures import draw_worst_cases
+
+    typer.echo(
+        f"{MODEL} ({card.description}; clean accuracy {card.clean_accuracy:.1%}), first {len(data)} test images of "
+        f"{DATASET}, bound {bound}"
+    )
+    found: dict[str, list[Certificate]] = {}
+    seconds: dict[str, float] = {}
+    for method in ("vanilla", "fine-tuned"):
+        certifier = Certifier(network, method, bound)
+        search_radius(certifier, data.images[:1], data.labels[:1])  # compiles and traces, once a process
+        start = perf_counter()
+        found[method] = search_radius(certifier, data.images, data.labels)
+        seconds[method] = perf_counter() - start
+    _print(found)
+    for method, certificates in found.items():
+        right = [one.radius for one in certificates if one.verdict is not Verdict.MISCLASSIFIED]
+        typer.echo(
+            f"{method}: median radius {median(right or [0.0]):.4f} pixels over the {len(right)} of {len(data)} images "
+            f"classified right; {seconds[method]:.2f} s"
+        )
+    vanilla, tuned = (
+        median([one.radius for one in found[method] if one.radius > 0] or [0.0]) for method in ("vanilla", "fine-tuned")
+    )
+    if vanilla:
+        typer.echo(f"ratio of the medians: {tuned / vanilla:.2f}")
+    best = _most_robust(found["fine-tuned"])
+    if best:
+        draw_worst_cases(network, data.images[best], [found["fine-tuned"][index] for index in best], picture)
+        typer.echo(f"wrote {picture}: images {', '.join(map(str, best))}, the largest radii of different digits")
+
+
+def _most_robust(certificates: list[Certificate]) -> list[int]:
+    """The images with the largest certified radii, one of each label."""
+    order = sorted(range(len(certificates)), key=lambda index: -certificates[index].radius)
+    first_of_label: dict[int, int] = {}
+    for index in order:
+        if certificates[index].radius > 0:
+            first_of_label.setdefault(certificates[index].label, index)
+    return list(first_of_label.values())[:PICTURED]
+
+
+def _print(found: dict[str, list[Certificate]]) -> None:
+    rows = table(
+        "image", "label", "predicted", "verdict", "vanilla (pixels)", "fine-tuned (pixels)", "ratio",
+        left=("verdict",),
+    )  # fmt: skip
+    for index, (vanilla, tuned) in enumerate(zip(found["vanilla"], found["fine-tuned"], strict=True)):
+        right = tuned.verdict is not Verdict.MISCLASSIFIED
+        rows.add_row(
+            str(index),
+            str(tuned.label),
+            str(tuned.prediction),
+            str(tuned.verdict),
+            f"{vanilla.radius:.4f}" if right else "",
+            f"{tuned.radius:.4f}" if right else "",
+            f"{tuned.radius / vanilla.radius:.2f}" if vanilla.radius > 0 else "",
+        )
+    output().print(rows)

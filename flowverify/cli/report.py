@@ -1,0 +1,87 @@
+"""What commands share: errors on one line, consoles, progress bars, tables, and JSON lines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flowverify.errors import FlowverifyError
+
+P = ParamSpec("P")
+
+BAD_INPUT, INTERRUPTED, FAILED = 2, 130, 1  # exit codes
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def print_error(message: str) -> None:
+    """``error: ...`` on standard error."""
+    typer.echo(f"error: {message}", err=True)
+
+
+def user_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turns what a user can mend into one line on standard error and exit code 2, and Ctrl-C into 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # the reader of our output has gone; typer ends quietly
+        except (FlowverifyError, OSError) as error:
+            print_error(one_line(error))
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            print_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapped
+
+
+def progress_bar(*, quiet: bool = False) -> Progress:
+    """A progress bar on standard error, shown on terminals only."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+
+
+def output() -> Console:
+    """Standard output for tables and summaries."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+
+
+def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
+    """A table whose columns are numbers, aligned right, except those in ``left``."""
+    result = Table()
+    for column in columns:
+        is_text = column in left
+        result.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
+    return result
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """One JSON object without line breaks; numbers that JSON does not have become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False)

@@ -1,0 +1,190 @@
+"""``flowverify verify``: decides a radius, or searches the largest certified one, image by image."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from flowverify.certify.certificate import Verdict
+from flowverify.cli.batches import Result, certify_batches
+from flowverify.cli.options import (
+    DataDir,
+    Device,
+    Json,
+    check_device,
+    check_domain,
+    check_picture,
+    check_writable,
+)
+from flowverify.cli.report import FAILED, INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
+from flowverify.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from flowverify.data import Dataset
+    from flowverify.network import Network
+
+SHORT_TABLE = 20
+PICTURED = 4
+DEFAULT_COUNT = 100
+
+
+@user_errors
+def verify(
+    model: Annotated[
+        str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")
+    ] = None,
+    radius: Annotated[
+        float | None,
+        typer.Option(help="Decide this radius (pixels); without it, search the largest certified one."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="vanilla or fine-tuned.")] = "fine-tuned",
+    bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
+    ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
+    domain: Annotated[str, typer.Option(help="Where CROWN runs: auto, image or flow.")] = "auto",
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    data_dir: DataDir = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images certified together.")] = 50,
+    device: Device = "cpu",
+    json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON lines to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw worst cases of the first images as this .png.")] = None,
+    all_rows: Annotated[bool, typer.Option("--all", help=f"Print every row, not {SHORT_TABLE} at most.")] = False,
+) -> None:
+    """Certify images against Wasserstein perturbations.
+
+    Radii are distances of normalised images in pixels: 0.1 moves a tenth of the mass by one pixel. Exit
+    code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error"; 2: bad input.
+    """
+    from flowverify.certify.methods import check_bound, check_method
+    from flowverify.data import parse_index
+    from flowverify.threat import WassersteinBall
+    from flowverify.transport.ground import check_ground
+
+    check_method(method)
+    check_bound(bound)
+    check_ground(ground)
+    check_domain(domain)
+    ball = None if radius is None else WassersteinBall(radius, ground)
+    target = check_device(device)
+    if picture is not None:
+        check_picture(picture)
+    if save is not None:
+        check_writable(save, "save")
+    network, data = _load(model, dataset, split, data_dir)
+    positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
+
+    from flowverify.certify.verify import Certifier  # needs auto_LiRPA: after all that it is not needed for
+
+    certifier = Certifier(network.to(target), method, bound, domain=check_domain(domain))
+    results: list[Result] = []
+    interrupted, start = False, perf_counter()
+    with ExitStack() as stack:
+        file = None if save is None else stack.enter_context(save.open("w", encoding="utf-8"))
+        bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
+        task = bar.add_task(f"{model} on {data.name}", total=len(positions))
+        try:
+            for batch in certify_batches(certifier, data, positions, ball, ground, batch_size):
+                results += batch
+                _emit(batch, json, file)
+                bar.advance(task, len(batch))
+        except KeyboardInterrupt:
+            interrupted = True
+    seconds = perf_counter() - start
+    if not json:
+        _print_table(results, everything=all_rows)
+        typer.echo(_summary(results, seconds, searched=ball is None))
+    if picture is not None and not interrupted:
+        _draw(network, data, results, picture)
+    if interrupted:
+        print_error(f"interrupted after {len(results)} of {len(positions)} images")
+        raise typer.Exit(INTERRUPTED)
+    if any(certificate.verdict is Verdict.ERROR for _, certificate in results):
+        raise typer.Exit(FAILED)
+
+
+def _load(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
+    from flowverify.data import load_dataset
+    from flowverify.zoo import load_card, load_model
+
+    if model.endswith(".onnx"):
+        if dataset is None:
+            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
+        data = load_dataset(dataset, split, data_dir)
+        return load_model(model, data.input_shape), data
+    network = load_model(model)
+    return network, load_dataset(dataset or load_card(model).dataset, split, data_dir)
+
+
+def _emit(batch: Sequence[Result], json: bool, file: TextIO | None) -> None:
+    """Writes one line an image at once, so that whoever reads along or comes after a crash has it."""
+    for position, certificate in batch:
+        line = json_line({"index": position, **certificate.to_json()})
+        if file is not None:
+            file.write(line + "\n")
+        if json:
+            typer.echo(line)
+    if file is not None:
+        file.flush()
+    sys.stdout.flush()
+
+
+def _print_table(results: Sequence[Result], *, everything: bool) -> None:
+    rows = table("image", "label", "predicted", "verdict", "radius (pixels)", "margin", "ms", left=("verdict",))
+    shown = results if everything else results[:SHORT_TABLE]
+    for position, certificate in shown:
+        rows.add_row(
+            str(position),
+            str(certificate.label),
+            str(certificate.prediction),
+            str(certificate.verdict),
+            f"{certificate.radius:.4f}",
+            "" if certificate.margin is None else f"{certificate.margin:.4g}",
+            f"{1000 * certificate.seconds:.1f}",
+        )
+    output().print(rows)
+    if len(shown) < len(results):
+        typer.echo(f"{len(results) - len(shown)} more images; --all prints them")
+
+
+def _summary(results: Sequence[Result], seconds: float, *, searched: bool) -> str:
+    if not results:
+        return "no image was finished"
+    counts = Counter(str(certificate.verdict) for _, certificate in results)
+    parts = [f"{counts.pop('certified', 0)} of {len(results)} certified"]
+    parts += [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
+    if searched:
+        middle = median(certificate.radius for _, certificate in results)
+        parts.append(f"median radius {middle:.4f} pixels (0 where none is certified)")
+    parts.append(f"{seconds:.1f} s, {len(results) / seconds:.1f} images/s")
+    notes = {c.note for _, c in results if c.note and c.verdict is not Verdict.ERROR}
+    return "; ".join(parts) + "".join(f"\nnote: {note}" for note in sorted(notes))
+
+
+def _draw(network: Network, data: Dataset, results: Sequence[Result], picture: Path) -> None:
+    from flowverify.figures import draw_worst_cases
+
+    chosen = [
+        (position, certificate)
+        for position, certificate in results
+        if certificate.radius > 0 and certificate.verdict in (Verdict.CERTIFIED, Verdict.UNKNOWN)
+    ][:PICTURED]
+    if not chosen:
+        print_error(f"no picture {picture}: no image was classified right and has a radius above 0")
+        return
+    images = data[[position for position, _ in chosen]]
+    draw_worst_cases(network, images.images, [certificate for _, certificate in chosen], picture)
+    typer.echo(f"wrote {picture}", err=True)

@@ -1,0 +1,211 @@
+"""Pictures of certificates: an image, the worst that its ball holds, and the flow between the two.
+
+The worst case is nu*, the image of the ball that minimises f_y - f_t as linearised at the image, t the
+runner-up: what a gradient step on the network would pick, found exactly by the support function (design fact
+F4). The network's own minimum over the ball may lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowverify.certify.certificate import Certificate
+from flowverify.errors import DependencyError, InvalidInputError
+from flowverify.grid import Grid
+from flowverify.network import Network
+from flowverify.threat import check_images
+from flowverify.transport.inverse import minimal_flow
+from flowverify.transport.support import support
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEAST_ARROW = 0.4  # length of the arrow of the smallest flow, relative to that of the largest
+ARROWS_ACROSS = 13  # the longest arrow is this part of the picture, and a pixel at least
+DRAWN_SHARE = 1e-3  # flows below this share of the largest are left out
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """nu* of one image, float64.
+
+    Attributes:
+        image: (C, H, W).
+        worst: nu*, of the same mass, W1(image, worst) = distance <= radius.
+        flow: a shortest flow from image to worst, (edges,): image + A flow = worst.
+        distance: of the normalised images, l1 ground cost, in pixels.
+        label, rival: y and t.
+        margins: f_y - f_t at the image and at the worst case.
+        predicted: the network's class of the worst case.
+    """
+
+    image: Tensor
+    worst: Tensor
+    flow: Tensor
+    distance: float
+    label: int
+    rival: int
+    margins: tuple[float, float]
+    predicted: int
+
+
+def worst_cases(network: Network, images: Tensor, labels: Sequence[int], radii: Sequence[float]) -> list[WorstCase]:
+    """The worst case of each image (B, C, H, W) in the l1 ball of its radius, in pixels.
+
+    That ball lies in the l2 ball of the same radius, so nu* is admissible for either ground cost.
+
+    Raises:
+        InvalidInputError: an image is not valid, numbers differ, or a radius is negative or not finite.
+    """
+    images = check_images(images, network.grid).detach().double().cpu()
+    if not len(images) == len(labels) == len(radii):
+        raise InvalidInputError(f"given {len(images)} images, {len(labels)} labels and {len(radii)} radii")
+    double = _double(network)
+    target = torch.as_tensor(list(labels))
+    variable = images.clone().requires_grad_(True)
+    logits = double(variable)
+    rivals = logits.detach().scatter(1, target[:, None], -torch.inf).argmax(1)
+    (gradient,) = torch.autograd.grad(_margins(logits, target, rivals).sum(), variable)
+    budget = torch.tensor(list(radii), dtype=torch.float64) * images.flatten(1).sum(1)
+    moved = support(-gradient[:, None], images, budget, maximiser=True).maximiser
+    assert moved is not None
+    worst = moved[:, 0].clamp(min=0)
+    after = double(worst)
+    flows = minimal_flow(images, worst, mass_tolerance=1e-9)
+    before, behind = _margins(logits.detach(), target, rivals), _margins(after, target, rivals)
+    return [
+        WorstCase(
+            image=images[k],
+            worst=worst[k],
+            flow=flows[k],
+            distance=float(flows[k].abs().sum() / images[k].sum()),
+            label=int(target[k]),
+            rival=int(rivals[k]),
+            margins=(float(before[k]), float(behind[k])),
+            predicted=int(after[k].argmax()),
+        )
+        for k in range(len(images))
+    ]
+
+
+def draw_worst_cases(
+    network: Network, images: Tensor, certificates: Sequence[Certificate], path: str | Path
+) -> list[WorstCase]:
+    """Draws a row for each image as PNG: the image, nu*, and their difference under the flow's arrows.
+
+    Args:
+        network: the network of the certificates.
+        images: (B, C, H, W), one for each certificate.
+        certificates: their radii are the balls that nu* is sought in.
+        path: of the PNG file; it is replaced.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        InvalidInputError: no image; or see :func:`worst_cases`.
+        OSError: the file cannot be written.
+    """
+    require_matplotlib()
+    cases = worst_cases(network, images, [one.label for one in certificates], [one.radius for one in certificates])
+    if not cases:
+        raise InvalidInputError("picture: given no image, expected at least one")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not pyplot: it keeps every figure, and asks for a display where there is one.
+    figure = Figure(figsize=(11, 3.6 * len(cases)), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subfigures(len(cases), 1, squeeze=False)[:, 0]
+    for row, case, certificate in zip(rows, cases, certificates, strict=True):
+        _draw_case(row, case, certificate)
+    figure.savefig(path, format="png", dpi=80)
+    return cases
+
+
+def require_matplotlib() -> None:
+    """Raises DependencyError, with what to install, if there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DependencyError("pictures need matplotlib: pip install 'flowverify[plot]'") from error
+
+
+def _double(network: Network) -> Network:
+    import copy
+
+    return copy.deepcopy(network).double().cpu()
+
+
+def _margins(logits: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
+    return (logits.gather(1, labels[:, None]) - logits.gather(1, rivals[:, None])).squeeze(1)
+
+
+def _draw_case(row: Any, case: WorstCase, certificate: Certificate) -> None:
+    kind = "certified radius" if certificate.verdict == "certified" else "radius"
+    row.suptitle(
+        f"label {case.label}, predicted {certificate.prediction}: {kind} {certificate.radius:.4f} pixels "
+        f"({certificate.method}, {certificate.ground} ground cost)",
+        fontweight="bold",
+    )
+    before, behind, flow = row.subplots(1, 3)
+    brightest = max(float(case.image.max()), float(case.worst.max()))
+    shown = _show(before, case.image, brightest)
+    before.set_title(f"image: f{case.label} - f{case.rival} = {case.margins[0]:.2f}", fontsize=10)
+    _show(behind, case.worst, brightest)
+    behind.set_title(
+        f"worst case nu*, predicted {case.predicted}: f{case.label} - f{case.rival} = {case.margins[1]:.2f}",
+        fontsize=10,
+    )
+    if shown is not None:
+        row.colorbar(shown, ax=[before, behind], shrink=0.8, label="pixel")
+    _draw_flow(row, flow, case)
+
+
+def _show(axes: Axes, image: Tensor, brightest: float) -> Any:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if image.shape[0] == 3:
+        axes.imshow((image / max(brightest, 1.0)).permute(1, 2, 0).numpy())
+        return None
+    return axes.imshow(image.sum(0).numpy(), cmap="gray", vmin=0, vmax=brightest)
+
+
+def _draw_flow(row: Any, axes: Axes, case: WorstCase) -> None:
+    """nu* - mu in colours, and an arrow over every edge that mass flows along."""
+    change = (case.worst - case.image).sum(0)
+    largest = max(float(change.abs().max()), 1e-12)
+    shown = axes.imshow(change.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.75)
+    row.colorbar(shown, ax=axes, shrink=0.8, label="change of the pixel")
+    ink = case.image.sum(0)
+    if min(ink.shape) >= 16:  # on a coarser grid the outline says less than the pixels do
+        axes.contour(ink.numpy(), levels=[0.3 * float(ink.max())], colors="0.55", linewidths=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    longest = max(1.0, max(ink.shape) / ARROWS_ACROSS)
+    right, down = (part.sum(0) for part in Grid.of(case.image).split(case.flow))
+    starts: list[tuple[float, float]] = []
+    arrows: list[tuple[float, float]] = []
+    most = max(float(right.abs().max()) if right.numel() else 0.0, float(down.abs().max()) if down.numel() else 0.0)
+    for part, (across, along) in ((right, (1, 0)), (down, (0, 1))):
+        for i, j in (part.abs() > max(DRAWN_SHARE * most, 0.0)).nonzero().tolist():
+            amount = float(part[i, j])
+            # The square root keeps small flows visible beside large ones.
+            length = longest * (LEAST_ARROW + (1 - LEAST_ARROW) * math.sqrt(abs(amount) / most))
+            length = math.copysign(length, amount)
+            middle = (j + across / 2, i + along / 2)
+            starts.append((middle[0] - across * length / 2, middle[1] - along * length / 2))
+            arrows.append((across * length, along * length))
+    if starts:
+        x, y = zip(*starts, strict=True)
+        u, v = zip(*arrows, strict=True)
+        axes.quiver(
+            x, y, u, v, angles="xy", scale_units="xy", scale=1, units="xy", width=0.1 * longest, headwidth=4,
+            headlength=4, headaxislength=3.5, minshaft=1, color="black",
+        )  # fmt: skip
+    axes.set_title(f"flow: W1 = {case.distance:.4f} pixels ({case.distance:.1%} of the mass by one)", fontsize=10)

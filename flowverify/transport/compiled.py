@@ -1,0 +1,125 @@
+"""Hands problems to the compiled CPU kernel: one job a run of neurons, on as many threads as torch has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+
+
+def solve(
+    coefficients: Tensor, images: Tensor, budget: Tensor, guess: Tensor, tolerance: float, maximiser: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Excess, multiplier and maximiser of every problem; see :func:`flowverify.transport.support.support`."""
+    from flowverify.transport import scan_kernel
+
+    batch = _Batch(coefficients, images)
+    budgets, guesses = budget.numpy(), guess.contiguous().numpy()
+    excess, multipliers, brackets = batch.empty(), batch.empty(), batch.empty(2)
+    maximisers = batch.empty(batch.pixels, batch.mass.dtype) if maximiser else None
+
+    def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
+        scan_kernel.solve_problems(
+            batch.rows(index), batch.mass[index], *layout, budgets[index], guesses[index], tolerance, batch.shape,
+            first, last, excess[index], multipliers[index], brackets[index],
+        )  # fmt: skip
+        if maximisers is not None:
+            scan_kernel.maximise_problems(
+                batch.rows(index), batch.mass[index], np.full(batch.problems, budgets[index]), brackets[index],
+                batch.shape, first, last, maximisers[index],
+            )  # fmt: skip
+
+    batch.run(work)
+    return batch.tensor(excess), batch.tensor(multipliers), batch.image_tensor(maximisers)
+
+
+def solve_least_budget(
+    coefficients: Tensor, images: Tensor, target: Tensor, maximiser: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Budget, multiplier and maximiser; see :func:`flowverify.transport.least_budget.least_budget`."""
+    from flowverify.transport import boundary_kernel, scan_kernel
+
+    batch = _Batch(coefficients, images)
+    targets = target.contiguous().numpy()
+    budgets, multipliers, brackets = batch.empty(), batch.empty(), batch.empty(2)
+    maximisers = batch.empty(batch.pixels, batch.mass.dtype) if maximiser else None
+
+    def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
+        boundary_kernel.solve_least_budgets(
+            batch.rows(index), batch.mass[index], *layout, targets[index], batch.shape, first, last, budgets[index],
+            multipliers[index], brackets[index],
+        )  # fmt: skip
+        if maximisers is not None:
+            scan_kernel.maximise_problems(
+                batch.rows(index), batch.mass[index], budgets[index], brackets[index], batch.shape, first, last,
+                maximisers[index],
+            )  # fmt: skip
+
+    batch.run(work)
+    return batch.tensor(budgets), batch.tensor(multipliers), batch.image_tensor(maximisers)
+
+
+class _Batch:
+    """Problems (images x coefficient vectors) as NumPy arrays, and the threads that work on them."""
+
+    def __init__(self, coefficients: Tensor, images: Tensor) -> None:
+        self.images = images
+        self.problems = coefficients.shape[-4]
+        self.shape: tuple[int, ...] = tuple(images.shape[1:])
+        self.pixels = images[0].numel()
+        self.mass = images.contiguous().reshape(images.shape[0], -1).numpy()
+        self._shared = coefficients.ndim == 4
+        self._rows = coefficients.contiguous().reshape(-1, self.problems, self.pixels).numpy()
+
+    def rows(self, index: int) -> Array:
+        return self._rows[0 if self._shared else index]  # type: ignore[no-any-return]
+
+    def empty(self, size: int | None = None, dtype: Any = np.float64) -> Array:
+        shape = (self.images.shape[0], self.problems)
+        return np.empty(shape if size is None else (*shape, size), dtype)
+
+    def tensor(self, values: Array) -> Tensor:
+        return torch.from_numpy(values).to(self.images.dtype)
+
+    def image_tensor(self, values: Array | None) -> Tensor | None:
+        return None if values is None else torch.from_numpy(values).reshape(*values.shape[:2], *self.shape)
+
+    def run(self, work: Callable[[int, tuple[Array, Array, Array], int, int], None]) -> None:
+        from flowverify.transport.scan_kernel import LANES
+
+        workers, images = torch.get_num_threads(), self.images.shape[0]
+        jobs_an_image = max(1, -(-4 * workers // max(1, images))) if workers > 1 else 1
+        chunk = max(LANES, -(-self.problems // (jobs_an_image * LANES)) * LANES)  # whole vectors
+        jobs = []
+        for index in range(images):
+            layout = _mass_layout(self.mass[index].reshape(self.shape))
+            jobs.extend(
+                (index, layout, first, min(first + chunk, self.problems)) for first in range(0, self.problems, chunk)
+            )
+        if workers == 1 or len(jobs) == 1:
+            for job in jobs:
+                work(*job)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            for outcome in [pool.submit(work, *job) for job in jobs]:
+                outcome.result()
+
+
+def _mass_layout(mass: Array) -> tuple[Array, Array, Array]:
+    """Columns that hold mass, and for each pixel that does its place in the kernel's two layouts."""
+    _, height, width = mass.shape
+    columns = np.flatnonzero(mass.any(axis=(0, 1)))
+    position = np.full(width, -1)
+    position[columns] = np.arange(columns.size)
+    channel, row, column = np.nonzero(mass)
+    holders = np.stack(
+        [channel, (channel * width + column) * height + row, row * columns.size + position[column]], axis=1
+    )
+    return columns, np.ascontiguousarray(holders), np.ascontiguousarray(mass[channel, row, column])
