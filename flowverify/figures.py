@@ -112,9 +112,9 @@ def draw_worst_cases(
         OSError: the file cannot be written.
     """
     require_matplotlib()
-    cases = worst_cases(network, images, [one.label for one in certificates], [one.radius for one in certificates])
-    if not cases:
+    if not certificates:
         raise InvalidInputError("picture: given no image, expected at least one")
+    cases = worst_cases(network, images, [one.label for one in certificates], [one.radius for one in certificates])
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,7 +12,7 @@ the signed choice the radius is too large wherever the steepest edge points the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,8 +126,16 @@ def exact_radius(spaces: HalfSpaces, *, backend: Backend = "auto") -> LinearRadi
     One :func:`~flowverify.transport.least_budget.least_budget` for all images and classes. ``nearest`` is a
     nonnegative image of the mass of x at that distance.
     """
-    found = least_budget(spaces.normals, spaces.images, spaces.margins, maximiser=True, backend=backend)
-    return _least(spaces, found.budget, found.maximiser)
+    found = least_budget(spaces.normals, spaces.images, spaces.margins, backend=backend)
+    result = _least(spaces, found.budget, None)
+    if not spaces.classes.shape[1]:
+        return result
+    # Only the nearest class's image is wanted: it is solved for once more, with its maximiser.
+    chosen = (spaces.classes == result.target[:, None]).nonzero(as_tuple=True)
+    normals, margins = spaces.normals[chosen][:, None], spaces.margins[chosen][:, None]
+    nearest = least_budget(normals, spaces.images, margins, maximiser=True, backend=backend).maximiser
+    assert nearest is not None
+    return replace(result, nearest=nearest[:, 0])
 
 
 def _positive(margins: Tensor) -> Tensor:

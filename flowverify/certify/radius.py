@@ -20,7 +20,6 @@ from flowverify.transport.ground import check_ground, l1_over_ground
 RELATIVE_TOLERANCE = 0.01
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks (design fact F9)
 SMALLEST_RADIUS = 1e-7
-LOWERING = 0.997
 
 MarginFunction = Callable[[Tensor, Tensor], Tensor]  # (indices, radii) -> margins
 
@@ -126,7 +125,7 @@ def _search_batch(
         clean = margin.clone()
         method = certifier.method
         radius = _bracket(margins(torch.float32, method, WarmStart(count)), zero, clean, limit, tolerance)
-        radius, margin = _confirm(margins(torch.float64, method, None), radius, clean)
+        radius, margin = _confirm(margins(torch.float64, method, None), radius, clean, tolerance)
         if method == "fine-tuned":
             vanilla = margins(torch.float64, "vanilla", None)
             floor = (radius * (1 + tolerance)).clamp(min=SMALLEST_RADIUS, max=limit)
@@ -139,7 +138,7 @@ def _search_batch(
                     lambda index, value: vanilla(better[index], value), floor[better], clean[better], limit, tolerance
                 )
                 raised, raised_margin = _confirm(
-                    lambda index, value: vanilla(better[index], value), raised, clean[better]
+                    lambda index, value: vanilla(better[index], value), raised, clean[better], tolerance
                 )
                 radius[better], margin[better] = raised, raised_margin
     seconds = (time.perf_counter() - begin) / images.shape[0]
@@ -180,17 +179,19 @@ def _bracket(evaluate: MarginFunction, start: Tensor, clean: Tensor, limit: floa
     return torch.tensor([bracket.low for bracket in brackets], dtype=torch.float64)
 
 
-def _confirm(evaluate: MarginFunction, radius: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+def _confirm(
+    evaluate: MarginFunction, radius: Tensor, clean: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
     """Lowers each radius until its margin is positive in this evaluation; radius 0 keeps the clean margin."""
     radius, margin = radius.clone(), clean.clone()
     active = (radius > 0).nonzero().flatten()
-    factor = LOWERING
+    step = tolerance / 4
     while active.numel():
         value = evaluate(active, radius[active])
         margin[active] = value
         active = active[~(value > 0)]
-        radius[active] *= factor
-        factor *= LOWERING
+        radius[active] *= 1 - step
+        step = min(2 * step, 0.5)
         gone = active[radius[active] < SMALLEST_RADIUS]
         radius[gone], margin[gone] = 0.0, clean[gone]
         active = active[radius[active] > 0]

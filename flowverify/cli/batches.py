@@ -12,7 +12,7 @@ from flowverify.cli.report import one_line, print_error
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowverify.certify.verify import Certifier
+    from flowverify.certify.base import BaseCertifier
     from flowverify.data import Dataset
     from flowverify.threat import WassersteinBall
 
@@ -20,7 +20,7 @@ Result = tuple[int, Certificate]  # an image's position in the data set, and wha
 
 
 def certify_batches(
-    certifier: Certifier,
+    certifier: BaseCertifier,
     data: Dataset,
     positions: Sequence[int],
     ball: WassersteinBall | None,
@@ -36,18 +36,17 @@ def certify_batches(
         InvalidInputError: an image or a label is not valid for the network; nothing has been computed then.
         DependencyError, FoldError, UnsupportedOperationError, BoundError: the network cannot be bounded at all.
     """
-    import torch
-
-    device = next((p.device for p in certifier.network.parameters()), torch.device("cpu"))
     chosen = data[list(positions)]
-    images, labels = certifier.check(chosen.images.to(device), chosen.labels.to(device))
-    for dtype in (torch.float32, torch.float64):
-        certifier.engine(dtype)
+    images, labels = certifier.check(chosen.images, chosen.labels)
+    certifier.prepare()
     for start in range(0, len(positions), batch_size):
         part = slice(start, start + batch_size)
         begin = time.perf_counter()
         try:
-            certificates = _certify(certifier, images[part], labels[part], ball, ground)
+            if ball is None:
+                certificates = certifier.search(images[part], labels[part], ground)
+            else:
+                certificates = certifier.certify(images[part], labels[part], ball)
         except Exception as error:  # whatever a certifier dies of must not cost the other batches
             name, last = positions[start], positions[min(start + batch_size, len(positions)) - 1]
             reason = f"{type(error).__name__}: {one_line(error)}"
@@ -57,16 +56,8 @@ def certify_batches(
         yield list(zip(positions[part], certificates, strict=True))
 
 
-def _certify(
-    certifier: Certifier, images: Tensor, labels: Tensor, ball: WassersteinBall | None, ground: str
-) -> list[Certificate]:
-    from flowverify.certify.radius import search_radius
-
-    return search_radius(certifier, images, labels, ground) if ball is None else certifier.certify(images, labels, ball)
-
-
 def _failures(
-    certifier: Certifier,
+    certifier: BaseCertifier,
     images: Tensor,
     labels: Tensor,
     ball: WassersteinBall | None,
@@ -74,8 +65,7 @@ def _failures(
     seconds: float,
     reason: str,
 ) -> list[Certificate]:
-    dtype = certifier.network.dtype
-    predictions = certifier.network(images.to(dtype)).argmax(1)
+    predictions = certifier.network(images.to(certifier.network.dtype)).argmax(1)
     return [
         Certificate(
             verdict=Verdict.ERROR,

@@ -51,7 +51,7 @@ def verify(
         float | None,
         typer.Option(help="Decide this radius (pixels); without it, search the largest certified one."),
     ] = None,
-    method: Annotated[str, typer.Option(help="vanilla or fine-tuned.")] = "fine-tuned",
+    method: Annotated[str, typer.Option(help="vanilla, fine-tuned, linear or linear-lp.")] = "fine-tuned",
     bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
     ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
     domain: Annotated[str, typer.Option(help="Where CROWN runs: auto, image or flow.")] = "auto",
@@ -69,12 +69,11 @@ def verify(
     Radii are distances of normalised images in pixels: 0.1 moves a tenth of the mass by one pixel. Exit
     code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error"; 2: bad input.
     """
-    from flowverify.certify.methods import check_bound, check_method
+    from flowverify.certify.methods import check_bound
     from flowverify.data import parse_index
     from flowverify.threat import WassersteinBall
     from flowverify.transport.ground import check_ground
 
-    check_method(method)
     check_bound(bound)
     check_ground(ground)
     check_domain(domain)
@@ -87,9 +86,9 @@ def verify(
     network, data = _load(model, dataset, split, data_dir)
     positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
 
-    from flowverify.certify.verify import Certifier  # needs auto_LiRPA: after all that it is not needed for
+    from flowverify.certify.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
-    certifier = Certifier(network.to(target), method, bound, domain=check_domain(domain))
+    certifier = make_certifier(network.to(target), method, bound, domain=check_domain(domain))
     results: list[Result] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:

@@ -1,0 +1,137 @@
+"""The best moves of mass for a linear function, for any ground cost: exact, without a search or a solver.
+
+For an image mu >= 0, coefficients c and a ground cost d, over the images nu >= 0 of equal mass per channel,
+
+    maximise c . nu  subject to  W1(mu, nu) <= budget          (the linear-minimisation oracle of an attack)
+    minimise W1(mu, nu)  subject to  c . (nu - mu) >= target   (the distance to a half-space)
+
+are one problem read in two ways. In terms of plans it is: each source i sends its mass mu_i to pixels j, gaining
+c_j - c_i at cost d(i, j) a unit. The gains that a source can have at each cost form a concave envelope, and the
+optimum takes the steps of all envelopes in order of their slope until the budget is spent or the target is
+reached (a continuous multiple-choice knapsack; the slope at the end is the multiplier lambda of design fact F4).
+The values are those of :func:`flowverify.transport.support.support` and
+:func:`flowverify.transport.least_budget.least_budget`, which serve l1 ground cost only.
+
+With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`flowverify.transport.capped_kernel`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowverify.errors import InvalidInputError
+from flowverify.transport.ground import pixel_costs
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The best moves for each image, float64, on the device of the images.
+
+    ``image`` is nonnegative, of the mass of its image up to rounding, and W1 between the two is at most ``cost``
+    (equal to it without a cap).
+    """
+
+    image: Tensor  # (B, C, H, W)
+    gain: Tensor  # (B,), c . (nu - mu)
+    cost: Tensor  # (B,), in mass times pixels
+    slope: Tensor  # (B,), gain for one more unit of budget; 0 where nothing more can be gained
+
+
+def best_moves(
+    coefficients: Tensor,  # (B, C, H, W)
+    images: Tensor,  # (B, C, H, W)
+    *,
+    budget: Tensor | None = None,  # (B,)
+    target: Tensor | None = None,  # (B,)
+    ground: str = "l1",
+    cap: float | None = None,
+) -> Moves:
+    """Moves mass as profitably as possible until ``budget`` is spent or ``target`` is gained, whichever is first.
+
+    Args:
+        coefficients: c, one function for each image.
+        images: mu, finite and nonnegative.
+        budget: in mass times pixels; infinite by default.
+        target: of c . (nu - mu); infinite by default. Where it cannot be reached, all that can be is gained.
+        ground: one of ``transport.ground.GROUNDS``.
+        cap: largest value of a pixel; pixels of ``images`` above it are an error.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, NaN, or an image above the cap.
+        UnknownNameError: the ground cost is unknown.
+    """
+    if images.ndim != 4 or coefficients.shape != images.shape:
+        raise InvalidInputError(
+            f"coefficients of shape {tuple(coefficients.shape)}, images of shape {tuple(images.shape)}: expected two "
+            "equal shapes (B, C, H, W)"
+        )
+    device, (count, channels, height, width) = images.device, images.shape
+    mass = np.ascontiguousarray(images.detach().double().cpu().numpy()).reshape(count, -1)
+    rows = np.ascontiguousarray(coefficients.detach().double().cpu().numpy()).reshape(count, -1)
+    budgets, targets = _limits(budget, count, "budget"), _limits(target, count, "target")
+    if not np.isfinite(rows).all():
+        raise InvalidInputError("coefficients: given NaN or infinite values, expected finite ones")
+    if cap is not None and mass.max(initial=0.0) > cap:
+        raise InvalidInputError(f"images: given a pixel of {mass.max():g}, expected at most the cap, {cap:g}")
+    offsets, costs = offsets_by_cost(height, width, ground)
+    moved, numbers = np.empty_like(mass), np.empty((count, 3))
+    shape = (channels, height, width)
+
+    from flowverify.transport import capped_kernel, moves_kernel  # numba compiles on first use
+
+    def work(first: int, last: int) -> None:
+        for k in range(first, last):
+            if cap is None:
+                numbers[k] = moves_kernel.move_best(
+                    rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], moved[k]
+                )
+            else:
+                numbers[k] = capped_kernel.move_best_capped(
+                    rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], cap, moved[k]
+                )
+
+    _share_out(work, count)
+    result = torch.from_numpy(numbers).to(device)
+    return Moves(torch.from_numpy(moved).to(device).reshape(images.shape), result[:, 0], result[:, 1], result[:, 2])
+
+
+def _limits(values: Tensor | None, count: int, what: str) -> Array:
+    if values is None:
+        return np.full(count, np.inf)
+    if tuple(values.shape) != (count,) or bool(torch.isnan(values).any()):
+        raise InvalidInputError(f"{what} of shape {tuple(values.shape)}: expected ({count},), and no NaN")
+    return values.detach().double().cpu().numpy()
+
+
+def _share_out(work: Any, count: int) -> None:
+    workers = min(torch.get_num_threads(), count)
+    if workers <= 1:
+        work(0, count)
+        return
+    size = -(-count // (4 * workers))
+    with ThreadPoolExecutor(workers) as pool:
+        starts = range(0, count, size)
+        for outcome in [pool.submit(work, start, min(start + size, count)) for start in starts]:
+            outcome.result()
+
+
+@lru_cache(maxsize=16)
+def offsets_by_cost(height: int, width: int, ground: str) -> tuple[Array, Array]:
+    """All offsets (rows, columns) of a grid, int64 (n, 2), with their costs (n,), in ascending order of cost."""
+    big_height, big_width = 2 * height - 1, 2 * width - 1
+    every = np.arange(big_height * big_width, dtype=np.int64)
+    centre = np.array((height - 1) * big_width + width - 1, dtype=np.int64)
+    costs = pixel_costs(centre, every, big_width, ground)
+    order = np.argsort(costs, kind="stable")
+    rows, columns = np.divmod(every[order], big_width)
+    return np.stack([rows - (height - 1), columns - (width - 1)], axis=1), costs[order]
