@@ -60,7 +60,7 @@ class BaseCertifier(ABC):
             InvalidInputError: wrong shape, a pixel that is negative or not finite, mass 0, a label that is
                 not a class of the network.
         """
-        images = check_images(images, self.network.grid).to(self.device)
+        images = check_images(images, self.network.grid).detach().to(self.device)
         labels = torch.as_tensor(labels, device=self.device).reshape(-1)
         if labels.is_floating_point() or labels.shape[0] != images.shape[0]:
             raise InvalidInputError(

@@ -115,7 +115,7 @@ def make_domain(network: Network, name: DomainName, feasible: bool) -> Domain:
     Raises:
         FoldError: flows were asked for by name, and the network cannot be folded.
     """
-    if name == "image" or (name == "auto" and feasible):
+    if name == "image" or (name == "auto" and (feasible or not network.grid.edges)):
         return ImageDomain(network, feasible)
     try:
         return FlowDomain(network, feasible)

@@ -90,6 +90,8 @@ class LinearCertifier(BaseCertifier):
     ) -> list[Certificate]:
         start = time.perf_counter()
         images, labels = self.check(images, labels)
+        if not len(images):
+            return []
         predictions, correct = self.clean(images, labels)
         radii = [0.0] * len(images)
         failures: dict[int, str] = {}

@@ -13,6 +13,7 @@ from flowverify.certify.domain import DomainName, make_domain, sample_images
 from flowverify.certify.first_layer import AffineValue
 from flowverify.certify.intervals import Interval, intersect, propagate
 from flowverify.certify.methods import check_bound, check_method
+from flowverify.errors import UnsupportedOperationError
 from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.lirpa.perturbation import WarmStart
 from flowverify.network import Network
@@ -76,6 +77,7 @@ class MarginBounds:
         self._domain = make_domain(self.network, domain, self.feasible)
         self._bounded: BoundedNetwork | None = None
         if self.recipe.intermediate_crown or self.recipe.final_crown:
+            _refuse_overlapping_pools(self.network)
             sample = sample_images(self.network)
             values = self.network.values(sample)
             self._bounded = BoundedNetwork(
@@ -107,6 +109,8 @@ class MarginBounds:
             (B, classes - 1), in ascending order of t.
         """
         images = images.to(self.dtype)
+        if self.network.num_classes == 1 or not len(images):
+            return images.new_zeros(len(images), self.network.num_classes - 1)
         specification = margin_specification(labels, self.network.num_classes, self.dtype).to(images.device)
         rows = torch.arange(images.shape[0]) if warm_start is None else warm_start.images
         size = max(1, self.chunk_entries // (self._width * 128))
@@ -247,6 +251,16 @@ class MarginBounds:
             weights, constant = specification, 0.0
         centre, radius = (lower + upper) / 2, (upper - lower) / 2
         return (weights @ centre[..., None] - weights.abs() @ radius[..., None]).squeeze(-1) + constant
+
+
+def _refuse_overlapping_pools(network: Network) -> None:
+    for node in network.nodes:
+        operation = node.operation
+        if isinstance(operation, nn.MaxPool2d) and operation.stride != operation.kernel_size:
+            raise UnsupportedOperationError(
+                f"layer {node.name!r}: auto_LiRPA bounds MaxPool2d only with stride equal to kernel size, given stride "
+                f"{operation.stride} and kernel size {operation.kernel_size}; the bound ibp takes any"
+            )
 
 
 def margin_specification(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

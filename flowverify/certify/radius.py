@@ -48,12 +48,14 @@ def search_radius(
             :mod:`flowverify.certify.references`.
 
     Raises:
-        InvalidInputError: as :meth:`Certifier.check`, or a tolerance outside (0, 1).
+        InvalidInputError: as :meth:`Certifier.check`, a tolerance outside (0, 1), or a batch size < 1.
         UnknownNameError: an unknown ground cost.
     """
     check_ground(ground)
     if not 0 < tolerance < 1:
         raise InvalidInputError(f"tolerance {tolerance!r}: expected a number between 0 and 1")
+    if batch_size < 1:
+        raise InvalidInputError(f"batch size {batch_size!r}: expected at least 1")
     images, labels = certifier.check(images, labels)
     result: list[Certificate] = []
     for start in range(0, images.shape[0], batch_size):
@@ -147,7 +149,7 @@ def _search_batch(
     for index in range(images.shape[0]):
         k = place.get(index)
         found = 0.0 if k is None else float(radius[k]) / l1_over_ground(ground)
-        verdict = Verdict.MISCLASSIFIED if k is None else Verdict.CERTIFIED if found > 0 else Verdict.UNKNOWN
+        verdict = Verdict.MISCLASSIFIED if k is None else Verdict.CERTIFIED if found > 0 or limit == 0 else Verdict.UNKNOWN
         result.append(
             Certificate(
                 verdict=verdict,

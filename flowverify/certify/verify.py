@@ -123,6 +123,8 @@ class Certifier(BaseCertifier):
         """
         start = time.perf_counter()
         images, labels = self.check(images, labels)
+        if not len(images):
+            return []
         predictions, correct = self.clean(images, labels)
         margins = torch.full((images.shape[0],), -torch.inf, dtype=torch.float64)
         chosen = correct.nonzero().flatten()

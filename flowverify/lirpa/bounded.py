@@ -49,7 +49,8 @@ class BoundedNetwork:
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preactivations: Sequence[Tensor]) -> None:
         try:
-            with _quiet():
+            # auto_LiRPA 0.3 makes the look-up tables of tanh and sigmoid here, in torch's default precision.
+            with _quiet(), _default_dtype(inputs[0].dtype):
                 self._module = BoundedModule(
                     module, tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
                 )
@@ -149,7 +150,9 @@ class BoundedNetwork:
                     bound_upper=upper,
                     **{INTERMEDIATE_KEYWORD: known},
                 )
-        except (FlowverifyError, MemoryError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(_first_line(error)) from error
+        except (FlowverifyError, MemoryError):
             raise
         except RuntimeError as error:
             if "can't allocate memory" in str(error) or "out of memory" in str(error):

@@ -42,7 +42,7 @@ def solve_least_budgets(
             near[lane] = np.float64(lipschitz[lane]), 0.0, 0.0
             far[lane] = -1.0, np.inf, 0.0
             done[lane] = lane >= used or targets[start + lane] <= 0
-            trial[lane] = 0
+            trial[lane] = 0.5 * lipschitz[lane]
         for _ in range(MAX_STEPS):
             if done.all():
                 break
@@ -53,10 +53,14 @@ def solve_least_budgets(
                 target = targets[start + lane]
                 here, spent = np.float64(trial[lane]), np.float64(cost[lane])
                 gain = np.float64(excess[lane]) + here * spent
-                if far[lane, 0] < 0:
-                    if gain < target:  # even with every source at its argmax
+                if far[lane, 0] < 0 and gain < target:
+                    if here == 0:  # every source is at its argmax, and that is not enough
                         done[lane] = True
                         continue
+                    near[lane] = here, spent, gain
+                    trial[lane] = 0.5 * here if here > 1e-3 * lipschitz[lane] else 0.0
+                    continue
+                if far[lane, 0] < 0:
                     far[lane] = here, spent, gain
                 elif spent <= near[lane, 1] or spent >= far[lane, 1]:
                     done[lane] = True  # nothing above the chord: near and far are neighbours

@@ -50,7 +50,7 @@ def least_budget(
     """The least budget that gains each target, exactly; 0 where the target is not positive.
 
     Raises:
-        InvalidInputError: shapes that do not fit, or a target that is NaN.
+        InvalidInputError: shapes that do not fit, coefficients that are not finite, or a target that is NaN.
     """
     check_problems(coefficients, images)
     dtype = torch.promote_types(coefficients.dtype, images.dtype)
@@ -58,6 +58,11 @@ def least_budget(
     expected = (images.shape[0], coefficients.shape[-4])
     if tuple(target.shape) != expected or bool(torch.isnan(target).any()):
         raise InvalidInputError(f"target of shape {tuple(target.shape)}: expected {expected}, and no NaN")
+    if not bool(torch.isfinite(coefficients.sum())) and not bool(torch.isfinite(coefficients).all()):
+        raise InvalidInputError("coefficients: given NaN or infinite ones, expected finite numbers")
+    if not target.numel():
+        empty = images.new_empty(expected)
+        return LeastBudget(empty, empty, images.new_empty(*expected, *images.shape[1:]) if maximiser else None)
     target = target.detach().double()
     solve = compiled.solve_least_budget if use_compiled(backend, images) else _solve_torch
     budget, multiplier, moved = solve(coefficients, images, target, maximiser)

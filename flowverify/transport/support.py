@@ -68,7 +68,9 @@ def support(
         backend: the compiled kernel is used for CPU tensors unless ``"torch"`` is asked for.
 
     Raises:
-        InvalidInputError: shapes that do not fit, a negative or non-finite budget.
+        InvalidInputError: shapes that do not fit, a pixel that is negative or NaN, a negative or non-finite budget.
+
+    Coefficients that are not finite give an excess of NaN, which no comparison takes for a bound.
     """
     check_problems(coefficients, images)
     _check_budget(budget, images.shape[0])
@@ -78,11 +80,23 @@ def support(
     if tolerance is None:
         tolerance = 1e-10 if dtype == torch.float64 else 1e-6
     problems = coefficients.shape[-4]
+    shape = (images.shape[0], problems)
     if guess is None:
-        guess = torch.zeros(images.shape[0], problems, dtype=torch.float64)
-    guess = guess.detach().double()
+        guess = torch.zeros(shape, dtype=torch.float64)
+    if tuple(guess.shape) != shape:
+        raise InvalidInputError(f"guess of shape {tuple(guess.shape)}: expected {shape}")
+    if not guess.numel():
+        empty = images.new_empty(shape)
+        return Support(empty, empty, images.new_empty(*shape, *images.shape[1:]) if maximiser else None)
+    # A sum tells in one pass that all is finite; only where it is not, coefficients are looked at one by one.
+    unbounded = None
+    if not bool(torch.isfinite(coefficients.sum())):
+        unbounded = ~torch.isfinite(coefficients).flatten(-3).all(-1).expand(shape)
+        coefficients = torch.nan_to_num(coefficients, nan=0.0, posinf=0.0, neginf=0.0)
     solve = compiled.solve if use_compiled(backend, images) else search.solve
-    excess, multiplier, moved = solve(coefficients, images, budget, guess, tolerance, maximiser)
+    excess, multiplier, moved = solve(coefficients, images, budget, guess.detach().double(), tolerance, maximiser)
+    if unbounded is not None:
+        excess = torch.where(unbounded.to(excess.device), torch.nan, excess)
     return Support(excess, multiplier, moved)
 
 
@@ -108,6 +122,8 @@ def check_problems(coefficients: Tensor, images: Tensor) -> None:
     """Raises InvalidInputError unless coefficients and images fit each other; shapes as in :func:`support`."""
     if images.ndim != 4:
         raise InvalidInputError(f"images of shape {tuple(images.shape)}: expected (B, C, H, W)")
+    if not bool((images >= 0).all()):
+        raise InvalidInputError(f"images with a pixel of {float(images.min())}: expected finite values >= 0")
     batch = images.shape[0]
     fits = coefficients.ndim in (4, 5) and coefficients.shape[-3:] == images.shape[-3:]
     if not fits or (coefficients.ndim == 5 and coefficients.shape[0] != batch):

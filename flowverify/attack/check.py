@@ -1,0 +1,98 @@
+"""What every attack's images go through before they are returned: repair, then the exact check."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowverify.attack.model import AttackedModel
+from flowverify.attack.segment import between, confirmed_crossing
+from flowverify.transport.distance import EXACT_MASS_TOLERANCE, channel_masses, masses_agree, wasserstein_distance
+
+REFILLS = 50
+
+
+def repair(
+    images: Tensor,  # (B, C, H, W), float64
+    candidates: Tensor,  # (B, C, H, W)
+    cap: float | None,
+) -> Tensor:
+    """The candidates as images of the threat model, float64: 0 <= nu <= cap, with each channel's mass.
+
+    Values are clipped, and each channel is scaled to its mass; with a cap, what it cuts off is filled in by
+    scaling the pixels below it, and what is then left by raising all pixels towards the cap. A candidate with NaN
+    or infinite pixels, or with an empty channel that should not be, becomes the clean image.
+    """
+    wanted = channel_masses(images)[..., None, None]
+    usable = torch.isfinite(candidates).flatten(1).all(1)
+    result = torch.where(usable[:, None, None, None], candidates.double(), images).clamp(min=0, max=cap)
+    for _ in range(REFILLS if cap is not None else 1):
+        mass = result.sum((-2, -1), keepdim=True)
+        ratio = torch.where(mass > 0, wanted / mass, 0.0)
+        result = (result * ratio).clamp(max=cap) if cap is not None else result * ratio
+        if cap is None or bool(((result.sum((-2, -1), keepdim=True) - wanted).abs() <= 1e-12 * wanted).all()):
+            break
+    if cap is not None:
+        room = cap - result
+        missing = (wanted - result.sum((-2, -1), keepdim=True)).clamp(min=0)
+        result = (result + room * missing / room.sum((-2, -1), keepdim=True).clamp(min=1e-300)).clamp(max=cap)
+    whole = masses_agree(images, result, EXACT_MASS_TOLERANCE)
+    return torch.where(whole[:, None, None, None], result, images)
+
+
+def confirm(
+    model: AttackedModel,
+    images: Tensor,  # (B, C, H, W), float64
+    labels: Tensor,  # (B,)
+    candidates: Tensor,  # (B, C, H, W)
+    ground: str,
+    cap: float | None,
+    *,
+    radius: Tensor | None = None,  # (B,)
+    shorten: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Checked adversarial images with their exact W1 (B,), in pixels; the clean image and infinity where there is none.
+
+    A candidate that lies beyond its radius is pulled back to it along the segment from the clean image; with
+    ``shorten`` each is pulled back to where it is only just misclassified.
+
+    Raises:
+        SolverError: an exact distance could not be computed.
+    """
+    final = repair(images, candidates, cap)
+    changed = (final != images).flatten(1).any(1)
+    mass = channel_masses(images).sum(-1)
+    distance = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
+    good = changed & model.fooled(final, labels) if bool(changed.any()) else changed
+    if radius is not None and bool(good.any()):
+        chosen = good.nonzero().flatten()
+        limit = radius[chosen]
+        away = _exact(images[chosen], final[chosen], ground)
+        share = torch.where(away > limit, limit * (1 - 1e-12) / away.clamp(min=1e-300), 1.0)
+        final[chosen] = between(images[chosen], final[chosen], share)
+        good[chosen] = model.fooled(final[chosen], labels[chosen])
+    if shorten and bool(good.any()):
+        chosen = good.nonzero().flatten()
+        share = confirmed_crossing(model, images[chosen], final[chosen], labels[chosen])
+        final[chosen] = between(images[chosen], final[chosen], torch.where(share.isnan(), 1.0, share))
+    if cap is not None:
+        final = final.clamp(max=cap)
+    chosen = good.nonzero().flatten()
+    if chosen.numel():
+        near, far = images[chosen], final[chosen]
+        holds = masses_agree(near, far, EXACT_MASS_TOLERANCE) & (far >= 0).flatten(1).all(1)
+        if cap is not None:
+            holds &= (far <= cap).flatten(1).all(1)
+        holds &= model.fooled(far, labels[chosen])
+        chosen = chosen[holds]
+        if chosen.numel():
+            distance[chosen] = _exact(images[chosen], final[chosen], ground)
+        if radius is not None:
+            distance[distance > radius * (1 + 1e-12)] = torch.inf
+    distance[mass <= 0] = torch.inf
+    kept = torch.isfinite(distance)
+    return torch.where(kept[:, None, None, None], final, images), distance
+
+
+def _exact(images: Tensor, others: Tensor, ground: str) -> Tensor:
+    return wasserstein_distance(images, others, ground, mass_tolerance=EXACT_MASS_TOLERANCE).to(images.device)

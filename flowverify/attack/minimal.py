@@ -1,0 +1,136 @@
+"""The nearest adversarial image, directly: exact distances to linearised boundaries, then shrinking balls.
+
+As in DeepFool and FAB (Moosavi-Dezfooli et al. 2016; Croce & Hein 2020), but in W1: the distance from mu to the
+half-space in which the linearised f_t - f_y is positive is one exact solve
+(:func:`flowverify.transport.moves.best_moves` with a target), around the clean image whatever the iterate. Once an
+adversarial image is known, at radius r, Frank-Wolfe steps run in a ball of a slightly smaller radius; whenever
+they succeed the new image is pulled back along the segment to the boundary and r shrinks again.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.attack.base import BaseAttack, Batch
+from flowverify.attack.frank_wolfe import step_along
+from flowverify.attack.model import surplus
+from flowverify.attack.rows import Rows, nearest, ranked_targets
+from flowverify.attack.segment import between, first_crossing
+from flowverify.errors import UnknownNameError
+from flowverify.transport.moves import best_moves
+
+
+class Round(NamedTuple):
+    """``iterations`` for the ``targets`` most promising classes of each image."""
+
+    targets: int
+    iterations: int
+
+
+EFFORTS: dict[str, tuple[Round, ...]] = {
+    "fast": (Round(3, 3), Round(1, 12)),
+    "normal": (Round(9, 3), Round(3, 10), Round(1, 20)),
+    "thorough": (Round(9, 60), Round(3, 60)),
+}
+OVERSHOOT = 1.05  # of the linearised distance, while nothing has been found
+SHRINK = 0.97  # the next ball, relative to the best radius so far
+STEPS = (1.0, 0.4, 0.12)
+
+
+class MinimalRadius(BaseAttack):
+    """Minimises W1 to an adversarial image; the strongest of the attacks here.
+
+    Args:
+        effort: "fast", "normal" or "thorough"; see ``EFFORTS``.
+    """
+
+    name: ClassVar[str] = "minimal"
+
+    def __init__(self, model: nn.Module, *, effort: str = "normal", batch_size: int = 100, seed: int = 0) -> None:
+        super().__init__(model, batch_size=batch_size, seed=seed)
+        if effort not in EFFORTS:
+            raise UnknownNameError("effort", effort, tuple(EFFORTS))
+        self.rounds = EFFORTS[effort]
+
+    def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
+        return self._search(batch, radius * batch.mass)
+
+    def _smallest(self, batch: Batch) -> Tensor:
+        return self._search(batch, torch.zeros_like(batch.mass))
+
+    def _search(self, batch: Batch, enough: Tensor) -> Tensor:
+        """The nearest images found; an image whose cost is at most ``enough`` (B,) is searched no further."""
+        most = max(one.targets for one in self.rounds)
+        targets, promise = ranked_targets(self.model, batch, most)
+        count, width = targets.shape
+        state = _Best(batch.images.clone(), torch.full_like(batch.mass, torch.inf))
+        clean_margin = self.model.margins(batch.images, batch.labels)
+        owner = torch.arange(count, device=targets.device).repeat_interleave(width)
+        rows, promise = Rows.start(batch, owner, targets.flatten()), promise.flatten()
+        for one in self.rounds:
+            kept = _most_promising(rows.owner, promise, count, one.targets)
+            rows, promise = rows[kept], promise[kept]
+            for iteration in range(one.iterations):
+                alive = state.cost[rows.owner] > enough[rows.owner]
+                if not bool(alive.all()):
+                    rows, promise = rows[alive], promise[alive]
+                if not len(rows):
+                    return state.image
+                promise = self._iterate(batch, rows, promise, state, clean_margin)
+        return state.image
+
+    def _iterate(self, batch: Batch, rows: Rows, promise: Tensor, state: _Best, clean_margin: Tensor) -> Tensor:
+        margin, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
+        bound = state.cost[rows.owner] * SHRINK
+        rows.pull_back(bound)
+        target = rows.linearised_target(margin, gradient)
+        known = torch.isfinite(bound)
+        if bool(known.all()):
+            goal = best_moves(gradient, rows.clean, budget=bound, ground=batch.ground, cap=batch.cap)
+        else:
+            wanted = torch.where(known, torch.inf, (OVERSHOOT * target).nan_to_num(nan=0.0).clamp(min=0))
+            goal = best_moves(
+                gradient, rows.clean, budget=bound, target=wanted, ground=batch.ground, cap=batch.cap
+            )
+        fresh = rows.cost == 0
+        if bool(fresh.all()):
+            rows.towards(goal.image, goal.cost, torch.ones_like(goal.cost))
+        else:
+            step_along(self.model, rows, goal.image, goal.cost, STEPS)
+        reached = surplus(self.model.logits(rows.iterate.clamp(min=0)), rows.label)
+        hit = (reached > 0).nonzero().flatten()
+        if hit.numel():
+            own = rows[hit]
+            share = first_crossing(
+                self.model, own.clean, own.iterate, own.label, 2, (clean_margin[own.owner], reached[hit])
+            )
+            state.offer(own.owner, between(own.clean, own.iterate, share), share * own.cost)
+            promise = promise.clone()
+            promise[hit] = share * own.cost
+        return promise
+
+
+class _Best:
+    """The nearest adversarial image of every image so far, and the bound of its W1."""
+
+    def __init__(self, image: Tensor, cost: Tensor) -> None:
+        self.image, self.cost = image, cost
+
+    def offer(self, owner: Tensor, images: Tensor, cost: Tensor) -> None:
+        least = self.cost.scatter_reduce(0, owner, cost, "amin")
+        better = (cost <= least[owner]) & (cost < self.cost[owner])
+        self.image[owner[better]] = images[better]
+        self.cost = least
+
+
+def _most_promising(owner: Tensor, promise: Tensor, count: int, targets: int) -> Tensor:
+    """Indices of the ``targets`` rows of each image with the least promised cost, in order of rows."""
+    order = torch.argsort(promise, stable=True)
+    order = order[torch.argsort(owner[order], stable=True)]
+    sorted_owner = owner[order]
+    first = torch.searchsorted(sorted_owner, torch.arange(count, device=owner.device))
+    place = torch.arange(len(order), device=owner.device) - first[sorted_owner]
+    return order[place < targets].sort().values

@@ -1,0 +1,110 @@
+"""The classifier under attack: any torch module that maps images (B, C, H, W) to logits (B, classes)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.errors import InvalidInputError
+
+ROWS = 16  # batches are filled up to a multiple: a row's value then does not depend on how many there are
+
+
+class AttackedModel:
+    """A copy of a module in evaluation mode, in its own precision and in float64.
+
+    A search runs in the module's own precision. A perturbed image counts as misclassified only if both
+    precisions say so, as a certificate counts only if both say otherwise.
+
+    Args:
+        module: maps (B, C, H, W) to (B, classes); differentiable where its gradient is to lead anywhere.
+
+    Raises:
+        InvalidInputError: not a torch module, or one with complex or half precision weights.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise InvalidInputError(f"model of type {type(module).__name__}: expected a torch.nn.Module")
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}
+        if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+            raise InvalidInputError(f"model with weights of type {sorted(map(str, kinds))}: expected all float32 or "
+                                    "all float64")
+        self.dtype = kinds.pop() if kinds else torch.float32
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self._precise: nn.Module | None = None
+
+    @property
+    def precise(self) -> nn.Module:
+        """The module in float64."""
+        if self._precise is None:
+            self._precise = self.module if self.dtype == torch.float64 else copy.deepcopy(self.module).double()
+        return self._precise
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, classes) in the module's own precision, returned as float64; no gradient.
+
+        Raises:
+            InvalidInputError: the module does not take such images or does not return logits.
+        """
+        with torch.no_grad():
+            return self._call(self.module, images.to(self.dtype)).double()
+
+    def exact_logits(self, images: Tensor) -> Tensor:
+        """As :meth:`logits`, computed in float64."""
+        with torch.no_grad():
+            return self._call(self.precise, images.double())
+
+    def gradients(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """f_t - f_y and its gradient in the image, float64 (B,) and (B, C, H, W); NaN gradients become 0."""
+
+        def margin(logits: Tensor) -> Tensor:
+            return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+
+        return self.gradient_of(images, margin)
+
+    def gradient_of(self, images: Tensor, function: object) -> tuple[Tensor, Tensor]:
+        """Values (B,) of a function of the logits, and the gradients of each in its image, float64."""
+        variable = images.to(self.dtype).detach().requires_grad_(True)
+        with torch.enable_grad():
+            values = function(self._call(self.module, variable))  # type: ignore[operator]
+            if not values.requires_grad:  # nothing depends on the image
+                return values.detach().double(), torch.zeros_like(images, dtype=torch.float64)
+            (gradient,) = torch.autograd.grad(values.sum(), variable)
+        return values.detach().double(), gradient.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def margins(self, images: Tensor, labels: Tensor) -> Tensor:
+        """max over t of f_t - f_y, float64 (B,): positive where misclassified; NaN where a logit is."""
+        return surplus(self.logits(images), labels)
+
+    def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whether each image is misclassified, strictly, in float64 and in the module's own precision; bool (B,)."""
+        exact, own = surplus(self.exact_logits(images), labels), surplus(self.logits(images), labels)
+        return (exact > 0) & (own > 0)
+
+    def _call(self, module: nn.Module, images: Tensor) -> Tensor:
+        count = images.shape[0]
+        missing = -count % ROWS
+        if missing:
+            images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
+        try:
+            logits = module(images)
+        except (RuntimeError, ValueError) as error:
+            raise InvalidInputError(
+                f"model {type(self.module).__name__} on images of shape {tuple(images.shape[1:])} and type "
+                f"{images.dtype}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InvalidInputError(f"model output {given}: expected logits of shape ({len(images)}, classes >= 2)")
+        return logits[:count]
+
+
+def surplus(logits: Tensor, labels: Tensor) -> Tensor:
+    """max over t != y of f_t - f_y, (B, classes) -> (B,)."""
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return others - logits.gather(1, labels[:, None]).squeeze(1)

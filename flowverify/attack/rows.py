@@ -1,0 +1,87 @@
+"""Pairs of an image and a target class: the rows that gradient attacks work on, batched together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowverify.attack.base import Batch
+from flowverify.attack.model import AttackedModel
+from flowverify.transport.moves import Moves, best_moves
+
+
+@dataclass
+class Rows:
+    """One row for each pair; every row has its own iterate.
+
+    Attributes:
+        owner: the row's image in the batch, (R,).
+        clean: mu, (R, C, H, W); label, target: (R,).
+        iterate: a point of the threat model, (R, C, H, W).
+        cost: an upper bound of W1(mu, iterate), in mass times pixels, (R,).
+    """
+
+    owner: Tensor
+    clean: Tensor
+    label: Tensor
+    target: Tensor
+    iterate: Tensor
+    cost: Tensor
+
+    @classmethod
+    def start(cls, batch: Batch, owner: Tensor, target: Tensor) -> Rows:
+        clean = batch.images[owner]
+        return cls(owner, clean, batch.labels[owner], target, clean.clone(), torch.zeros_like(batch.mass[owner]))
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def __getitem__(self, rows: Tensor) -> Rows:
+        return Rows(*(value[rows] for value in vars(self).values()))
+
+    def towards(self, goal: Tensor, goal_cost: Tensor, share: Tensor) -> None:
+        """Moves each iterate the given share (R,) of the way; W1 is convex, so the cost bound mixes too."""
+        part = share[:, None, None, None]
+        self.iterate = (1 - part) * self.iterate + part * goal
+        self.cost = (1 - share) * self.cost + share * goal_cost
+
+    def pull_back(self, budget: Tensor) -> None:
+        """Shortens what costs more than its budget, along the segment from the clean image."""
+        share = torch.where(self.cost > budget, budget / self.cost.clamp(min=1e-300), 1.0)
+        self.iterate = self.clean + share[:, None, None, None] * (self.iterate - self.clean)
+        self.cost = share * self.cost
+
+    def linearised_target(self, margin: Tensor, gradient: Tensor) -> Tensor:
+        """What g . (nu - mu) has to reach for the linearised f_t - f_y to be 0: -margin + g . (iterate - mu)."""
+        return -margin + (gradient * (self.iterate - self.clean)).flatten(1).sum(1)
+
+
+def target_margin(logits: Tensor, rows: Rows) -> Tensor:
+    """f_t - f_y, (R,)."""
+    return (logits.gather(1, rows.target[:, None]) - logits.gather(1, rows.label[:, None])).squeeze(1)
+
+
+def ranked_targets(model: AttackedModel, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` classes t != y whose linearised boundary is nearest, nearest first.
+
+    Returns:
+        Classes (B, count) and the exact W1 to those boundaries, in mass times pixels; infinite out of reach.
+    """
+    classes = model.logits(batch.images[:1]).shape[1]
+    costs, targets = [], []
+    for shift in range(1, classes):
+        target = (batch.labels + shift) % classes
+        margin, gradient = model.gradients(batch.images, batch.labels, target)
+        found = nearest(batch, batch.images, gradient, -margin)
+        costs.append(torch.where(found.gain < -margin * (1 - 1e-9), torch.inf, found.cost))
+        targets.append(target)
+    cost, order = torch.stack(costs, 1).sort(1, stable=True)
+    return torch.stack(targets, 1).gather(1, order)[:, :count], cost[:, :count]
+
+
+def nearest(batch: Batch, clean: Tensor, gradient: Tensor, target: Tensor) -> Moves:
+    """The nearest points of half-spaces under the threat model of the batch."""
+    target = target.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return best_moves(gradient, clean, target=target, ground=batch.ground, cap=batch.cap)

@@ -1,0 +1,64 @@
+"""What the README shows runs as pasted, and what it counts is what there is."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flowverify.certify.methods import BOUNDS, LINEAR_METHODS, METHODS
+from flowverify.cli import app
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line]
+
+
+def run(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "flowverify"
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_runs_as_pasted(number, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[number]],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "mnist" not in line])
+def test_commands_run_as_pasted(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(command)
+
+
+@pytest.mark.skipif(not os.environ.get("FLOWVERIFY_DATA"), reason="needs the MNIST files in $FLOWVERIFY_DATA/mnist")
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "mnist" in line])
+def test_commands_on_mnist_name_what_there_is(command):
+    assert "0:100" in command
+    run(command.split(">")[0].replace("0:100", "0:1"))
+
+
+def test_tables_name_every_method_and_bound():
+    rows = set(re.findall(r"^\| `([\w-]+)` \|", TEXT, re.MULTILINE))
+    assert set(BOUNDS) | set(METHODS) | set(LINEAR_METHODS) <= rows
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / target).is_file()
+    assert (ROOT / "docs" / "worst-case.png").stat().st_size < 200_000
