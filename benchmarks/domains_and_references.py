@@ -1,6 +1,6 @@
 """The same certificate in image and in flow coordinates, and for every reference (design fact F6).
 
-    python -m benchmarks.domains_and_references [--images 20]
+python -m benchmarks.domains_and_references [--images 20]
 """
 
 from __future__ import annotations

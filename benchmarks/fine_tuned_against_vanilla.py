@@ -1,6 +1,6 @@
 """Certified radii and wall time, fine-tuned against vanilla, on the same network and images in one run.
 
-    python -m benchmarks.fine_tuned_against_vanilla [--model mnist-fc3] [--images 100] [--bounds crown,best]
+python -m benchmarks.fine_tuned_against_vanilla [--model mnist-fc3] [--images 100] [--bounds crown,best]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory and time of certifying a CNN with 65,536 neurons in its first layer.
 
-    python -m benchmarks.large_convolution [--method fine-tuned] [--bound crown]
+python -m benchmarks.large_convolution [--method fine-tuned] [--bound crown]
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert certificate.verdict in (Verdict.CERTIFIED, Verdict.UNKNOWN)
     print(
-        f"verdict {certificate.verdict}, margin {certificate.margin:.4f}, {taken[0]:.1f} s, peak memory {peak:.2f} GiB, "
-        f"note {certificate.note!r}"
+        f"verdict {certificate.verdict}, margin {certificate.margin:.4f}, {taken[0]:.1f} s, peak memory {peak:.2f} "
+        f"GiB, note {certificate.note!r}"
     )
 
 

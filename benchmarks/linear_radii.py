@@ -55,8 +55,8 @@ def programs(network: fv.Network, spaces: HalfSpaces, exact: LinearRadius, count
     own_each, program_each = own[0] / everything, taken[0] / count
     print(
         f"without a solver {own_each * 1e3:.3f} ms an image (batch of {everything}), cvxpy with HiGHS "
-        f"{program_each * 1e3:.1f} ms: {program_each / own_each:.0f} times; {count} images x {difference.shape[1]} classes equal to "
-        f"{float(difference.max()):.1e} relative"
+        f"{program_each * 1e3:.1f} ms: {program_each / own_each:.0f} times; {count} images x {difference.shape[1]} "
+        f"classes equal to {float(difference.max()):.1e} relative"
     )
 
 

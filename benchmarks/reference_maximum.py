@@ -1,6 +1,6 @@
 """Framework paper, Section 3.2.2 and Figure 1: certified radii by reference, and their maximum.
 
-    python -m benchmarks.reference_maximum [--images 100] [--method vanilla] [--picture benchmarks/figures/figure-1.png]
+python -m benchmarks.reference_maximum [--images 100] [--method vanilla] [--picture benchmarks/figures/figure-1.png]
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ def spread_of_margins(
 ) -> str:
     radii = torch.full((len(data),), radius, dtype=torch.float64)
     margins = torch.stack(
-        [
-            certifier.margins(data.images, data.labels, radii, dtype=dtype, references=one.images)
-            for one in references
-        ]
+        [certifier.margins(data.images, data.labels, radii, dtype=dtype, references=one.images) for one in references]
     )
     relative = (margins.amax(0) - margins.amin(0)) / margins.abs().amax(0)
     return f"median {float(relative.median()):.1e}, largest {float(relative.max()):.1e}"
@@ -64,9 +61,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.float64):
         spread = spread_of_margins(certifier, data, references, 0.02, dtype)
         print(f"margins at radius 0.02 in {str(dtype)[6:]}: spread over references, relative: {spread}")
-    found = maximum_over_references(
-        certifier, data.images, data.labels, references, tolerance=options.tolerance
-    )
+    found = maximum_over_references(certifier, data.images, data.labels, references, tolerance=options.tolerance)
     certified = found.radii.amax(0) > 0
     for name, row in zip(found.names, found.radii, strict=True):
         print(f"{name:22} radius {quartiles(row[certified])}")

@@ -105,8 +105,8 @@ def main() -> None:
     for name, (excess, seconds) in results.items():
         difference = excess - optimum
         print(
-            f"{name:18} {seconds:9.3f} s, {seconds / count * 1e6:10.1f} us a neuron, {highs_seconds / seconds:8.0f} times "
-            f"faster, excess off the optimum by at most {float((difference.abs() / optimum).max()):.1e} relative, "
+            f"{name:18} {seconds:9.3f} s, {seconds / count * 1e6:10.1f} us a neuron, {highs_seconds / seconds:8.0f} "
+            f"times faster, excess off the optimum by at most {float((difference.abs() / optimum).max()):.1e} relative, "
             f"never below it by more than {float((-difference / scale).max().clamp(min=0)):.1e} of |c|.mu"
         )
 

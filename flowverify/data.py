@@ -193,9 +193,7 @@ def _digits(split: str) -> Dataset:
         members = random.permutation(np.flatnonzero(labels == label))
         in_test[members[round(0.7 * len(members)) :]] = True
     chosen = in_test if split == "test" else ~in_test
-    return Dataset(
-        torch.from_numpy(images[chosen])[:, None], torch.from_numpy(labels[chosen]), "digits", split
-    )
+    return Dataset(torch.from_numpy(images[chosen])[:, None], torch.from_numpy(labels[chosen]), "digits", split)
 
 
 def _mnist(split: str, folder: Path | None) -> Dataset:

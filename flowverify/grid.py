@@ -41,9 +41,7 @@ class Grid:
     def of(cls, images: Tensor) -> Grid:
         """The grid of a batch of images of shape (..., C, H, W)."""
         if images.ndim < 3:
-            raise InvalidInputError(
-                f"images of shape {tuple(images.shape)}: expected (..., channels, height, width)"
-            )
+            raise InvalidInputError(f"images of shape {tuple(images.shape)}: expected (..., channels, height, width)")
         channels, height, width = images.shape[-3:]
         return cls(int(height), int(width), int(channels))
 
@@ -174,9 +172,7 @@ class Grid:
         The flow that would leave the grid (last column, last row) is zero in its plane.
         """
         right, down = self.split(flow)
-        return torch.cat(
-            [torch.nn.functional.pad(right, (0, 1)), torch.nn.functional.pad(down, (0, 0, 0, 1))], dim=-3
-        )
+        return torch.cat([torch.nn.functional.pad(right, (0, 1)), torch.nn.functional.pad(down, (0, 0, 0, 1))], dim=-3)
 
     def from_planes(self, planes: Tensor) -> Tensor:
         """The inverse of :meth:`to_planes`; what stands outside the grid's edges is ignored."""

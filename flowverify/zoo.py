@@ -140,9 +140,7 @@ def save_model(network: Network, directory: str | Path, **card: Any) -> Card:
             model_file.replace(target / model_file.name)
             card_file.replace(target / card_file.name)
     except OSError as error:
-        raise ModelFileError(
-            f"{target}: cannot be written to ({error}), expected a writable folder"
-        ) from error
+        raise ModelFileError(f"{target}: cannot be written to ({error}), expected a writable folder") from error
     return complete
 
 
@@ -177,9 +175,7 @@ def _parse_card(values: Mapping[str, Any]) -> Card:
     expected = {entry.name: str(entry.type) for entry in dataclasses.fields(Card)}
     if set(values) != set(expected):
         missing, unknown = sorted(set(expected) - set(values)), sorted(set(values) - set(expected))
-        raise InvalidInputError(
-            f"card lacks {missing} and has unknown {unknown}, expected {sorted(expected)}"
-        )
+        raise InvalidInputError(f"card lacks {missing} and has unknown {unknown}, expected {sorted(expected)}")
     for key, kind in expected.items():
         if not isinstance(values[key], _CARD_TYPES[kind]):
             raise InvalidInputError(f"card field {key} is {values[key]!r}, expected {kind}")

@@ -73,9 +73,7 @@ class TestDataset:
             (torch.zeros(1, 1, 2, 2), torch.tensor([-1]), "labels go down to -1"),
         ],
     )
-    def test_malformed_content_is_refused(
-        self, images: torch.Tensor, labels: torch.Tensor, message: str
-    ) -> None:
+    def test_malformed_content_is_refused(self, images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
         with pytest.raises(DataError, match=message):
             Dataset(images, labels, "mine", "test")
 
@@ -198,9 +196,7 @@ class TestNpz:
             ({"images": np.array([None, {}]), "labels": LABELS}, "plain arrays"),
         ],
     )
-    def test_malformed_file_is_refused(
-        self, tmp_path: Path, arrays: dict[str, np.ndarray], message: str
-    ) -> None:
+    def test_malformed_file_is_refused(self, tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
         path = write_npz(tmp_path / "mine.npz", **arrays)
         with pytest.raises(DataError, match=message) as caught:
             load_dataset(path)

@@ -60,9 +60,7 @@ def delta_by_formula(grid: Grid, image: Tensor, flow: Tensor) -> Tensor:
 @pytest.mark.parametrize("grid", SMALL, ids=grid_id)
 def test_apply_is_the_formula(grid: Grid) -> None:
     image, flow = random_tensor(*grid.image_shape), random_tensor(grid.edges, seed=1)
-    torch.testing.assert_close(
-        grid.apply(image, flow), delta_by_formula(grid, image, flow), rtol=0, atol=1e-14
-    )
+    torch.testing.assert_close(grid.apply(image, flow), delta_by_formula(grid, image, flow), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("grid", SMALL, ids=grid_id)
@@ -183,21 +181,15 @@ def test_apply_and_differences_are_differentiable() -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, -1), (2.0, 3), ("3", 3), (True, 3), (3, 3, 0)])
 def test_bad_sizes(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(
-        InvalidInputError, match=r"grid (height|width|channels): given .*, expected an integer >= 1"
-    ):
+    with pytest.raises(InvalidInputError, match=r"grid (height|width|channels): given .*, expected an integer >= 1"):
         Grid(*sizes)
 
 
 def test_bad_shapes() -> None:
     grid = Grid(3, 4, 2)
-    with pytest.raises(
-        InvalidInputError, match=r"flow of shape \(33,\): expected \(\.\.\., 34\) for a 2x3x4 grid"
-    ):
+    with pytest.raises(InvalidInputError, match=r"flow of shape \(33,\): expected \(\.\.\., 34\) for a 2x3x4 grid"):
         grid.divergence(torch.zeros(33))
-    with pytest.raises(
-        InvalidInputError, match=r"coefficients of shape \(2, 4, 3\): expected \(\.\.\., 2, 3, 4\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"coefficients of shape \(2, 4, 3\): expected \(\.\.\., 2, 3, 4\)"):
         grid.differences(torch.zeros(2, 4, 3))
     with pytest.raises(InvalidInputError, match=r"reference of shape \(3, 4\): expected \(\.\.\., 2, 3, 4\)"):
         grid.apply(torch.zeros(3, 4), torch.zeros(34))

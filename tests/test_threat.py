@@ -132,9 +132,7 @@ BAD_NUMBERS: list[Any] = [math.nan, math.inf, -math.inf, "0.1", None, True, 1j, 
 
 @pytest.mark.parametrize("radius", [*BAD_NUMBERS, -0.1])
 def test_bad_radius(radius: Any) -> None:
-    with pytest.raises(
-        InvalidInputError, match=r"radius: given .*, expected a finite number >= 0 \(pixels\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"radius: given .*, expected a finite number >= 0 \(pixels\)"):
         WassersteinBall(radius)
     with pytest.raises(InvalidInputError, match="radius: given"):
         WassersteinBall(0.1).with_radius(radius)
@@ -156,9 +154,7 @@ def test_check_images() -> None:
     assert check_images(images) is images
     assert check_images(images[0]).shape == (1, 1, 8, 8)
     assert check_images(images, Grid(8, 8)) is images
-    with pytest.raises(
-        InvalidInputError, match=r"images of shape \(2, 1, 8, 8\): expected \(\.\.\., 1, 7, 8\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"images of shape \(2, 1, 8, 8\): expected \(\.\.\., 1, 7, 8\)"):
         check_images(images, Grid(7, 8))
 
 
@@ -188,14 +184,10 @@ def test_bad_images() -> None:
     images[1] = 0.0
     with pytest.raises(InvalidInputError, match=r"images: image 1 has mass 0\.0, expected a positive mass"):
         check_images(images)
-    with pytest.raises(
-        InvalidInputError, match=r"images of dtype torch\.uint8: expected a floating-point dtype"
-    ):
+    with pytest.raises(InvalidInputError, match=r"images of dtype torch\.uint8: expected a floating-point dtype"):
         check_images(torch.ones(1, 1, 2, 2, dtype=torch.uint8))
     for shape in ((8, 8), (1, 1, 1, 8, 8), (1, 0, 8, 8)):
-        with pytest.raises(
-            InvalidInputError, match=r"images of shape \(.*\): expected \(B, C, H, W\) or \(C, H, W\)"
-        ):
+        with pytest.raises(InvalidInputError, match=r"images of shape \(.*\): expected \(B, C, H, W\) or \(C, H, W\)"):
             check_images(torch.ones(shape))
     with pytest.raises(InvalidInputError, match=r"images: given list, expected a torch\.Tensor"):
         check_images([[1.0]])  # type: ignore[arg-type]
@@ -203,12 +195,8 @@ def test_bad_images() -> None:
 
 def test_bad_perturbed_images() -> None:
     images, ball = digits(), WassersteinBall(0.1)
-    with pytest.raises(
-        InvalidInputError, match=r"perturbed of shape \(1, 1, 8, 8\): expected that of images"
-    ):
+    with pytest.raises(InvalidInputError, match=r"perturbed of shape \(1, 1, 8, 8\): expected that of images"):
         ball.contains(images, images[:1])
     for perturbed in ([1.0], torch.ones(2, 1, 8, 8, dtype=torch.int64)):
-        with pytest.raises(
-            InvalidInputError, match=r"perturbed: given (list|torch\.int64), expected a floating-point"
-        ):
+        with pytest.raises(InvalidInputError, match=r"perturbed: given (list|torch\.int64), expected a floating-point"):
             ball.contains(images, perturbed)  # type: ignore[arg-type]

@@ -61,9 +61,7 @@ class TestChecks:
         content = bytearray((folder / "digits-fc3.onnx").read_bytes())
         content[len(content) // 2] ^= 1
         (folder / "digits-fc3.onnx").write_bytes(bytes(content))
-        with pytest.raises(
-            ModelFileError, match=r"digits-fc3\.onnx: SHA-256 is .*, expected .* by the model"
-        ):
+        with pytest.raises(ModelFileError, match=r"digits-fc3\.onnx: SHA-256 is .*, expected .* by the model"):
             load_model("digits-fc3")
 
     def test_missing_weights_are_named(self, folder: Path) -> None:
@@ -120,9 +118,7 @@ class TestLoadModel:
         monkeypatch.chdir(tmp_path)
         assert load_model("digits-fc3")(torch.rand(1, 1, 8, 8)).shape == (1, 10)
 
-    def test_models_inside_the_package_come_first(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_models_inside_the_package_come_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(zoo, "files", lambda _: tmp_path / "flowverify")
         assert models_folder() == tmp_path / "models"
         (tmp_path / "flowverify" / "models").mkdir(parents=True)

@@ -35,7 +35,8 @@ EFFORTS: dict[str, tuple[Round, ...]] = {
     "normal": (Round(9, 3), Round(3, 10), Round(1, 20)),
     "thorough": (Round(9, 60), Round(3, 60)),
 }
-OVERSHOOT = 1.05  # of the linearised distance, while nothing has been found
+OVERSHOOT = 1.05  # of the linearised boundary, while nothing has been found
+GROWTH = 1.25  # of that from iteration to iteration: the margin may be flatter than its linearisation
 SHRINK = 0.97  # the next ball, relative to the best radius so far
 STEPS = (1.0, 0.4, 0.12)
 
@@ -70,19 +71,23 @@ class MinimalRadius(BaseAttack):
         clean_margin = self.model.margins(batch.images, batch.labels)
         owner = torch.arange(count, device=targets.device).repeat_interleave(width)
         rows, promise = Rows.start(batch, owner, targets.flatten()), promise.flatten()
+        overshoot = OVERSHOOT
         for one in self.rounds:
             kept = _most_promising(rows.owner, promise, count, one.targets)
             rows, promise = rows[kept], promise[kept]
-            for iteration in range(one.iterations):
+            for _ in range(one.iterations):
                 alive = state.cost[rows.owner] > enough[rows.owner]
                 if not bool(alive.all()):
                     rows, promise = rows[alive], promise[alive]
                 if not len(rows):
                     return state.image
-                promise = self._iterate(batch, rows, promise, state, clean_margin)
+                promise = self._iterate(batch, rows, promise, state, clean_margin, overshoot)
+                overshoot *= GROWTH
         return state.image
 
-    def _iterate(self, batch: Batch, rows: Rows, promise: Tensor, state: _Best, clean_margin: Tensor) -> Tensor:
+    def _iterate(
+        self, batch: Batch, rows: Rows, promise: Tensor, state: _Best, clean_margin: Tensor, overshoot: float
+    ) -> Tensor:
         margin, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
         bound = state.cost[rows.owner] * SHRINK
         rows.pull_back(bound)
@@ -91,7 +96,7 @@ class MinimalRadius(BaseAttack):
         if bool(known.all()):
             goal = best_moves(gradient, rows.clean, budget=bound, ground=batch.ground, cap=batch.cap)
         else:
-            wanted = torch.where(known, torch.inf, (OVERSHOOT * target).nan_to_num(nan=0.0).clamp(min=0))
+            wanted = torch.where(known, torch.inf, (overshoot * target).nan_to_num(nan=0.0).clamp(min=0))
             goal = best_moves(
                 gradient, rows.clean, budget=bound, target=wanted, ground=batch.ground, cap=batch.cap
             )

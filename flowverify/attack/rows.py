@@ -77,7 +77,7 @@ def ranked_targets(model: AttackedModel, batch: Batch, count: int) -> tuple[Tens
         found = nearest(batch, batch.images, gradient, -margin)
         costs.append(torch.where(found.gain < -margin * (1 - 1e-9), torch.inf, found.cost))
         targets.append(target)
-    cost, order = torch.stack(costs, 1).sort(1, stable=True)
+    cost, order = torch.stack(costs, 1).sort(dim=1, stable=True)
     return torch.stack(targets, 1).gather(1, order)[:, :count], cost[:, :count]
 
 

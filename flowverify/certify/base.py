@@ -39,7 +39,7 @@ class BaseCertifier(ABC):
     def search(self, images: Tensor, labels: Tensor, ground: str = "l1") -> list[Certificate]:
         """The largest certified radius of each image of a batch (B, C, H, W)."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most certifiers have nothing to build
         """Builds what the first batch would build: what is wrong with the network comes out here."""
 
     @property

@@ -59,9 +59,7 @@ class ImageDomain:
         warm_start: WarmStart | None,
     ) -> Any:
         radius = budget / images.flatten(1).double().sum(1)
-        return PerturbationWasserstein(
-            radius, feasible=self.feasible, tolerance=tolerance, warm_start=warm_start
-        )
+        return PerturbationWasserstein(radius, feasible=self.feasible, tolerance=tolerance, warm_start=warm_start)
 
 
 class FlowDomain:

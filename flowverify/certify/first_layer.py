@@ -92,9 +92,7 @@ class AffineValue:
         return _in_chunks(solve, rows, warm_start, self.name)
 
 
-def _in_chunks(
-    solve: Callable[[Tensor], Tensor], rows: Tensor, warm_start: WarmStart | None, name: str
-) -> Tensor:
+def _in_chunks(solve: Callable[[Tensor], Tensor], rows: Tensor, warm_start: WarmStart | None, name: str) -> Tensor:
     """Applies ``solve`` to runs of rows, so that a large layer is never copied whole."""
     size = max(1, CHUNK_ENTRIES // rows[0].numel())
     parts = []

@@ -142,4 +142,3 @@ class LinearCertifier(BaseCertifier):
                 )
             )
         return result
-

@@ -245,10 +245,10 @@ class MarginBounds:
             # The specification merges with the last layer, so that shared terms cancel.
             (lower, upper), layer = intervals[last.inputs[0]], last.operation
             weights = specification @ layer.weight
-            constant = 0.0 if layer.bias is None else specification @ layer.bias
+            constant = 0 * weights[..., 0] if layer.bias is None else specification @ layer.bias
         else:
             lower, upper = intervals[output]
-            weights, constant = specification, 0.0
+            weights, constant = specification, torch.zeros_like(specification[..., 0])
         centre, radius = (lower + upper) / 2, (upper - lower) / 2
         return (weights @ centre[..., None] - weights.abs() @ radius[..., None]).squeeze(-1) + constant
 
@@ -269,4 +269,3 @@ def margin_specification(labels: Tensor, classes: int, dtype: torch.dtype) -> Te
     differences = identity[labels][:, None] - identity
     others = torch.arange(classes, device=labels.device) != labels[:, None]
     return differences[others].reshape(labels.shape[0], classes - 1, classes)
-

@@ -149,7 +149,8 @@ def _search_batch(
     for index in range(images.shape[0]):
         k = place.get(index)
         found = 0.0 if k is None else float(radius[k]) / l1_over_ground(ground)
-        verdict = Verdict.MISCLASSIFIED if k is None else Verdict.CERTIFIED if found > 0 or limit == 0 else Verdict.UNKNOWN
+        shown = Verdict.CERTIFIED if found > 0 or limit == 0 else Verdict.UNKNOWN
+        verdict = Verdict.MISCLASSIFIED if k is None else shown
         result.append(
             Certificate(
                 verdict=verdict,
@@ -181,9 +182,7 @@ def _bracket(evaluate: MarginFunction, start: Tensor, clean: Tensor, limit: floa
     return torch.tensor([bracket.low for bracket in brackets], dtype=torch.float64)
 
 
-def _confirm(
-    evaluate: MarginFunction, radius: Tensor, clean: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor]:
+def _confirm(evaluate: MarginFunction, radius: Tensor, clean: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Lowers each radius until its margin is positive in this evaluation; radius 0 keeps the clean margin."""
     radius, margin = radius.clone(), clean.clone()
     active = (radius > 0).nonzero().flatten()

@@ -93,8 +93,8 @@ def check_references(references: list[Reference], images: Tensor) -> None:
         if wrong.numel():
             at = int(wrong[0])
             raise InvalidInputError(
-                f"reference {reference.name!r} of mass {given[at].tolist()}: expected {expected[at].tolist()}, the mass "
-                f"of image {at}"
+                f"reference {reference.name!r} of mass {given[at].tolist()}: expected {expected[at].tolist()}, "
+                f"the mass of image {at}"
             )
 
 
@@ -117,19 +117,12 @@ def maximum_over_references(
         InvalidInputError: as :func:`check_references` and :func:`~flowverify.certify.radius.search_radius`.
     """
     check_references(references, images)
-    found = []
-    for reference in references:
-        found.append(
-            search_radius(
-                certifier,
-                images,
-                labels,
-                ground,
-                tolerance=tolerance,
-                progress=progress,
-                references=reference.images,
-            )
+    found = [
+        search_radius(
+            certifier, images, labels, ground, tolerance=tolerance, progress=progress, references=reference.images
         )
+        for reference in references
+    ]
     radii = torch.tensor([[one.radius for one in row] for row in found], dtype=torch.float64)
     best = []
     for index, winner in enumerate(radii.argmax(0).tolist()):

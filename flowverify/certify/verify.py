@@ -25,9 +25,9 @@ class Certifier(BaseCertifier):
     """One network, one method, one bound.
 
     Float32 is for searching; only what holds in float64, with an allowance for rounding, is certified. The
-    claim is about the network with its weights as they are and exact arithmetic. Fine-tuned certification falls back on the vanilla bound where its own does not decide: CROWN's choice
-    of slopes does not always profit from tighter intervals, and the fall-back makes "never worse than
-    vanilla" true of every image.
+    claim is about the network with its weights as they are and exact arithmetic. Fine-tuned certification
+    falls back on the vanilla bound where its own does not decide: CROWN's choice of slopes does not always
+    profit from tighter intervals, and the fall-back makes "never worse than vanilla" true of every image.
 
     Args:
         model: a network, a ``torch.nn.Module`` or the path of an ONNX file.

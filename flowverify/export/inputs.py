@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowverify.errors import InvalidInputError
 from flowverify.export.encodings import Form
-from flowverify.export.rounding import FloatArray, round_down, round_up
+from flowverify.export.rounding import FloatArray, round_down, round_up, scalar_up
 from flowverify.grid import Grid
 
 
@@ -23,8 +23,8 @@ class FlowInputs:
     In the split form the offset delta_mu stands in the box: X = (delta_mu+ + p, delta_mu- + q) with p, q >= 0.
     So one network serves every image of a reference, and sum(X) <= ||delta_mu||_1 + eps is the budget.
 
-    A reference has the mass of its image. Where images of several masses share one pattern, the mass of each
-    channel is an input of its own, the last ones, which the box fixes: R = sum over c of mass_c * pattern_c.
+    What differs between the instances that share a network is an input that the box fixes, after the flows: the
+    mass of each channel, where R = sum over c of mass_c * pattern_c; then the budget, where a penalty needs it.
 
     Attributes:
         reference: R, float64 (C, H, W); the pattern, of mass 1 in every channel, with ``mass_inputs``.
@@ -34,6 +34,7 @@ class FlowInputs:
     form: Form
     reference: Tensor
     mass_inputs: bool = False
+    budget_input: bool = False
 
     @property
     def flows(self) -> int:
@@ -42,7 +43,7 @@ class FlowInputs:
 
     @property
     def size(self) -> int:
-        return self.flows + (self.grid.channels if self.mass_inputs else 0)
+        return self.flows + (self.grid.channels if self.mass_inputs else 0) + self.budget_input
 
     @cached_property
     def matrix(self) -> scipy.sparse.csr_array:
@@ -52,6 +53,8 @@ class FlowInputs:
         if self.mass_inputs:
             pattern = self.reference.reshape(self.grid.channels, -1).numpy()
             blocks.append(scipy.sparse.block_diag([part[:, None] for part in pattern]))
+        if self.budget_input:
+            blocks.append(scipy.sparse.csr_array((self.grid.pixels, 1)))
         return scipy.sparse.hstack(blocks, format="csr")
 
     @property
@@ -66,6 +69,8 @@ class FlowInputs:
         parts = [flows, -flows] if self.form == "split" else [flows]
         if self.mass_inputs:
             parts.append((images * self.reference).sum((-1, -2)))
+        if self.budget_input:
+            parts.append(images.new_zeros(len(images), 1))
         return torch.cat(parts, 1)
 
     def image(self, values: FloatArray) -> Tensor:
@@ -78,13 +83,19 @@ class FlowInputs:
             raise InvalidInputError(f"input vector of shape {values.shape}: expected {self.size} finite numbers")
         return torch.from_numpy(self.matrix @ values).reshape(self.grid.image_shape) + self.offset
 
-    def centre(self, flow: Tensor, masses: Tensor) -> FloatArray:
-        """The input vector of the image itself, for its flow delta_mu (edges,) and channel masses (C,)."""
+    def centre(self, flow: Tensor, masses: Tensor, budget: float) -> FloatArray:
+        """The input vector of the image itself, for its flow delta_mu (edges,), channel masses (C,), and eps."""
         flow = flow.double()
         parts = [flow.clamp(min=0), (-flow).clamp(min=0)] if self.form == "split" else [flow]
         if self.mass_inputs:
             parts.append(masses.double())
+        if self.budget_input:
+            parts.append(torch.tensor([self.most_flow(flow, budget)], dtype=torch.float64))
         return torch.cat(parts).numpy()
+
+    def most_flow(self, flow: Tensor, budget: float) -> float:
+        """||delta_mu||_1 + eps, the largest sum of the split inputs in the ball, rounded up to float32."""
+        return scalar_up(float(flow.double().abs().sum()) + budget)
 
     def box(self, centre: FloatArray, budget: float) -> tuple[FloatArray, FloatArray]:
         """Lower and upper bounds of X over the ball, float32 numbers rounded outward."""

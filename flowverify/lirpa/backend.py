@@ -49,7 +49,7 @@ def _restore_removed_names() -> None:
         def attribute(self: Any, name: str) -> Any:
             return getattr(self, self.kindOf(name))(name)
 
-        node.__getitem__ = attribute  # type: ignore[attr-defined]
+        node.__getitem__ = attribute  # type: ignore[method-assign]
 
 
 def _exporter_settings() -> Any:
@@ -83,8 +83,8 @@ try:
     _restore_removed_names()
     import auto_LiRPA
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
-    from auto_LiRPA.linear_bound import LinearBound
     from auto_LiRPA.bound_ops import BoundLeakyRelu, BoundMaxPool, BoundRelu, BoundSigmoid, BoundTanh
+    from auto_LiRPA.linear_bound import LinearBound
     from auto_LiRPA.patches import Patches, patches_to_matrix
     from auto_LiRPA.utils import eyeC
 except (ImportError, AttributeError) as error:

@@ -119,9 +119,7 @@ class BoundedNetwork:
                 }
             }
         )
-        lower, _ = self._compute(
-            "CROWN-Optimized", inputs, perturbation, specification, intervals, None, True, False
-        )
+        lower, _ = self._compute("CROWN-Optimized", inputs, perturbation, specification, intervals, None, True, False)
         assert lower is not None
         return lower.detach()
 

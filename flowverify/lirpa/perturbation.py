@@ -98,7 +98,14 @@ class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
         self.x_L, self.x_U = self.box(x)
         return LinearBound(None, None, None, None, self.x_L, self.x_U), x, None
 
-    def concretize(self, x: Tensor, A: Any, sign: int = -1, *args: Any, **kwargs: Any) -> Tensor | None:
+    def concretize(
+        self,
+        x: Tensor,
+        A: Any,  # noqa: N803 - auto_LiRPA passes it by this name
+        sign: int = -1,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
         """The least (sign -1) or largest (sign +1) value of A x over the set, exactly."""
         if A is None:
             return None

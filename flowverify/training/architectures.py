@@ -38,9 +38,7 @@ def build_architecture(
         )
     expected = 2 if name == "fc3" else 0
     if len(hidden) != expected:
-        raise InvalidInputError(
-            f"architecture {name}: given hidden sizes {tuple(hidden)}, expected {expected} of them"
-        )
+        raise InvalidInputError(f"architecture {name}: given hidden sizes {tuple(hidden)}, expected {expected} of them")
     if name == "wong-cnn":
         return _wong_cnn(input_shape, classes)
     return _fully_connected([prod(input_shape), *hidden, classes])

@@ -40,17 +40,13 @@ class BatchOutcome:
 class BatchLoss(Protocol):
     """A training method: what to minimise on a batch of images (N, C, H, W) with labels (N,)."""
 
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, context: BatchContext
-    ) -> BatchOutcome: ...
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, context: BatchContext) -> BatchOutcome: ...
 
 
 class CrossEntropy:
     """The mean cross-entropy on the images as they are."""
 
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, context: BatchContext
-    ) -> BatchOutcome:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, context: BatchContext) -> BatchOutcome:
         logits = model(images)
         return BatchOutcome(nn.functional.cross_entropy(logits, labels), logits)
 

@@ -97,7 +97,7 @@ class _Batch:
         workers, images = torch.get_num_threads(), self.images.shape[0]
         jobs_an_image = max(1, -(-4 * workers // max(1, images))) if workers > 1 else 1
         chunk = max(LANES, -(-self.problems // (jobs_an_image * LANES)) * LANES)  # whole vectors
-        jobs = []
+        jobs: list[tuple[int, tuple[Array, Array, Array], int, int]] = []
         for index in range(images):
             layout = _mass_layout(self.mass[index].reshape(self.shape))
             jobs.extend(

@@ -242,9 +242,7 @@ def _take(value: Array, origin: Array, multiplier: float, target: int, source: i
 
 
 @numba.njit(nogil=True, cache=True)
-def _move(
-    coefficients: Array, mass: Array, multiplier: float, shape: tuple[int, int, int], moved: Array
-) -> float:
+def _move(coefficients: Array, mass: Array, multiplier: float, shape: tuple[int, int, int], moved: Array) -> float:
     """Moves every source to its argmax at ``multiplier``; returns the transport cost."""
     channels, height, width = shape
     plane = height * width

@@ -108,7 +108,7 @@ def support_value(
     By Danskin's theorem the gradient in c is the maximiser nu*, in eps the multiplier lambda*, and in mu
     the dilation D_lambda*(c).
     """
-    value: Tensor = _SupportFunction.apply(coefficients, images, budget, guess, tolerance)
+    value: Tensor = _SupportFunction.apply(coefficients, images, budget, guess, tolerance)  # type: ignore[no-untyped-call]
     return value
 
 

@@ -29,9 +29,7 @@ def random_problem(seed: int, size: int = 6, channels: int = 1) -> tuple[Network
     generator = torch.Generator().manual_seed(seed)
     shape = (channels, size, size)
     pixels = channels * size * size
-    network = linear_network(
-        torch.randn(4, pixels, generator=generator), torch.randn(4, generator=generator), shape
-    )
+    network = linear_network(torch.randn(4, pixels, generator=generator), torch.randn(4, generator=generator), shape)
     images = torch.rand(5, *shape, generator=generator) * (torch.rand(5, *shape, generator=generator) < 0.5)
     images[:, :, 0, 0] += 0.1
     return network, images, network(images).argmax(1)

@@ -85,9 +85,7 @@ def test_batch_loss_sees_progress_its_own_randomness_and_reports_metrics() -> No
 
 
 def test_diverging_loss_is_an_error() -> None:
-    with pytest.raises(
-        InvalidInputError, match=r"the loss is (nan|inf) in epoch 1 with learning_rate 1e\+30"
-    ):
+    with pytest.raises(InvalidInputError, match=r"the loss is (nan|inf) in epoch 1 with learning_rate 1e\+30"):
         train(replace(SHORT, optimizer="sgd", learning_rate=1e30))
 
 

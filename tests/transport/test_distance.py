@@ -47,9 +47,7 @@ def least_flow(source: Tensor, target: Tensor) -> float:
     if matrix.shape[1] == 0:
         return 0.0
     demand = (target - source).flatten().numpy()
-    result = linprog(
-        np.ones(2 * matrix.shape[1]), A_eq=np.hstack([matrix, -matrix]), b_eq=demand, method="highs"
-    )
+    result = linprog(np.ones(2 * matrix.shape[1]), A_eq=np.hstack([matrix, -matrix]), b_eq=demand, method="highs")
     assert result.status == 0
     return float(result.fun)
 
@@ -59,9 +57,7 @@ def least_coupling(source: Tensor, target: Tensor, ground: str) -> float:
     height, width = source.shape[1:]
     cells = [(i, j) for i in range(height) for j in range(width)]
     count = len(cells)
-    length = {"l1": lambda di, dj: abs(di) + abs(dj), "l2": lambda di, dj: math.sqrt(di * di + dj * dj)}[
-        ground
-    ]
+    length = {"l1": lambda di, dj: abs(di) + abs(dj), "l2": lambda di, dj: math.sqrt(di * di + dj * dj)}[ground]
     costs = [length(i - k, j - m) for i, j in cells for k, m in cells]
     sums = np.vstack([np.kron(np.eye(count), np.ones(count)), np.kron(np.ones(count), np.eye(count))])
     total = 0.0
@@ -140,13 +136,9 @@ def test_channels_are_separate_problems_that_share_the_budget() -> None:
     per_channel = sum(
         wasserstein_distance(source[[c]], target[[c]], normalised=False).item() for c in range(grid.channels)
     )
-    assert wasserstein_distance(source, target, normalised=False).item() == pytest.approx(
-        per_channel, rel=1e-12
-    )
+    assert wasserstein_distance(source, target, normalised=False).item() == pytest.approx(per_channel, rel=1e-12)
     assert wasserstein_distance(source, target).item() == pytest.approx(per_channel / 5, rel=1e-12)
-    with pytest.raises(
-        InvalidInputError, match=r"image 0, channel 0: source mass 2\.0\d*, target mass 3\.0\d*"
-    ):
+    with pytest.raises(InvalidInputError, match=r"image 0, channel 0: source mass 2\.0\d*, target mass 3\.0\d*"):
         wasserstein_distance(source, source.flip(0))
 
 
@@ -244,9 +236,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(InvalidInputError, match=r"source of shape \(2, 1, 2, 2\): expected one image"):
         transport_plan(two, two)
     for tolerance in (-1e-9, 1.0, math.nan):
-        with pytest.raises(
-            InvalidInputError, match=r"mass_tolerance: given .*, expected a number in \[0, 1\)"
-        ):
+        with pytest.raises(InvalidInputError, match=r"mass_tolerance: given .*, expected a number in \[0, 1\)"):
             wasserstein_distance(one, one, mass_tolerance=tolerance)
     with pytest.raises(UnknownNameError, match="unknown ground cost 'l3': expected one of l1, l2"):
         wasserstein_distance(one, one, "l3")

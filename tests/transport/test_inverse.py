@@ -166,9 +166,7 @@ def test_bad_inputs(mapper: Callable[..., Tensor]) -> None:
     shared = torch.cat([images[:, :1] * 0.5, images[:, 1:] * 1.5], 1)
     with pytest.raises(InvalidInputError, match=r"image 0, channel 0: .* expected equal masses"):
         mapper(references, shared)
-    with pytest.raises(
-        InvalidInputError, match=r"references of shape \(2, 2, 3, 4\): expected \(\.\.\., 1, 4, 3\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"references of shape \(2, 2, 3, 4\): expected \(\.\.\., 1, 4, 3\)"):
         mapper(references, images, Grid(4, 3))
     with pytest.raises(InvalidInputError, match="expected equal shapes"):
         mapper(references[:1], images)

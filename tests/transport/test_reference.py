@@ -65,9 +65,7 @@ def test_image_keeps_its_proportions() -> None:
     torch.testing.assert_close(ratio, ratio[..., :1, :1].expand_as(ratio), rtol=1e-12, atol=0)
     shared = make_reference("image", GRID, MASS, images=images[0])
     torch.testing.assert_close(shared[0], references[0], rtol=1e-14, atol=0)
-    torch.testing.assert_close(
-        shared[1] / shared[0], (MASS[1] / MASS[0]).double()[:, None, None].expand(2, 3, 4)
-    )
+    torch.testing.assert_close(shared[1] / shared[0], (MASS[1] / MASS[0]).double()[:, None, None].expand(2, 3, 4))
 
 
 @pytest.mark.parametrize("kind", ["uniform-random", "point"])
@@ -85,9 +83,7 @@ def test_a_channel_may_be_empty_but_not_an_image(kind: str) -> None:
     references = make_reference(kind, GRID, torch.tensor([[0.0, 2.0]]), images=images)
     torch.testing.assert_close(references.sum((-2, -1)), torch.tensor([[0.0, 2.0]]).double())
     for mass in (torch.tensor([[0.0, 0.0]]), torch.tensor([1.0, 0.0])):
-        with pytest.raises(
-            InvalidInputError, match=r"mass of image \d: given .*0\.0\]?, expected .* a positive sum"
-        ):
+        with pytest.raises(InvalidInputError, match=r"mass of image \d: given .*0\.0\]?, expected .* a positive sum"):
             make_reference(kind, GRID, mass, images=images)
 
 
@@ -108,14 +104,10 @@ def test_bad_mass(mass: Any, message: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(
-        UnknownNameError, match="unknown reference 'gaussian': expected one of flat, image, point"
-    ):
+    with pytest.raises(UnknownNameError, match="unknown reference 'gaussian': expected one of flat, image, point"):
         make_reference("gaussian", GRID, MASS)
     for pixel in ((3, 0), (0, 4), (-1, 0)):
-        with pytest.raises(
-            InvalidInputError, match=r"pixel .*: expected a row in 0\.\.2 and a column in 0\.\.3"
-        ):
+        with pytest.raises(InvalidInputError, match=r"pixel .*: expected a row in 0\.\.2 and a column in 0\.\.3"):
             make_reference("point", GRID, MASS, pixel=pixel)
     with pytest.raises(InvalidInputError, match="given images=None"):
         make_reference("image", GRID, MASS)
