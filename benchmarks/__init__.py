@@ -1,0 +1,1 @@
+"""Measurements of flowverify: one script a claim, each prints its figures."""

@@ -106,7 +106,8 @@ def main() -> None:
         difference = excess - optimum
         print(
             f"{name:18} {seconds:9.3f} s, {seconds / count * 1e6:10.1f} us a neuron, {highs_seconds / seconds:8.0f} "
-            f"times faster, excess off the optimum by at most {float((difference.abs() / optimum).max()):.1e} relative, "
+            f"times faster, excess off the optimum by at most "
+            f"{float((difference.abs() / optimum).max()):.1e} relative, "
             f"never below it by more than {float((-difference / scale).max().clamp(min=0)):.1e} of |c|.mu"
         )
 

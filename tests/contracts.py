@@ -47,7 +47,7 @@ def largest_gain(coefficients: Tensor, image: Tensor, budget: float) -> float:
     edges = incidence(channels, height, width)
     if unit == 0 or edges.shape[1] == 0:
         return 0.0
-    cost = edges.T @ coefficients.double().flatten().numpy()
+    cost = edges.T @ coefficients.detach().double().flatten().numpy()
     scale = float(np.abs(cost).max())
     if scale == 0:
         return 0.0

@@ -63,14 +63,14 @@ def confirm(
     changed = (final != images).flatten(1).any(1)
     mass = channel_masses(images).sum(-1)
     distance = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
-    good = changed & model.fooled(final, labels) if bool(changed.any()) else changed
+    good = changed & (model.margins(final, labels) > 0) if bool(changed.any()) else changed
     if radius is not None and bool(good.any()):
         chosen = good.nonzero().flatten()
         limit = radius[chosen]
         away = _exact(images[chosen], final[chosen], ground)
         share = torch.where(away > limit, limit * (1 - 1e-12) / away.clamp(min=1e-300), 1.0)
         final[chosen] = between(images[chosen], final[chosen], share)
-        good[chosen] = model.fooled(final[chosen], labels[chosen])
+        good[chosen] = model.margins(final[chosen], labels[chosen]) > 0
     if shorten and bool(good.any()):
         chosen = good.nonzero().flatten()
         share = confirmed_crossing(model, images[chosen], final[chosen], labels[chosen])

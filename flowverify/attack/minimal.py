@@ -9,6 +9,7 @@ they succeed the new image is pulled back along the segment to the boundary and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,10 +31,18 @@ class Round(NamedTuple):
     iterations: int
 
 
-EFFORTS: dict[str, tuple[Round, ...]] = {
-    "fast": (Round(3, 3), Round(1, 12)),
-    "normal": (Round(9, 3), Round(3, 10), Round(1, 20)),
-    "thorough": (Round(9, 60), Round(3, 60)),
+@dataclass(frozen=True)
+class Effort:
+    """``among`` classes of the largest logits are linearised first; then the rounds, one after the other."""
+
+    among: int
+    rounds: tuple[Round, ...]
+
+
+EFFORTS: dict[str, Effort] = {
+    "fast": Effort(4, (Round(2, 2), Round(1, 5))),
+    "normal": Effort(9, (Round(9, 3), Round(3, 10), Round(1, 20))),
+    "thorough": Effort(20, (Round(9, 60), Round(3, 60))),
 }
 OVERSHOOT = 1.05  # of the linearised boundary, while nothing has been found
 GROWTH = 1.25  # of that from iteration to iteration: the margin may be flatter than its linearisation
@@ -54,7 +63,7 @@ class MinimalRadius(BaseAttack):
         super().__init__(model, batch_size=batch_size, seed=seed)
         if effort not in EFFORTS:
             raise UnknownNameError("effort", effort, tuple(EFFORTS))
-        self.rounds = EFFORTS[effort]
+        self.effort = EFFORTS[effort]
 
     def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
         return self._search(batch, radius * batch.mass)
@@ -64,15 +73,15 @@ class MinimalRadius(BaseAttack):
 
     def _search(self, batch: Batch, enough: Tensor) -> Tensor:
         """The nearest images found; an image whose cost is at most ``enough`` (B,) is searched no further."""
-        most = max(one.targets for one in self.rounds)
-        targets, promise = ranked_targets(self.model, batch, most)
+        most = max(one.targets for one in self.effort.rounds)
+        targets, promise = ranked_targets(self.model, batch, most, self.effort.among)
         count, width = targets.shape
         state = _Best(batch.images.clone(), torch.full_like(batch.mass, torch.inf))
         clean_margin = self.model.margins(batch.images, batch.labels)
         owner = torch.arange(count, device=targets.device).repeat_interleave(width)
         rows, promise = Rows.start(batch, owner, targets.flatten()), promise.flatten()
         overshoot = OVERSHOOT
-        for one in self.rounds:
+        for one in self.effort.rounds:
             kept = _most_promising(rows.owner, promise, count, one.targets)
             rows, promise = rows[kept], promise[kept]
             for _ in range(one.iterations):

@@ -63,22 +63,24 @@ def target_margin(logits: Tensor, rows: Rows) -> Tensor:
     return (logits.gather(1, rows.target[:, None]) - logits.gather(1, rows.label[:, None])).squeeze(1)
 
 
-def ranked_targets(model: AttackedModel, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+def ranked_targets(model: AttackedModel, batch: Batch, count: int, among: int = 10) -> tuple[Tensor, Tensor]:
     """The ``count`` classes t != y whose linearised boundary is nearest, nearest first.
+
+    Only the ``among`` classes with the largest logits are linearised.
 
     Returns:
         Classes (B, count) and the exact W1 to those boundaries, in mass times pixels; infinite out of reach.
     """
-    classes = model.logits(batch.images[:1]).shape[1]
-    costs, targets = [], []
-    for shift in range(1, classes):
-        target = (batch.labels + shift) % classes
-        margin, gradient = model.gradients(batch.images, batch.labels, target)
-        found = nearest(batch, batch.images, gradient, -margin)
-        costs.append(torch.where(found.gain < -margin * (1 - 1e-9), torch.inf, found.cost))
-        targets.append(target)
-    cost, order = torch.stack(costs, 1).sort(dim=1, stable=True)
-    return torch.stack(targets, 1).gather(1, order)[:, :count], cost[:, :count]
+    logits = model.logits(batch.images).scatter(1, batch.labels[:, None], -torch.inf)
+    among = min(among, logits.shape[1] - 1)
+    target = logits.topk(among, dim=1).indices
+    owner = torch.arange(len(batch), device=target.device).repeat_interleave(among)
+    rows = Rows.start(batch, owner, target.flatten())
+    margin, gradient = model.gradients(rows.clean, rows.label, rows.target)
+    found = nearest(batch, rows.clean, gradient, -margin)
+    cost = torch.where(found.gain < -margin * (1 - 1e-9), torch.inf, found.cost).reshape(len(batch), among)
+    cost, order = cost.sort(dim=1, stable=True)
+    return target.gather(1, order)[:, :count], cost[:, :count]
 
 
 def nearest(batch: Batch, clean: Tensor, gradient: Tensor, target: Tensor) -> Moves:

@@ -57,6 +57,7 @@ class Certifier(BaseCertifier):
         self._engines: dict[tuple[str, torch.dtype], MarginBounds] = {}
 
     def prepare(self) -> None:
+        super().prepare()
         for dtype in (torch.float32, torch.float64):
             self.engine(dtype)
 

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,18 +80,39 @@ def _accept_remove_duplicate(bounded_module: Any) -> None:
     bounded_module._named_members = named_members
 
 
+def _concretize_first_layers(bounded_module: Any) -> None:
+    """Bounds a layer on the input by ``concretize`` where the perturbation asks for it, not by intervals.
+
+    auto_LiRPA takes a short cut for a linear layer right on the input: interval propagation, which is exact
+    for its own norms. For ours it would be the bound of the surrounding box.
+    """
+    original = bounded_module.check_IBP_first_linear
+
+    def check_first_linear(self: Any, node: Any) -> Any:
+        inputs = getattr(node, "inputs", None)
+        perturbation = getattr(inputs[0], "perturbation", None) if inputs else None
+        if getattr(perturbation, "exact_by_concretize", False):
+            return False
+        return original(self, node)
+
+    bounded_module.check_IBP_first_linear = check_first_linear
+
+
 try:
-    _restore_removed_names()
-    import auto_LiRPA
-    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
-    from auto_LiRPA.bound_ops import BoundLeakyRelu, BoundMaxPool, BoundRelu, BoundSigmoid, BoundTanh
-    from auto_LiRPA.linear_bound import LinearBound
-    from auto_LiRPA.patches import Patches, patches_to_matrix
-    from auto_LiRPA.utils import eyeC
+    # auto_LiRPA sets warning filters for the whole process as it is imported, and then provokes warnings.
+    with warnings.catch_warnings(record=True):
+        _restore_removed_names()
+        import auto_LiRPA
+        from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
+        from auto_LiRPA.bound_ops import BoundLeakyRelu, BoundMaxPool, BoundRelu, BoundSigmoid, BoundTanh
+        from auto_LiRPA.linear_bound import LinearBound
+        from auto_LiRPA.patches import Patches, patches_to_matrix
+        from auto_LiRPA.utils import eyeC
 except (ImportError, AttributeError) as error:
     raise DependencyError(f"auto_LiRPA cannot be used ({error}); {INSTALL_HINT}") from error
 
 _accept_remove_duplicate(BoundedModule)
+_concretize_first_layers(BoundedModule)
 
 VERSION = str(getattr(auto_LiRPA, "__version__", "unknown"))
 _COMPUTE_BOUNDS = inspect.signature(BoundedModule.compute_bounds).parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from flowverify.lirpa.backend import (
     BoundedTensor,
     PerturbationLpNorm,
 )
+from flowverify.network import Graph, ScaleShift
 
 Interval = tuple[Tensor, Tensor]
 
@@ -52,7 +54,7 @@ class BoundedNetwork:
             # auto_LiRPA 0.3 makes the look-up tables of tanh and sigmoid here, in torch's default precision.
             with _quiet(), _default_dtype(inputs[0].dtype):
                 self._module = BoundedModule(
-                    module, tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
+                    _with_batch_axes(module), tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
                 )
                 self._module.eval()
                 self._module(*inputs)
@@ -160,6 +162,22 @@ class BoundedNetwork:
             raise BoundError(f"auto_LiRPA's {method} failed: {_first_line(error)}") from error
         batch = inputs[0].shape[0]
         return tuple(None if bound is None else bound.reshape(batch, -1) for bound in bounds[:2])  # type: ignore[return-value]
+
+
+def _with_batch_axes(module: nn.Module) -> nn.Module:
+    """A copy whose elementwise constants have a batch axis of 1: auto_LiRPA 0.3 cannot broadcast without."""
+    module = copy.deepcopy(module)
+    for graph in module.modules():
+        if not isinstance(graph, Graph):
+            continue
+        for node in graph.nodes:
+            operation = node.operation
+            if isinstance(operation, ScaleShift):
+                for name in ("scale", "shift"):
+                    constant = getattr(operation, name)
+                    missing = [1] * (1 + len(node.shape) - constant.ndim)
+                    setattr(operation, name, constant.reshape(*missing, *constant.shape))
+    return module
 
 
 def _first_line(error: BaseException) -> str:

@@ -67,6 +67,8 @@ class WarmStart:
 class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
     """What the two classes share: shapes of coefficients, the box, signs."""
 
+    exact_by_concretize = True  # see lirpa.backend
+
     def __init__(
         self, radius: float | Tensor, feasible: bool, tolerance: float | None, warm_start: WarmStart | None
     ) -> None:

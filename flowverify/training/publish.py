@@ -17,7 +17,7 @@ from flowverify.training.loop import EpochReport, accuracy, train
 from flowverify.training.recipe import Recipe, find_recipe
 from flowverify.zoo import Card, save_model
 
-_LICENSE = "the license of flowverify"
+_LICENSE = "Apache-2.0"
 
 
 def train_and_save(
