@@ -40,7 +40,7 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(4, (Round(2, 2), Round(1, 5))),
+    "fast": Effort(3, (Round(2, 2), Round(1, 5))),
     "normal": Effort(9, (Round(9, 3), Round(3, 10), Round(1, 20))),
     "thorough": Effort(20, (Round(9, 60), Round(3, 60))),
 }

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowverify.certify.certificate import Certificate
 from flowverify.certify.radius import RELATIVE_TOLERANCE, search_radius
@@ -129,3 +130,48 @@ def maximum_over_references(
         seconds = sum(row[index].seconds for row in found)
         best.append(replace(found[winner][index], seconds=seconds, note=f"reference {references[winner].name}"))
     return ReferenceMaximum([reference.name for reference in references], radii, best)
+
+
+class ReferenceCertifier(Certifier):
+    """cert_F = max over sampled references of cert_R, as a method of its own (Table 1, "Ref.").
+
+    Args:
+        count: how many references; see :func:`sample_references`.
+        pool: images to take references from, (N, C, H, W).
+        seed: of the sampling. The references of an image do not depend on its batch.
+
+    Raises:
+        FoldError: the network cannot be folded, so that references have no meaning for it.
+        InvalidInputError: count < 1.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        method: str = "fine-tuned",
+        bound: str = "best",
+        *,
+        count: int,
+        pool: Tensor | None = None,
+        seed: int = 0,
+        input_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__(model, method, bound, input_shape=input_shape, domain="flow")
+        if count < 1:
+            raise InvalidInputError(f"references: given {count}, expected at least 1")
+        self._count, self._pool, self._seed = count, pool, seed
+
+    def references(self, images: Tensor) -> list[Reference]:
+        """The references of these images."""
+        return sample_references(self._count, images, seed=self._seed, pool=self._pool)
+
+    def best_margins(self, images: Tensor, labels: Tensor, l1_radius: Tensor) -> Tensor:
+        """The largest margin that any reference proves, (B,) float64."""
+        margins = [self.margins(images, labels, l1_radius, references=one.images) for one in self.references(images)]
+        return torch.stack(margins).amax(0)
+
+    def search(self, images: Tensor, labels: Tensor, ground: str = "l1") -> list[Certificate]:
+        """The largest radius that any reference certifies, with the name of that reference in the note."""
+        if not len(images):
+            return []
+        return maximum_over_references(self, images, labels, self.references(images), ground).best

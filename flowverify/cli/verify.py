@@ -55,6 +55,9 @@ def verify(
     bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
     ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
     domain: Annotated[str, typer.Option(help="Where CROWN runs: auto, image or flow.")] = "auto",
+    references: Annotated[
+        int, typer.Option(min=0, help="The maximum over this many references: noise, points, images of the data set.")
+    ] = 0,
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     data_dir: DataDir = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images certified together.")] = 50,
@@ -88,7 +91,14 @@ def verify(
 
     from flowverify.certify.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
-    certifier = make_certifier(network.to(target), method, bound, domain=check_domain(domain))
+    certifier = make_certifier(
+        network.to(target),
+        method,
+        bound,
+        domain=check_domain(domain),
+        references=references,
+        pool=data.images if references else None,
+    )
     results: list[Result] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:

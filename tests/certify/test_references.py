@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from flowverify.certify.certificate import Verdict
+from flowverify.certify.make import make_certifier
 from flowverify.certify.references import Reference, check_references, maximum_over_references, sample_references
 from flowverify.certify.verify import Certifier
-from flowverify.errors import InvalidInputError
+from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
+from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import channel_masses
 
 
@@ -65,6 +68,28 @@ def test_margins_do_not_depend_on_the_reference(
     for one in sample_references(6, images, pool=torch.rand(3, 1, 6, 6)):
         margins = certifier.margins(images, labels, radius, references=one.images)
         torch.testing.assert_close(margins, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_certifier_takes_the_maximum(problem: tuple[Network, torch.Tensor, torch.Tensor]) -> None:
+    network, images, labels = problem
+    certifier = make_certifier(network, "fine-tuned", "crown", references=3, pool=torch.rand(5, 1, 6, 6))
+    single = make_certifier(network, "fine-tuned", "crown")
+    for found, expected in zip(certifier.search(images, labels), single.search(images, labels), strict=True):
+        assert found.radius == pytest.approx(expected.radius, rel=0.02)
+        inside = WassersteinBall(0.98 * found.radius)
+        assert all(one.verdict is Verdict.CERTIFIED for one in certifier.certify(images[:0], labels[:0], inside))
+    radius = min(one.radius for one in certifier.search(images, labels))
+    verdicts = [one.verdict for one in certifier.certify(images, labels, WassersteinBall(0.98 * radius))]
+    assert verdicts == [Verdict.CERTIFIED] * 4
+    assert certifier.certify(images, labels, WassersteinBall(50 * radius))[0].verdict is Verdict.UNKNOWN
+
+
+def test_the_certifier_refuses_what_has_no_meaning(problem: tuple[Network, torch.Tensor, torch.Tensor]) -> None:
+    linear = Network.sequential((1, 6, 6), [nn.Flatten(), nn.Linear(36, 3)])
+    with pytest.raises(InvalidInputError, match="references with method linear: it is exact"):
+        make_certifier(linear, "linear", references=2)
+    with pytest.raises(UnknownNameError, match="unknown method 'exact': expected one of fine-tuned, linear"):
+        make_certifier(linear, "exact")
 
 
 def test_bad_references(problem: tuple[Network, torch.Tensor, torch.Tensor]) -> None:

@@ -100,9 +100,7 @@ def check_maximiser(
     st.sampled_from([1e-4, 0.05, 1.0, 30.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_no_sample_gains_more(
-    shape: tuple[int, int, int], seed: int, kind: str, share: float, radius: float
-) -> None:
+def test_no_sample_gains_more(shape: tuple[int, int, int], seed: int, kind: str, share: float, radius: float) -> None:
     images = sparse_images(shape, 2, seed, share)
     coefficients = coefficients_of(kind, shape, 3, torch.Generator().manual_seed(seed))
     budget = radius * images.flatten(1).sum(1)
