@@ -200,7 +200,7 @@ class BaseAttack(ABC):
             for row in chosen[torch.isinf(distance[chosen])].tolist():
                 offered = bool((candidates[chosen == row] != images[row]).any())
                 notes[row] = "what the search offered did not pass the check" if offered else "the search found none"
-        prediction = self.model.exact_logits(final).argmax(1)
+        prediction = self.model.logits(final).argmax(1)
         outcome = tuple(
             MISCLASSIFIED if not bool(right[k]) else FOUND if bool(torch.isfinite(distance[k])) else NOT_FOUND
             for k in range(len(images))

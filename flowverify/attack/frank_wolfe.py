@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
+from flowverify.attack.model import AttackedModel, surplus
 from flowverify.attack.rows import Rows, ranked_targets, target_margin
 from flowverify.errors import InvalidInputError
 from flowverify.transport.moves import best_moves
@@ -55,19 +56,23 @@ class FrankWolfe(BaseAttack):
             _, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
             budget = (radius * batch.mass)[rows.owner]
             goal = best_moves(gradient, rows.clean, budget=budget, ground=batch.ground, cap=batch.cap)
-            step_along(self.model, rows, goal.image, goal.cost, STEPS)
-            hit = self.model.margins(rows.iterate, rows.label) > 0
+            hit = step_along(self.model, rows, goal.image, goal.cost, STEPS) > 0
             best[rows.owner[hit]] = rows.iterate[hit]
             done = done.index_fill(0, rows.owner[hit], True)
         return best
 
 
-def step_along(model: object, rows: Rows, goal: Tensor, cost: Tensor, steps: Sequence[float]) -> None:
-    """Moves each row towards its goal by the step of ``steps`` with the largest f_t - f_y."""
-    values = []
+def step_along(model: AttackedModel, rows: Rows, goal: Tensor, cost: Tensor, steps: Sequence[float]) -> Tensor:
+    """Moves each row towards its goal by the step of ``steps`` with the largest f_t - f_y.
+
+    Returns:
+        max over all t of f_t - f_y there, (R,): positive where the row's iterate is misclassified.
+    """
+    values, surpluses = [], []
     for step in steps:
-        trial = rows.iterate + step * (goal - rows.iterate)
-        values.append(target_margin(model.logits(trial.clamp(min=0)), rows))  # type: ignore[attr-defined]
-    values_of_steps = torch.stack(values, 1).nan_to_num(nan=-torch.inf)
-    share = torch.tensor(steps, dtype=cost.dtype, device=cost.device)[values_of_steps.argmax(1)]
-    rows.towards(goal, cost, share)
+        logits = model.logits((rows.iterate + step * (goal - rows.iterate)).clamp(min=0))
+        values.append(target_margin(logits, rows))
+        surpluses.append(surplus(logits, rows.label))
+    chosen = torch.stack(values, 1).nan_to_num(nan=-torch.inf).argmax(1)
+    rows.towards(goal, cost, torch.tensor(steps, dtype=cost.dtype, device=cost.device)[chosen])
+    return torch.stack(surpluses, 1).gather(1, chosen[:, None]).squeeze(1)

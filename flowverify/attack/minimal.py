@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.frank_wolfe import step_along
-from flowverify.attack.model import surplus
 from flowverify.attack.rows import Rows, nearest, ranked_targets
 from flowverify.attack.segment import between, first_crossing
 from flowverify.errors import UnknownNameError
@@ -111,10 +110,9 @@ class MinimalRadius(BaseAttack):
             )
         fresh = rows.cost == 0
         if bool(fresh.all()):
-            rows.towards(goal.image, goal.cost, torch.ones_like(goal.cost))
+            reached = step_along(self.model, rows, goal.image, goal.cost, (1.0,))
         else:
-            step_along(self.model, rows, goal.image, goal.cost, STEPS)
-        reached = surplus(self.model.logits(rows.iterate.clamp(min=0)), rows.label)
+            reached = step_along(self.model, rows, goal.image, goal.cost, STEPS)
         hit = (reached > 0).nonzero().flatten()
         if hit.numel():
             own = rows[hit]

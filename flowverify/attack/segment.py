@@ -57,7 +57,7 @@ def first_crossing(
     return high
 
 
-def confirmed_crossing(model: AttackedModel, clean: Tensor, far: Tensor, labels: Tensor, steps: int = 6) -> Tensor:
+def confirmed_crossing(model: AttackedModel, clean: Tensor, far: Tensor, labels: Tensor, steps: int = 4) -> Tensor:
     """As :func:`first_crossing`, misclassified in float64 too where ``far`` is; NaN (B,) where it is not."""
     share = first_crossing(model, clean, far, labels, steps)
     result = torch.full_like(share, torch.nan)

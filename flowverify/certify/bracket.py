@@ -72,6 +72,8 @@ class Bracket:
 
     def _estimate(self) -> float:
         """The zero of the line through the two evaluations whose margins are nearest to zero."""
+        if len(self._points) < 2:
+            return math.nan
         (first, at_first), (second, at_second) = sorted(self._points, key=lambda point: abs(point[1]))[:2]
         if at_first == at_second:
             return math.nan

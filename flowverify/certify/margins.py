@@ -74,6 +74,10 @@ class MarginBounds:
             name: all(isinstance(node.operation, nn.ReLU | nn.LeakyReLU) for node in self.network.consumers(name))
             for name in self._preactivations
         }
+        pools = any(isinstance(node.operation, nn.MaxPool2d) for node in self.network.nodes)
+        self._optimise_slopes = self.recipe.final_alpha and bool(self._preactivations) and not pools
+        if self.recipe.final_alpha and pools:
+            self.notes.append("auto_LiRPA cannot optimise slopes through MaxPool2d: the bound is that of crown")
         self._domain = make_domain(self.network, domain, self.feasible)
         self._bounded: BoundedNetwork | None = None
         if self.recipe.intermediate_crown or self.recipe.final_crown:
@@ -152,7 +156,7 @@ class MarginBounds:
         if self.recipe.final_crown:
             known = [intervals[name] for name in self._preactivations]
             margins.append(self._crown(None, specification, known, inputs, perturbation, warm_start)[0])
-            if self.recipe.final_alpha and self._preactivations:
+            if self._optimise_slopes:
                 assert self._bounded is not None
                 margins.append(
                     self._bounded.alpha_crown(

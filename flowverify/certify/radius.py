@@ -39,7 +39,8 @@ def search_radius(
 
     The search runs in float32, with multipliers carried from radius to radius; the radius that it finds is
     then confirmed in float64, or lowered until it is. A fine-tuned radius is raised to the vanilla one
-    where that is larger. Certificates hold below and at the radius, because the balls are nested.
+    where that is larger by more than the tolerance. Certificates hold below and at the radius, because the
+    balls are nested.
 
     Args:
         images: (B, C, H, W), in any number; they are taken ``batch_size`` at a time.

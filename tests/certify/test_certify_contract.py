@@ -14,6 +14,7 @@ from flowverify.certify.methods import BOUNDS, METHODS
 from flowverify.errors import FoldError
 from flowverify.lirpa.backend import VERSION
 from flowverify.network import Network, ScaleShift, from_torch
+from flowverify.transport.reference import REFERENCES, make_reference
 
 SHAPE = (1, 6, 6)
 RADII = (0.02, 0.2, 1.0)
@@ -227,6 +228,25 @@ def test_best_is_at_least_intervals(kind: str, method: str) -> None:
     for radius in RADII:
         best = lower_bounds(kind, method, "best", radius)
         assert (best >= lower_bounds(kind, method, "ibp", radius) - 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "colour"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_references_do_not_matter(kind: str, method: str, dtype: torch.dtype, tolerance: float) -> None:
+    # Design fact F6: R enters through R + A delta_mu = mu alone.
+    network, (images, labels) = network_of(kind), images_of(kind)
+    budget = 0.2 * images.flatten(1).sum(1)
+    expected = lower_bounds(kind, method, "crown", 0.2, dtype, "flow")
+    single = images.to(dtype).double()
+    mass = single.sum((-1, -2))
+    other = sparse_images(network.input_shape, 3, 99)
+    for name in REFERENCES:
+        reference = make_reference(name, network.grid, mass, seed=2, images=other)
+        bounds = engine(kind, method, "crown", dtype, "flow")
+        found = bounds.lower_bounds(single, labels, budget, references=reference).double()
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale, msg=name)
 
 
 @pytest.mark.parametrize("seed", range(3))
