@@ -36,7 +36,7 @@ class Binarised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> what the network returns for the binarised images."""
-        binary: Tensor = _Threshold.apply(images, self.threshold, self.steepness)
+        binary: Tensor = _Threshold.apply(images, self.threshold, self.steepness)  # type: ignore[no-untyped-call]
         result: Tensor = self.network(binary)
         return result
 

@@ -57,7 +57,9 @@ def conjugate_sinkhorn(
 
 def _bound(c: Tensor, mu: Tensor, eps: float, costs: Tensor, regularisation: float, iterations: int) -> Tensor:
     scale = (c.max() - c.min()).clamp(min=1e-300)
-    channels = [(row / scale, mass[mass > 0], costs[mass > 0]) for row, mass in zip(c.flatten(1), mu.flatten(1))]
+    channels = [
+        (row / scale, mass[mass > 0], costs[mass > 0]) for row, mass in zip(c.flatten(1), mu.flatten(1), strict=True)
+    ]
 
     def value_and_slopes(psi: float) -> tuple[Tensor, float, float]:
         value = torch.tensor(psi * eps, dtype=torch.float64, device=c.device)

@@ -49,7 +49,7 @@ class FlowDescent(BaseAttack):
         model: nn.Module,
         *,
         iterations: int = 30,
-        step_size: float = 0.1,
+        step_size: float = 0.05,
         projection: str = "euclidean",
         schedule: Schedule | None = None,
         shorten: bool = True,

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowverify.errors import DependencyError, InvalidInputError, SolverError
 from flowverify.grid import Grid
 
-SWEEPS = 30
+SWEEPS = 10
 SETTLED = 1e-4  # relative to the budget: a row that moves less from sweep to sweep is done
 
 
@@ -36,6 +36,7 @@ def project_euclidean(
     budget: Tensor,  # eps, (B,)
     *,
     sweeps: int = SWEEPS,
+    settled: float = SETTLED,
 ) -> Tensor:
     """The nearest feasible d (Euclidean), by Dykstra's algorithm; no solver.
 
@@ -63,7 +64,7 @@ def project_euclidean(
         current = project_onto_l1_ball(offered, budget)
         corrections[2] = offered - current
         result[active] = current
-        moving = (current - before).abs().amax(1) > SETTLED * budget
+        moving = (current - before).abs().amax(1) > settled * budget
         if not bool(moving.any()):
             break
         active, current, images, budget = active[moving], current[moving], images[moving], budget[moving]

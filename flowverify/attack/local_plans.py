@@ -49,7 +49,7 @@ class LocalCost:
         centre = self.size // 2
         steps = torch.arange(-centre, centre + 1, dtype=torch.float64)
         offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1)
-        costs = torch.linalg.vector_norm(offsets, ord=self.norm, dim=-1) ** self.power
+        costs: Tensor = torch.linalg.vector_norm(offsets, ord=self.norm, dim=-1) ** self.power
         return costs.flatten().to(like)
 
 

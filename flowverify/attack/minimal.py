@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.frank_wolfe import step_along
-from flowverify.attack.rows import Rows, nearest, ranked_targets
+from flowverify.attack.rows import Rows, ranked_targets
 from flowverify.attack.segment import between, first_crossing
 from flowverify.errors import UnknownNameError
 from flowverify.transport.moves import best_moves
@@ -105,9 +105,7 @@ class MinimalRadius(BaseAttack):
             goal = best_moves(gradient, rows.clean, budget=bound, ground=batch.ground, cap=batch.cap)
         else:
             wanted = torch.where(known, torch.inf, (overshoot * target).nan_to_num(nan=0.0).clamp(min=0))
-            goal = best_moves(
-                gradient, rows.clean, budget=bound, target=wanted, ground=batch.ground, cap=batch.cap
-            )
+            goal = best_moves(gradient, rows.clean, budget=bound, target=wanted, ground=batch.ground, cap=batch.cap)
         fresh = rows.cost == 0
         if bool(fresh.all()):
             reached = step_along(self.model, rows, goal.image, goal.cost, (1.0,))

@@ -32,8 +32,9 @@ class AttackedModel:
         tensors = [*self.module.parameters(), *self.module.buffers()]
         kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}
         if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
-            raise InvalidInputError(f"model with weights of type {sorted(map(str, kinds))}: expected all float32 or "
-                                    "all float64")
+            raise InvalidInputError(
+                f"model with weights of type {sorted(map(str, kinds))}: expected all float32 or all float64"
+            )
         self.dtype = kinds.pop() if kinds else torch.float32
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._precise: nn.Module | None = None

@@ -62,11 +62,11 @@ class Fields:
         if not isinstance(values, Mapping):
             raise InvalidInputError(f"{place or 'suite'}: given {values!r}, expected keys with values")
         self._values = {str(key): value for key, value in values.items()}
-        self._place = place
+        self.place = place
         self._known: list[str] = []
 
     def name(self, key: str) -> str:
-        return f"{self._place}.{key}" if self._place else key
+        return f"{self.place}.{key}" if self.place else key
 
     def take(self, key: str, default: Any = ...) -> Any:
         """The value as the file has it; without a default the key must be there."""
@@ -76,6 +76,9 @@ class Fields:
         if default is ...:
             raise InvalidInputError(f"{self.name(key)}: missing, expected this key")
         return default
+
+    def has(self, key: str) -> bool:
+        return key in self._values
 
     def wrong(self, key: str, given: object, expected: str) -> InvalidInputError:
         return InvalidInputError(f"{self.name(key)}: given {given!r}, expected {expected}")

@@ -117,6 +117,8 @@ _concretize_first_layers(BoundedModule)
 VERSION = str(getattr(auto_LiRPA, "__version__", "unknown"))
 _COMPUTE_BOUNDS = inspect.signature(BoundedModule.compute_bounds).parameters
 INTERMEDIATE_KEYWORD = "interm_bounds" if "interm_bounds" in _COMPUTE_BOUNDS else "intermediate_layer_bounds"
+# What ``concretize`` returns for patches: 0.3 wants the shape of the layer, 0.7 one row of neurons an image.
+PATCHES_KEEP_SHAPE = INTERMEDIATE_KEYWORD == "intermediate_layer_bounds"
 
 # Sparse features of 0.3 fail under CROWN-Optimized, and in every release the interval pre-screen of unstable
 # neurons trusts `ptb.norm` and `ptb.eps` alone; neither is worth having here, where the neurons to bound are
@@ -136,6 +138,7 @@ __all__ = [
     "ACTIVATIONS",
     "BOUND_OPTIONS",
     "INTERMEDIATE_KEYWORD",
+    "PATCHES_KEEP_SHAPE",
     "VERSION",
     "BoundedModule",
     "BoundedTensor",

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.grid import Grid
-from flowverify.lirpa.backend import LinearBound, Patches, PerturbationLpNorm, eyeC, patches_to_matrix
+from flowverify.lirpa.backend import (
+    PATCHES_KEEP_SHAPE,
+    LinearBound,
+    Patches,
+    PerturbationLpNorm,
+    eyeC,
+    patches_to_matrix,
+)
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.support import inner, support_value
 from flowverify.transport.support import support as solve_support
@@ -132,7 +139,7 @@ class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
             coefficients = coefficients.expand(x.shape[0], *coefficients.shape[1:])
         value, excess = self.excess(x, coefficients, int(sign))
         bound = value + sign * excess
-        return bound if shape is None else bound.reshape(shape)
+        return bound.reshape(shape) if shape is not None and PATCHES_KEEP_SHAPE else bound
 
     def _budget(self, images: Tensor) -> Tensor:
         return self.radius.to(images.device) * images.flatten(1).double().sum(1)

@@ -45,9 +45,7 @@ def _steps_of_source(
             count -= 1
         where[count], at[count], height_of[count] = i * width + j, cost, value
         count += 1
-    while count > 1 and (
-        height_of[count - 1] - height_of[count - 2] < floor * (at[count - 1] - at[count - 2])
-    ):
+    while count > 1 and (height_of[count - 1] - height_of[count - 2] < floor * (at[count - 1] - at[count - 2])):
         count -= 1
     return count
 

@@ -225,3 +225,30 @@ def test_bad_names_and_options() -> None:
             fv.search_radius(Certifier(network), images, labels, tolerance=tolerance)
     with pytest.raises(InvalidInputError, match="expected one image; use certify_batch"):
         fv.certify(network, images, labels[0], fv.WassersteinBall(0.1))
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_one_class_is_robust(bound: str) -> None:
+    network, images, _ = problem([nn.Flatten(), nn.Linear(25, 4), nn.ReLU(), nn.Linear(4, 1)], 0, 2)
+    found = fv.certify_batch(network, images, torch.zeros(2, dtype=torch.int64), fv.WassersteinBall(0.5), bound=bound)
+    assert {certificate.verdict for certificate in found} == {Verdict.CERTIFIED}
+
+
+def test_one_pixel_cannot_be_perturbed() -> None:
+    network = random_network((1, 1, 1), [nn.Flatten(), nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 3)], 0)
+    image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for method in METHODS:
+        found = fv.certify_batch(network, image, network(image).argmax(1), fv.WassersteinBall(3.0), method)
+        assert found[0].verdict is Verdict.CERTIFIED
+
+
+def test_empty_batches_and_images_that_require_gradients() -> None:
+    network, images, labels = problem(MLP, 0, 3)
+    certifier = Certifier(network)
+    assert certifier.certify(images[:0], labels[:0], fv.WassersteinBall(0.1)) == []
+    assert fv.search_radius(certifier, images[:0], labels[:0]) == []
+    plain, tracked = (radii(network, given, labels) for given in (images, images.clone().requires_grad_(True)))
+    assert torch.equal(plain, tracked)
+    for size in (0, -1):
+        with pytest.raises(InvalidInputError, match=f"batch size {size}: expected at least 1"):
+            fv.search_radius(certifier, images, labels, batch_size=size)

@@ -257,3 +257,17 @@ def test_bad_problems(coefficients: Tensor, images: Tensor, budget: Tensor, mess
         support(coefficients, images, budget)
     with pytest.raises(InvalidInputError, match=message):
         support_value(coefficients, images, budget)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_proves_nothing_is_refused_or_nan(backend: Any) -> None:
+    budget = torch.ones(2)
+    with pytest.raises(InvalidInputError, match="images with a pixel of -1.0: expected finite values >= 0"):
+        support(ROWS, -IMAGES, budget, backend=backend)
+    with pytest.raises(InvalidInputError, match=r"guess of shape \(2, 1\): expected \(2, 5\)"):
+        support(ROWS, IMAGES, budget, guess=torch.ones(2, 1), backend=backend)
+    for value in (torch.nan, torch.inf):
+        rows = torch.where(torch.eye(3, 4) > 0, value, ROWS)
+        assert support(rows, IMAGES, budget, backend=backend).excess.isnan().all()
+    assert support(ROWS[:0], IMAGES, budget, backend=backend).excess.shape == (2, 0)
+    assert support(ROWS, IMAGES[:0], budget[:0], backend=backend).excess.shape == (0, 5)
