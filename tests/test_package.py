@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowverify"
 LAYERS = (
     "errors", "grid", "transport", "threat", "network", "export", "lirpa", "certify", "attack", "smoothing", "data",
-    "zoo", "training", "bench", "figures", "doctor", "cli", "__main__",
+    "zoo", "training", "figures", "bench", "doctor", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -101,7 +101,7 @@ class FlowDescent(BaseAttack):
             flow[active] = self._project(stepped, part.images, budget, grid)
             # The last of what pixels lack is put right by the repair; it is what would be checked.
             offered = repair(part.images, part.images + grid.divergence(flow[active]), batch.cap)
-            hit = self.model.margins(offered, labels) > 0
+            hit = self.model.crossed(offered, labels)
             best[active[hit]] = offered[hit]
             active = active[~hit]
         return best

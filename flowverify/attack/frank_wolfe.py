@@ -56,7 +56,8 @@ class FrankWolfe(BaseAttack):
             _, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
             budget = (radius * batch.mass)[rows.owner]
             goal = best_moves(gradient, rows.clean, budget=budget, ground=batch.ground, cap=batch.cap)
-            hit = step_along(self.model, rows, goal.image, goal.cost, STEPS) > 0
+            step_along(self.model, rows, goal.image, goal.cost, STEPS)
+            hit = self.model.crossed(rows.iterate.clamp(min=0), rows.label)
             best[rows.owner[hit]] = rows.iterate[hit]
             done = done.index_fill(0, rows.owner[hit], True)
         return best

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.frank_wolfe import step_along
+from flowverify.attack.model import surplus
 from flowverify.attack.rows import Rows, ranked_targets
 from flowverify.attack.segment import between, first_crossing
 from flowverify.errors import UnknownNameError
@@ -45,7 +46,11 @@ EFFORTS: dict[str, Effort] = {
 }
 OVERSHOOT = 1.05  # of the linearised boundary, while nothing has been found
 GROWTH = 1.25  # of that from iteration to iteration: the margin may be flatter than its linearisation
-SHRINK = 0.97  # the next ball, relative to the best radius so far
+BEYOND = 0.02  # past the boundary, so that the final search on the segment has both sides of it
+CLEAR = 2e-4  # how far beyond the boundary counts, relative to the clean margin: less may be rounding
+FIRST_GAP = 0.04  # the next ball is this much smaller than the best radius so far;
+NARROWER = 0.5  # a gap that was too much is tried at this share of it,
+LEAST_GAP = 2e-4  # down to this one
 STEPS = (1.0, 0.4, 0.12)
 
 
@@ -76,7 +81,9 @@ class MinimalRadius(BaseAttack):
         targets, promise = ranked_targets(self.model, batch, most, self.effort.among)
         count, width = targets.shape
         state = _Best(batch.images.clone(), torch.full_like(batch.mass, torch.inf))
-        clean_margin = self.model.margins(batch.images, batch.labels)
+        logits = self.model.logits(batch.images)
+        clean_margin = surplus(logits, batch.labels)
+        clear = torch.maximum(-CLEAR * clean_margin, self.model.rounding(logits, 4))
         owner = torch.arange(count, device=targets.device).repeat_interleave(width)
         rows, promise = Rows.start(batch, owner, targets.flatten()), promise.flatten()
         overshoot = OVERSHOOT
@@ -89,15 +96,22 @@ class MinimalRadius(BaseAttack):
                     rows, promise = rows[alive], promise[alive]
                 if not len(rows):
                     return state.image
-                promise = self._iterate(batch, rows, promise, state, clean_margin, overshoot)
+                promise = self._iterate(batch, rows, promise, state, clean_margin, clear, overshoot)
                 overshoot *= GROWTH
         return state.image
 
     def _iterate(
-        self, batch: Batch, rows: Rows, promise: Tensor, state: _Best, clean_margin: Tensor, overshoot: float
+        self,
+        batch: Batch,
+        rows: Rows,
+        promise: Tensor,
+        state: _Best,
+        clean_margin: Tensor,
+        clear: Tensor,
+        overshoot: float,
     ) -> Tensor:
         margin, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
-        bound = state.cost[rows.owner] * SHRINK
+        bound = (state.cost * (1 - state.gap))[rows.owner]
         rows.pull_back(bound)
         target = rows.linearised_target(margin, gradient)
         known = torch.isfinite(bound)
@@ -111,23 +125,31 @@ class MinimalRadius(BaseAttack):
             reached = step_along(self.model, rows, goal.image, goal.cost, (1.0,))
         else:
             reached = step_along(self.model, rows, goal.image, goal.cost, STEPS)
-        hit = (reached > 0).nonzero().flatten()
+        hit = (reached > clear[rows.owner]).nonzero().flatten()
+        state.narrow(rows.owner, rows.owner[hit])
         if hit.numel():
             own = rows[hit]
             share = first_crossing(
                 self.model, own.clean, own.iterate, own.label, 2, (clean_margin[own.owner], reached[hit])
             )
-            state.offer(own.owner, between(own.clean, own.iterate, share), share * own.cost)
+            beyond = between(own.clean, own.iterate, (share * (1 + BEYOND)).clamp(max=1))
+            state.offer(own.owner, beyond, share * own.cost)
             promise = promise.clone()
             promise[hit] = share * own.cost
         return promise
 
 
 class _Best:
-    """The nearest adversarial image of every image so far, and the bound of its W1."""
+    """The nearest adversarial image of every image so far, the bound of its W1, and the gap to the next ball."""
 
     def __init__(self, image: Tensor, cost: Tensor) -> None:
-        self.image, self.cost = image, cost
+        self.image, self.cost, self.gap = image, cost, torch.full_like(cost, FIRST_GAP)
+
+    def narrow(self, tried: Tensor, succeeded: Tensor) -> None:
+        """Narrows the gap of images that were tried in a ball and did not succeed for any target."""
+        failed = torch.zeros_like(self.cost, dtype=torch.bool).index_fill(0, tried, True)
+        failed = failed.index_fill(0, succeeded, False) & torch.isfinite(self.cost)
+        self.gap = torch.where(failed, (self.gap * NARROWER).clamp(min=LEAST_GAP), self.gap)
 
     def offer(self, owner: Tensor, images: Tensor, cost: Tensor) -> None:
         least = self.cost.scatter_reduce(0, owner, cost, "amin")

@@ -11,6 +11,8 @@ from flowverify.errors import InvalidInputError
 
 ROWS = 16  # batches are filled up to a multiple: a row's value then does not depend on how many there are
 
+ROUNDING = 64  # units in the last place of the largest logit
+
 
 class AttackedModel:
     """A copy of a module in evaluation mode, in its own precision and in float64.
@@ -83,9 +85,22 @@ class AttackedModel:
         return surplus(self.logits(images), labels)
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Whether each image is misclassified, strictly, in float64 and in the module's own precision; bool (B,)."""
-        exact, own = surplus(self.exact_logits(images), labels), surplus(self.logits(images), labels)
-        return (exact > 0) & (own > 0)
+        """Whether each image is misclassified in float64 and in the module's own precision; bool (B,).
+
+        f_t - f_y has to exceed what rounding can make of it, or the answer would depend on the batch.
+        """
+        exact, own = self.exact_logits(images), self.logits(images)
+        clearly = surplus(exact, labels) > _rounding(exact, torch.float64)
+        return clearly & (surplus(own, labels) > _rounding(own, self.dtype))
+
+    def crossed(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whether each image is misclassified in the module's own precision, well beyond rounding; bool (B,)."""
+        logits = self.logits(images)
+        return surplus(logits, labels) > self.rounding(logits, 4)
+
+    def rounding(self, logits: Tensor, times: float = 1.0) -> Tensor:
+        """``times`` the allowance for rounding in the module's own precision, (B, classes) -> (B,)."""
+        return times * _rounding(logits, self.dtype)
 
     def _call(self, module: nn.Module, images: Tensor) -> Tensor:
         count = images.shape[0]
@@ -103,6 +118,10 @@ class AttackedModel:
             given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InvalidInputError(f"model output {given}: expected logits of shape ({len(images)}, classes >= 2)")
         return logits[:count]
+
+
+def _rounding(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return ROUNDING * torch.finfo(dtype).eps * logits.abs().amax(1)
 
 
 def surplus(logits: Tensor, labels: Tensor) -> Tensor:

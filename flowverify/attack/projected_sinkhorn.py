@@ -36,6 +36,11 @@ class ProjectedSinkhorn(BaseAttack):
         shorten: pull the adversarial image back to the decision boundary. The authors do not.
         projection_iterations: of Algorithm 2, at most.
 
+    Attributes:
+        scheduled: after a search of the smallest radius, the schedule's radius at which each image (by its position)
+            fell: what the authors report. It is not the distance of the image that was found, which can be smaller
+            or, as the projection is approximate, larger.
+
     Raises:
         InvalidInputError, UnknownNameError: a value out of range.
     """
@@ -66,6 +71,7 @@ class ProjectedSinkhorn(BaseAttack):
         self.regularisation, self.window, self.cost, self.step_size = regularisation, window, cost, step_size
         self.norm, self.schedule, self.shorten = norm, schedule, shorten
         self.projection_iterations = projection_iterations
+        self.scheduled: dict[int, float] = {}
 
     def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
         return self._ascend(batch, radius)
@@ -98,8 +104,10 @@ class ProjectedSinkhorn(BaseAttack):
             current[active] = torch.where(torch.isfinite(moved), moved, current[active])
             # The projection leaves mass and cap only nearly right: what counts is the repaired image.
             offered = repair(batch.images[active], current[active], batch.cap)
-            hit = self.model.margins(offered, labels) > 0
+            hit = self.model.crossed(offered, labels)
             best[active[hit]] = offered[hit]
+            if radius is None:
+                self.scheduled |= dict.fromkeys(batch.positions[active[hit]].tolist(), self.schedule.radius(iteration))
             active = active[~hit]
         return best
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowverify.attack.model import AttackedModel
 
-NUDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+NUDGES = (0.0, 1e-6, 1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3, 1e-2)
 
 
 def between(clean: Tensor, far: Tensor, share: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def first_crossing(
     side = torch.zeros_like(low)
     for step in range(steps):
         share = low_value / (low_value - high_value)
-        share = torch.where((share > 0) & (share < 1), share, 0.5).clamp(0.02, 0.98)
+        share = torch.where((share > 0) & (share < 1), share, 0.5).clamp(1e-6, 1 - 1e-6)
         trial = low + (high - low) * share
         # Lands beyond the crossing rather than just before it: only that side is of use.
         trial = trial + (high - trial) * (0.02 if step < steps - 1 else 0.005)

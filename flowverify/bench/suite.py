@@ -12,7 +12,7 @@ from typing import Any
 from flowverify.bench import sources
 from flowverify.bench.comparisons import Comparison, read_comparison
 from flowverify.bench.fields import Fields, read_yaml
-from flowverify.bench.kinds import KINDS
+from flowverify.bench.kinds import find_kind
 from flowverify.bench.tasks import Context, Defaults, Job, Task
 from flowverify.errors import FlowverifyError, InvalidInputError
 
@@ -118,13 +118,13 @@ def _parse(fields: Fields, folder: str) -> Suite:
 
 
 def _run(fields: Fields, defaults: Defaults) -> list[Task]:
-    kind = fields.one_of("kind", tuple(KINDS), "certify")
+    kind = fields.text("kind", "certify")
     try:
-        return KINDS[kind].expand(fields, defaults)
+        return find_kind(kind).expand(fields, defaults)
     except FlowverifyError as error:
         if isinstance(error, InvalidInputError):
             raise
-        raise InvalidInputError(str(error)) from error
+        raise InvalidInputError(f"{fields.place}: {error}") from error
 
 
 def _device(fields: Fields) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``flowverify verify | models | doctor | train | demo``.
+"""The command line: ``flowverify verify | attack | bench | report | models | doctor | train | demo``.
 
 Every command imports what it needs when it runs, so that ``--help`` answers at once and a missing package is
 an error of one line.
@@ -11,9 +11,12 @@ from typing import Annotated
 import typer
 
 from flowverify import __version__
+from flowverify.cli.attack import attack
+from flowverify.cli.bench import bench
 from flowverify.cli.demo import demo
 from flowverify.cli.doctor import doctor
 from flowverify.cli.models import models
+from flowverify.cli.report_command import report
 from flowverify.cli.train import train
 from flowverify.cli.verify import verify
 
@@ -25,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (verify, models, doctor, train, demo):
+for command in (verify, attack, bench, report, models, doctor, train, demo):
     app.command()(command)
 
 

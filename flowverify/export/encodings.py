@@ -51,8 +51,8 @@ ENCODINGS: dict[str, Encoding] = {
         per_label=False,
         penalised=False,
         reader=(
-            "a box on the inputs, and constraints on outputs only: every reader parses it. A verifier must weigh several "
-            "outputs in one conjunction to decide it; Marabou does."
+            "a box on the inputs, and constraints on outputs only: every reader parses it. A verifier must weigh "
+            "several outputs in one conjunction to decide it; Marabou does."
         ),
     ),
     "penalty": Encoding(
@@ -61,7 +61,8 @@ ENCODINGS: dict[str, Encoding] = {
         per_label=True,
         penalised=True,
         reader=(
-            "a box on the inputs, and a sign for each output: for verifiers that know boxes only, such as alpha-beta-CROWN."
+            "a box on the inputs, and a sign for each output: for verifiers that know boxes only, such as "
+            "alpha-beta-CROWN."
         ),
     ),
     "l1-penalty": Encoding(
@@ -70,8 +71,8 @@ ENCODINGS: dict[str, Encoding] = {
         per_label=True,
         penalised=True,
         reader=(
-            "for tools with an L1 ball of their own, such as alpha-beta-CROWN with `norm: 1`; use the configuration beside "
-            "it. The box of this file alone is LARGER than the ball: unsat holds for the ball, sat may not."
+            "for tools with an L1 ball of their own, such as alpha-beta-CROWN with `norm: 1`; use the configuration "
+            "beside it. The box of this file alone is LARGER than the ball: unsat holds for the ball, sat may not."
         ),
     ),
 }

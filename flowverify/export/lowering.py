@@ -1,4 +1,4 @@
-"""Rewrites a network with the few operations that every outside verifier reads right: Linear, Conv2d, Add, ReLU, shapes.
+"""Rewrites a network with the few operations that outside verifiers read right: Linear, Conv2d, Add, ReLU, shapes.
 
 Convolutions lose groups and dilation (Marabou's Python reader stops at the one and ignores the other); other
 affine operations become convolutions or dense layers; LeakyReLU becomes a sum. All of it is exact.
@@ -56,9 +56,7 @@ class _Builder:
         inputs = tuple(self.names[name] for name in node.inputs)
         operation: Any = node.operation
         label = f"{len(self.names)}_{operation_name(operation)}"
-        if isinstance(operation, _KEPT):
-            name = self.emit(label, operation, inputs, node.shape)
-        elif isinstance(operation, nn.Linear) and len(node.shape) == 1:
+        if isinstance(operation, _KEPT) or (isinstance(operation, nn.Linear) and len(node.shape) == 1):
             name = self.emit(label, operation, inputs, node.shape)
         elif isinstance(operation, nn.Conv2d):
             name = self.emit(label, plain_convolution(operation), inputs, node.shape)
@@ -73,20 +71,22 @@ class _Builder:
             name = self._dense(label, operation, inputs, node.shape)
         else:
             raise UnsupportedOperationError(
-                f"node {node.name!r} ({operation_name(operation)}): cannot be exported with Gemm, MatMul, Add, Conv, Relu, "
-                "Flatten and Reshape; expected a network of affine operations, ReLU and LeakyReLU"
+                f"node {node.name!r} ({operation_name(operation)}): cannot be exported with Gemm, MatMul, Add, Conv, "
+                "Relu, Flatten and Reshape; expected a network of affine operations, ReLU and LeakyReLU"
             )
         self.names[node.name] = name
 
     def _leaky(self, label: str, slope: float, inputs: tuple[str, ...], shape: tuple[int, ...]) -> str:
         """slope * x + (1 - slope) * relu(x)."""
         positive = self.emit(f"{label}_positive", nn.ReLU(), inputs, shape)
-        parts = []
+        parts: list[str] = []
         for value, factor in ((inputs[0], slope), (positive, 1 - slope)):
             part = f"{label}_{len(parts)}"
             if len(shape) == 3:
                 factors = torch.full((shape[0],), factor, dtype=torch.float64)
-                parts.append(self.emit(part, _diagonal_convolution(factors, torch.zeros_like(factors)), (value,), shape))
+                parts.append(
+                    self.emit(part, _diagonal_convolution(factors, torch.zeros_like(factors)), (value,), shape)
+                )
             else:
                 scale = ScaleShift(torch.tensor(factor, dtype=torch.float64))
                 parts.append(self._dense(part, scale, (value,), shape))

@@ -22,6 +22,7 @@ from flowverify.export.plan import Instance
 from flowverify.export.rounding import FloatArray
 
 GRACE = 20.0  # seconds beyond its own limit that Marabou has for reading files and for ending
+TIGHTENINGS = ("deeppoly", "sbt")
 _WORKER = Path(__file__).with_name("marabou_worker.py")
 
 
@@ -40,8 +41,8 @@ def marabou_missing() -> str:
     for package in ("maraboupy", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             return (
-                f"{package} is not installed: pip install 'flowverify[marabou]' (maraboupy 2.0.0 has wheels for CPython "
-                "up to 3.11 on Linux x86-64)"
+                f"{package} is not installed: pip install 'flowverify[marabou]' (maraboupy 2.0.0 has wheels for "
+                "CPython up to 3.11 on Linux x86-64)"
             )
     return ""
 
@@ -80,8 +81,22 @@ class MarabouProcess:
         self._log.close()
         self._process = None
 
-    def solve(self, onnx: Path, vnnlib: Path, instance: Instance, flows: int, split: bool, timeout: float) -> Outcome:
-        """Asks about the instance of two files; never raises for anything that Marabou does."""
+    def solve(
+        self,
+        onnx: Path,
+        vnnlib: Path,
+        instance: Instance,
+        flows: int,
+        split: bool,
+        timeout: float,
+        tightening: str = TIGHTENINGS[0],
+    ) -> Outcome:
+        """Asks about the instance of two files; never raises for anything that Marabou does.
+
+        Args:
+            flows: how many inputs are flows; ``split``: whether they are p and q.
+            tightening: Marabou's method of bounding neurons; another one leads it along another path.
+        """
         start = time.perf_counter()
         lower, upper = instance.property.lower, instance.property.upper
         reach = float(instance.budget)
@@ -96,6 +111,7 @@ class MarabouProcess:
             "split": split,
             "reach": reach,
             "timeout": timeout,
+            "tightening": tightening,
         }
         process = self._start()
         try:

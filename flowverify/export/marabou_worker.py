@@ -60,7 +60,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     query = network.getInputQuery()
     MarabouCore.loadProperty(query, request["vnnlib"])
     tighten(query, network.equList, request)
-    options = Marabou.createOptions(verbosity=0, timeoutInSeconds=max(1, int(request["timeout"])))
+    options = Marabou.createOptions(
+        verbosity=0, timeoutInSeconds=max(1, int(request["timeout"])), tighteningStrategy=request["tightening"]
+    )
     start = time.perf_counter()
     result, values, statistics = MarabouCore.solve(query, options, "")
     found: dict[str, Any] = {"result": str(result).lower(), "seconds": time.perf_counter() - start}

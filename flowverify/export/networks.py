@@ -107,7 +107,9 @@ def build(
     error = rounding_change(graph, torch.from_numpy(centres), torch.from_numpy(budgets), inputs.flows).amax(0)
     allowance = scalar_up(float(error.max()) * (1 if encoding.per_label else 2) * (1 + SLACK))
     if encoding.name == "outputs":
-        raised = append_rows(parts.tail, torch.cat([rows, rows]), torch.tensor([0.0, allowance]).repeat_interleave(classes))
+        raised = append_rows(
+            parts.tail, torch.cat([rows, rows]), torch.tensor([0.0, allowance]).repeat_interleave(classes)
+        )
         graph = _with_constraint_outputs(_first_and(parts, inputs, raised), inputs, positivity, 2 * classes)
     elif encoding.penalised:
         lowered = append_rows(parts.tail, rows, torch.full((classes - 1,), -allowance))
@@ -153,7 +155,10 @@ def append_rows(tail: Graph, rows: Tensor, shift: Tensor | None = None) -> Graph
     last = nodes[-1].operation if nodes else None
     layer = nn.Linear(rows.shape[1], size, dtype=torch.float64)
     if isinstance(last, nn.Linear):
-        weight, bias = rows @ last.weight, rows @ (last.bias if last.bias is not None else rows.new_zeros(rows.shape[1]))
+        weight, bias = (
+            rows @ last.weight,
+            rows @ (last.bias if last.bias is not None else rows.new_zeros(rows.shape[1])),
+        )
         layer = nn.Linear(last.in_features, size, dtype=torch.float64)
         nodes, source = nodes[:-1], nodes[-1].inputs
     else:
@@ -180,8 +185,9 @@ def _first_and(parts: Parts, inputs: FlowInputs, tail: Graph) -> Graph:
     if len(tail.input_shape) > 1:
         nodes.append(Node("flow_shape", Reshape(tail.input_shape), ("flow_first",), tail.input_shape))
     last = nodes[-1].name
-    for node in tail.nodes:
-        nodes.append(replace(node, inputs=tuple(last if name == INPUT else name for name in node.inputs)))
+    nodes += [
+        replace(node, inputs=tuple(last if name == INPUT else name for name in node.inputs)) for node in tail.nodes
+    ]
     return Graph((inputs.size,), nodes)
 
 
@@ -207,7 +213,11 @@ def _with_constraint_outputs(graph: Graph, inputs: FlowInputs, positivity: bool,
         }
     )
     size = (plain + extra,)
-    nodes = [*graph.nodes, Node("constraints", values, (INPUT,), size), Node("sum", Add(), ("outputs", "constraints"), size)]
+    nodes = [
+        *graph.nodes,
+        Node("constraints", values, (INPUT,), size),
+        Node("sum", Add(), ("outputs", "constraints"), size),
+    ]
     return Graph(graph.input_shape, nodes)
 
 

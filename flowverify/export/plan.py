@@ -116,7 +116,7 @@ def plan(network: Network, images: Tensor, labels: Tensor, request: Request) -> 
     groups: dict[tuple[int, ...], list[_Placed]] = {}
     for one in _place(images, labels, encoding, request.reference):
         own = encoding.form == "delta" or request.reference == "image"
-        key = (one.position,) if own else (-1, one.label) if encoding.per_label else (-1,)
+        key: tuple[int, ...] = (one.position,) if own else (-1, one.label) if encoding.per_label else (-1,)
         groups.setdefault(key, []).append(one)
     for key, members in groups.items():
         yield _export(network, parts, encoding, request, members, own=key[0] >= 0)

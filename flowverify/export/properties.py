@@ -60,14 +60,14 @@ def make_property(
     flows = tuple(range(inputs.flows))
     limit = scalar_up(most_flow)
     if network.encoding.penalised:
-        unsafe = tuple((Comparison("Y", (k,), (), "<=", 0.0),) for k in range(classes - 1))
-        return Property(lower, upper, (), unsafe, outputs)
+        signs = tuple((Comparison("Y", (k,), (), "<=", 0.0),) for k in range(classes - 1))
+        return Property(lower, upper, (), signs, outputs)
     if network.encoding.name == "linear":
         constraints = [Comparison("X", flows, (), "<=", limit)]
         if network.positivity:
             constraints += _pixels(inputs.grid, reference)
-        unsafe = tuple((Comparison("Y", (t,), (label,), ">=", -network.allowance),) for t in targets)
-        return Property(lower, upper, tuple(constraints), unsafe, outputs)
+        larger = tuple((Comparison("Y", (t,), (label,), ">=", -network.allowance),) for t in targets)
+        return Property(lower, upper, tuple(constraints), larger, outputs)
     inside = [Comparison("Y", (2 * classes,), (), "<=", limit)]
     inside += [Comparison("Y", (k,), (), ">=", 0.0) for k in range(2 * classes + 1, outputs)]
     unsafe = tuple((Comparison("Y", (classes + t,), (label,), ">=", 0.0), *inside) for t in targets)

@@ -61,7 +61,7 @@ def file_reference(path: str | Path, images: Tensor) -> Tensor:
     if wrong.numel():
         at = int(wrong[0])
         raise InvalidInputError(
-            f"reference {path} of mass {given[0].tolist()}: expected {masses[at].tolist()}, the mass of image {at} of the "
-            f"{len(images)} given (the references uniform and point take the mass of each image)"
+            f"reference {path} of mass {given[0].tolist()}: expected {masses[at].tolist()}, the mass of image {at} "
+            f"of the {len(images)} given (the references uniform and point take the mass of each image)"
         )
     return reference

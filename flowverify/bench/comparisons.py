@@ -1,0 +1,115 @@
+"""A paper's numbers beside ours: which records a claim is about, and what is computed from them."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from flowverify.bench.fields import Fields
+from flowverify.bench.statistics import TaskRecords, radius_of
+from flowverify.bench.tasks import Task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One claim of a paper.
+
+    Attributes:
+        claim, source, paper: what is claimed, where, and the number, as text.
+        measure: a name in :data:`MEASURES`.
+        of: the name of the task that is measured.
+        over: what it is compared with: the name of a task, or a number; None where the measure needs none.
+    """
+
+    claim: str
+    source: str
+    paper: str
+    measure: str
+    of: str
+    over: str | float | None = None
+
+
+def _ratio(first: float, second: float) -> float:
+    return first / second if second and math.isfinite(second) else math.nan
+
+
+def _paired(of: TaskRecords, over: TaskRecords) -> list[tuple[float, float]]:
+    """Radii of the images that both classify right and that neither failed on."""
+    known = {record["index"]: record for record in over.correct}
+    pairs = [
+        (radius_of(of.task, record), radius_of(over.task, known[record["index"]]))
+        for record in of.correct
+        if record["index"] in known
+    ]
+    return [(first, second) for first, second in pairs if math.isfinite(first) and math.isfinite(second)]
+
+
+def _paired_ratios(of: TaskRecords, over: TaskRecords) -> list[float]:
+    return [_ratio(first, second) for first, second in _paired(of, over) if second > 0]
+
+
+ONE: dict[str, Callable[[TaskRecords], float]] = {
+    "median radius": TaskRecords.median_radius,
+    "mean radius": lambda of: mean([one for one in of.radii() if math.isfinite(one)] or [math.nan]),
+    "certified accuracy": TaskRecords.share_certified,
+    "seconds an image": TaskRecords.mean_seconds,
+}
+TWO: dict[str, Callable[[TaskRecords, TaskRecords], float]] = {
+    "ratio of median radii": lambda of, over: _ratio(of.median_radius(), over.median_radius()),
+    "ratio of mean radii": lambda of, over: _ratio(
+        sum(first for first, _ in _paired(of, over)), sum(second for _, second in _paired(of, over))
+    ),
+    "median ratio of radii": lambda of, over: median(_paired_ratios(of, over) or [math.nan]),
+    "largest ratio of radii": lambda of, over: max(_paired_ratios(of, over), default=math.nan),
+    "ratio of seconds": lambda of, over: _ratio(of.mean_seconds(), over.mean_seconds()),
+    "share of radii not below": lambda of, over: mean(
+        [float(first >= second) for first, second in _paired(of, over)] or [math.nan]
+    ),
+}
+NUMBER = "median radius over number"
+MEASURES = (*ONE, *TWO, NUMBER)
+
+
+def read_comparison(fields: Fields, tasks: Sequence[Task]) -> Comparison:
+    """Reads one entry of ``comparisons``; ``of`` and ``over`` are names of tasks, with * for any text.
+
+    Raises:
+        InvalidInputError: see :class:`~flowverify.bench.fields.Fields`; or a pattern that does not fit one task.
+    """
+    claim, source = fields.text("claim"), fields.text("source")
+    paper = fields.take("paper")
+    if not isinstance(paper, str | int | float) or isinstance(paper, bool):
+        raise fields.wrong("paper", paper, "text or a number")
+    measure = fields.one_of("measure", MEASURES)
+    of = _task(fields, "of", fields.text("of"), tasks)
+    over: str | float | None = None
+    if measure in TWO:
+        over = _task(fields, "over", fields.text("over"), tasks)
+    elif measure == NUMBER:
+        over = fields.number("over", above=True)
+    fields.finish()
+    return Comparison(claim, source, str(paper), measure, of, over)
+
+
+def measured(comparison: Comparison, tasks: Mapping[str, TaskRecords]) -> float:
+    """Our number beside the paper's; NaN as long as records are missing for it."""
+    of = tasks[comparison.of]
+    if not of.records:
+        return math.nan
+    if comparison.measure == NUMBER:
+        return _ratio(of.median_radius(), float(comparison.over or math.nan))
+    if comparison.measure in ONE:
+        return ONE[comparison.measure](of)
+    over = tasks[str(comparison.over)]
+    return TWO[comparison.measure](of, over) if over.records else math.nan
+
+
+def _task(fields: Fields, key: str, pattern: str, tasks: Sequence[Task]) -> str:
+    found = [task.name for task in tasks if fnmatch.fnmatchcase(task.name, pattern)]
+    if len(found) != 1:
+        names = ", ".join(found or [task.name for task in tasks])
+        raise fields.wrong(key, pattern, f"the name of one task, it fits {len(found)}: {names}")
+    return found[0]

@@ -1,0 +1,90 @@
+"""What the records of a task say together. Radii are in pixels on normalised images."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from flowverify.bench.tasks import Record, Task
+
+FAILURES = ("error", "timeout")
+
+
+@dataclass(frozen=True)
+class TaskRecords:
+    """A task with what is there of its records."""
+
+    task: Task
+    records: list[Record]
+
+    @property
+    def searched(self) -> bool:
+        """Whether each record has a radius of its own."""
+        return self.task.kind in ("certify", "attack") and self.task.settings["radius"] is None
+
+    @property
+    def correct(self) -> list[Record]:
+        """Those of images that are classified right, failures included."""
+        return [record for record in self.records if record["verdict"] != "misclassified"]
+
+    def radii(self) -> list[float]:
+        """Radii of images classified right.
+
+        For a certificate the largest certified radius, 0 for none, an error or a timeout. For an attack the least
+        radius found, infinite for none.
+        """
+        return [radius_of(self.task, record) for record in self.correct]
+
+    def seconds(self) -> list[float]:
+        """Of the images that have a result."""
+        return [record["seconds"] for record in self.records if record["verdict"] not in FAILURES]
+
+    def counts(self) -> Counter[str]:
+        return Counter(str(record["verdict"]) for record in self.records)
+
+    def share_certified(self) -> float:
+        """Of all images, misclassified ones included: the certified accuracy."""
+        return self.counts()["certified"] / len(self.records) if self.records else math.nan
+
+    def median_radius(self) -> float:
+        return median(self.radii() or [math.nan])
+
+    def mean_seconds(self) -> float:
+        return mean(self.seconds() or [math.nan])
+
+    def peak_memory(self) -> float | None:
+        """MiB, of the largest job."""
+        return max((one["peak_memory_mib"] for one in self.records if one.get("peak_memory_mib")), default=None)
+
+
+def radius_of(task: Task, record: Record) -> float:
+    """See :meth:`TaskRecords.radii`."""
+    if task.kind == "attack":
+        found = record.get("upper_radius")
+        return math.inf if found is None else float(found)
+    return float(record["radius"] or 0.0) if record["verdict"] == "certified" else 0.0
+
+
+def by_task(tasks: Iterable[Task], records: Iterable[Record]) -> list[TaskRecords]:
+    """The records of each task."""
+    found: dict[str, tuple[Task, list[Record]]] = {task.name: (task, []) for task in tasks}
+    for record in records:
+        found[record["task"]][1].append(record)
+    return [TaskRecords(task, own) for task, own in found.values()]
+
+
+def quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:
+    """Quantiles by linear interpolation; infinite values count as the largest."""
+    ordered = sorted(values)
+    if not ordered:
+        return [math.nan] * len(shares)
+    result = []
+    for share in shares:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high, weight = min(low + 1, len(ordered) - 1), place - low
+        result.append(ordered[low] if weight == 0 else ordered[low] + weight * (ordered[high] - ordered[low]))
+    return result

@@ -1,0 +1,159 @@
+"""The tables of a report: as rows, and as CSV, LaTeX and HTML made of them."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowverify.bench.comparisons import Comparison, measured
+from flowverify.bench.statistics import TaskRecords, quantiles
+from flowverify.bench.tasks import Record
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; the first column is aligned left, and those in ``left``."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    left: tuple[str, ...] = ()
+
+    def aligned_left(self, column: int) -> bool:
+        return column == 0 or self.columns[column] in self.left
+
+    def to_html(self) -> str:
+        def cells(tag: str, values: Sequence[str]) -> str:
+            kinds = ["left" if self.aligned_left(k) else "right" for k in range(len(values))]
+            parts = zip(kinds, values, strict=True)
+            return "".join(f'<{tag} class="{kind}">{html.escape(value)}</{tag}>' for kind, value in parts)
+
+        body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
+        head = f"<thead><tr>{cells('th', self.columns)}</tr></thead>"
+        return f"<h2>{html.escape(self.title)}</h2>\n<table>{head}\n<tbody>{body}</tbody></table>\n"
+
+    def to_latex(self) -> str:
+        """A booktabs table."""
+        alignment = "".join("l" if self.aligned_left(k) else "r" for k in range(len(self.columns)))
+        lines = [" & ".join(map(latex, row)) + r" \\" for row in (self.columns, *self.rows)]
+        return "\n".join(
+            [
+                r"\begin{table}",
+                rf"\caption{{{latex(self.title)}}}",
+                rf"\begin{{tabular}}{{{alignment}}}",
+                r"\toprule",
+                lines[0],
+                r"\midrule",
+                *lines[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+    def to_csv(self) -> str:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerows([self.columns, *self.rows])
+        return buffer.getvalue()
+
+
+def latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def summary(tasks: Sequence[TaskRecords]) -> Table:
+    """One row a task."""
+    columns = (
+        "task", "images", "certified", "falsified", "unknown", "misclassified", "timeout", "error",
+        "median radius", "quartiles", "ms an image", "peak MiB",
+    )  # fmt: skip
+    return Table("Tasks", columns, [_summary_row(one) for one in tasks])
+
+
+def _summary_row(one: TaskRecords) -> tuple[str, ...]:
+    counts = one.counts()
+    verdicts = ("certified", "falsified", "unknown", "misclassified", "timeout", "error")
+    low, middle, high = quantiles(one.radii(), (0.25, 0.5, 0.75)) if one.searched else (math.nan,) * 3
+    memory = one.peak_memory()
+    return (
+        one.task.name,
+        f"{len(one.records)} of {len(one.task.positions)}",
+        *(str(counts[verdict]) for verdict in verdicts),
+        number(middle),
+        f"{number(low)} to {number(high)}" if one.searched and one.records else "",
+        number(1000 * one.mean_seconds()),
+        "" if memory is None else f"{memory:.0f}",
+    )
+
+
+def claims(comparisons: Sequence[Comparison], tasks: Sequence[TaskRecords]) -> Table:
+    """Ours beside the papers' numbers."""
+    named = {one.task.name: one for one in tasks}
+    rows = []
+    for one in comparisons:
+        over = "" if one.over is None else f" over {one.over}"
+        rows.append((one.claim, one.source, one.paper, number(measured(one, named)), f"{one.measure}: {one.of}{over}"))
+    columns = ("claim", "source", "paper", "ours", "measured as")
+    return Table("Ours beside the paper's", columns, rows, left=("source", "measured as"))
+
+
+def failures(tasks: Sequence[TaskRecords]) -> Table:
+    """Errors and timeouts, by reason."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for one in tasks:
+        for record in one.records:
+            if record["verdict"] in ("error", "timeout"):
+                key = (one.task.name, record["verdict"], record.get("note", ""))
+                found.setdefault(key, []).append(record["index"])
+    rows = [(*key, str(len(where)), ", ".join(map(str, where[:10]))) for key, where in found.items()]
+    columns = ("task", "verdict", "reason", "images", "the first of them")
+    return Table("Errors and timeouts", columns, rows, left=("verdict", "reason", "the first of them"))
+
+
+def environments(records: Sequence[Record]) -> Table:
+    """The machines and versions that the records come from."""
+    found: dict[tuple[str, ...], int] = {}
+    for record in records:
+        own = record["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
+        processor = f"{own['processor']}, {own['processors']} processors, {own.get('threads', '?')} threads a worker"
+        key = (processor, own["system"], own.get("device", ""), versions)
+        found[key] = found.get(key, 0) + 1
+    rows = [(*key, str(count)) for key, count in found.items()]
+    return Table(
+        "Machines and versions",
+        ("processor", "system", "device", "versions", "records"),
+        rows,
+        left=("system", "device", "versions"),
+    )
+
+
+def records_csv(records: Sequence[Record]) -> str:
+    """Every record as a row; the environment is left to the JSON lines."""
+    columns: list[str] = []
+    for record in records:
+        columns += [key for key in record if key not in columns and key not in ("environment", "output")]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def number(value: Any) -> str:
+    """Four significant digits, or nothing where there is no number."""
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.4g}"

@@ -1,0 +1,199 @@
+"""``flowverify attack``: looks for adversarial images, the nearest ones or within a radius."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from flowverify.cli.options import DataDir, Device, Json, check_device
+from flowverify.cli.report import INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
+from flowverify.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from flowverify.attack import AttackResult, BaseAttack
+    from flowverify.data import Dataset
+
+SHORT_TABLE = 20
+DEFAULT_COUNT = 100
+RECORDS = "attack.jsonl"
+
+
+@user_errors
+def attack(
+    model: Annotated[
+        str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")
+    ],
+    method: Annotated[
+        str, typer.Option("--attack", help="flow-pgd, sinkhorn, frank-wolfe or minimal.")
+    ] = "minimal",
+    ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
+    radius: Annotated[
+        float | None,
+        typer.Option(help="Look within this radius (pixels); without it, for the nearest adversarial image."),
+    ] = None,
+    cap: Annotated[float | None, typer.Option(help="Largest value of a pixel; without it, no limit.")] = None,
+    binarise: Annotated[
+        float | None, typer.Option(help="Put a threshold at this pixel value before the network, as a defence.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    data_dir: DataDir = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of what is random in an attack.")] = 0,
+    device: Device = "cpu",
+    json: Json = False,
+    save: Annotated[
+        Path | None, typer.Option(help=f"Folder for {RECORDS}, the images (.npz) and a picture (.png) of each.")
+    ] = None,
+) -> None:
+    """Attack images with Wasserstein perturbations.
+
+    Every radius printed is the exact W1 of an image that was found and checked: an upper bound of what can be
+    certified. Radii are distances of normalised images in pixels. Exit code 2: bad input.
+    """
+    from flowverify.attack import Binarised, make_attack
+    from flowverify.attack.make import check_attack
+    from flowverify.data import parse_index
+    from flowverify.threat import WassersteinBall
+    from flowverify.transport.ground import check_ground
+
+    check_attack(method)
+    check_ground(ground)
+    ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
+    target = check_device(device)
+    if save is not None:
+        _prepare_folder(save)
+    from flowverify.cli.verify import _load
+
+    network, data = _load(model, dataset, split, data_dir)
+    network = network.to(target)
+    attacked = network if binarise is None else Binarised(network, binarise, steepness=10.0)
+    search = make_attack(method, attacked, batch_size=batch_size, seed=seed)
+    positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
+    chosen = data[list(positions)]
+    search.check(chosen.images, chosen.labels, cap)  # what is wrong with any image comes out before the first is attacked
+
+    results: list[tuple[list[int], AttackResult]] = []
+    interrupted, start = False, perf_counter()
+    with ExitStack() as stack:
+        file = None if save is None else stack.enter_context((save / RECORDS).open("w", encoding="utf-8"))
+        bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
+        task = bar.add_task(f"{method} on {model}", total=len(positions))
+        try:
+            for first in range(0, len(positions), batch_size):
+                part = list(positions[first : first + batch_size])
+                found = _attack(search, data, part, ball, searching=radius is None)
+                results.append((part, found))
+                _emit(part, found, json, file)
+                if save is not None:
+                    _save(data, part, found, save)
+                bar.advance(task, len(part))
+        except KeyboardInterrupt:
+            interrupted = True
+    if not json:
+        _print_table(results)
+        typer.echo(_summary(results, perf_counter() - start))
+    if interrupted:
+        done = sum(len(part) for part, _ in results)
+        print_error(f"interrupted after {done} of {len(positions)} images")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _prepare_folder(path: Path) -> None:
+    from flowverify.figures import require_matplotlib
+
+    require_matplotlib()
+    if path.exists() and not path.is_dir():
+        raise InvalidInputError(f"save {path}: is a file, expected a folder")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _attack(search: BaseAttack, data: Dataset, positions: list[int], ball: Any, *, searching: bool) -> AttackResult:
+    chosen = data[positions]
+    if searching:
+        return search.minimise(chosen.images, chosen.labels, ball.ground, ball.cap)
+    return search.run(chosen.images, chosen.labels, ball)
+
+
+def _emit(positions: list[int], found: AttackResult, json: bool, file: TextIO | None) -> None:
+    """Writes one line an image at once, so that whoever reads along or comes after a crash has it."""
+    for row, position in enumerate(positions):
+        line = json_line({"index": position, **found.to_json(row)})
+        if file is not None:
+            file.write(line + "\n")
+        if json:
+            typer.echo(line)
+    if file is not None:
+        file.flush()
+    sys.stdout.flush()
+
+
+def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path) -> None:
+    import numpy as np
+
+    from flowverify.figures import draw_adversarial
+
+    rows = [row for row in range(len(positions)) if found.outcome[row] == "found"]
+    if not rows:
+        return
+    clean = data[[positions[row] for row in rows]].images
+    names = [folder / f"{positions[row]:05d}" for row in rows]
+    titles = [
+        f"image {positions[row]}, label {int(found.label[row])}, now {int(found.prediction[row])}: W1 = "
+        f"{float(found.radius[row]):.4f} pixels ({found.attack}, {found.ground} ground cost)"
+        for row in rows
+    ]
+    exact = found.images[rows].cpu()
+    for name, row, image in zip(names, rows, exact, strict=True):
+        label = found.label[row : row + 1].cpu().numpy()
+        np.savez(name.with_suffix(".npz"), images=image[None].numpy(), labels=label)
+    draw_adversarial(clean.double(), exact, titles, [name.with_suffix(".png") for name in names])
+
+
+def _print_table(results: list[tuple[list[int], AttackResult]]) -> None:
+    rows = table("image", "label", "predicted", "outcome", "radius (pixels)", "ms", left=("outcome",))
+    lines = [
+        (
+            str(position),
+            str(int(found.label[row])),
+            str(int(found.prediction[row])),
+            found.outcome[row],
+            f"{float(found.radius[row]):.4f}" if found.found[row] else "",
+            f"{1000 * found.seconds / len(found):.1f}",
+        )
+        for positions, found in results
+        for row, position in enumerate(positions)
+    ]
+    for line in lines[:SHORT_TABLE]:
+        rows.add_row(*line)
+    output().print(rows)
+    if len(lines) > SHORT_TABLE:
+        typer.echo(f"{len(lines) - SHORT_TABLE} more images; --json or --save gives all")
+
+
+def _summary(results: list[tuple[list[int], AttackResult]], seconds: float) -> str:
+    outcomes = Counter(word for _, found in results for word in found.outcome)
+    total = sum(outcomes.values())
+    if not total:
+        return "no image was finished"
+    radii = [radius for _, found in results for radius in found.radius.tolist()]
+    right = [radius for radius in radii if radius > 0]
+    parts = [f"{outcomes['found']} of {total} found"]
+    parts += [f"{count} {word}" for word, count in sorted(outcomes.items()) if word != "found"]
+    middle = median(right) if right else float("inf")
+    if middle < float("inf"):
+        parts.append(f"median radius {middle:.4f} pixels over images classified right")
+    parts.append(f"{seconds:.1f} s, {1000 * seconds / total:.1f} ms an image")
+    return "; ".join(parts)

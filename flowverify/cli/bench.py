@@ -1,0 +1,133 @@
+"""``flowverify bench``: runs a suite into a folder; the same command goes on where a run ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowverify.cli.options import DataDir
+from flowverify.cli.report import FAILED, INTERRUPTED, print_error, progress_bar, user_errors
+from flowverify.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from flowverify.bench.pool import Backend
+    from flowverify.bench.scheduler import Progress, RunReport
+    from flowverify.bench.store import Store
+    from flowverify.bench.suite import Suite
+
+ENGINES = ("local", "ray")
+LOG_EVERY = 30.0  # seconds, where standard error is no terminal
+
+
+@user_errors
+def bench(
+    suite: Annotated[Path, typer.Argument(help="The suite, a YAML file; benchmarks/suites has examples.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; of this suite, or new.")],
+    engine: Annotated[str, typer.Option(help="Where to compute: local or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, such as auto or ray://HOST:10001; without it, one is started.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one a processor, of the cluster with Ray.")
+    ] = None,
+    retry_timeouts: Annotated[
+        bool, typer.Option("--retry-timeouts", help="Also try again what has run out of its budget.")
+    ] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Run the jobs of a suite, in processes of their own, and keep every result as it arrives.
+
+    Started again with the same folder it skips what is there and tries errors again. Exit code 0: every record has
+    a verdict; 1: some verdict is "error"; 2: bad input; 130: interrupted. What was computed is kept in every case.
+    """
+    import os
+
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    if data_dir is not None:
+        os.environ["FLOWVERIFY_DATA"] = str(data_dir.resolve())
+
+    from flowverify.bench.scheduler import run_suite
+    from flowverify.bench.store import Store
+    from flowverify.bench.suite import read_suite
+
+    chosen = read_suite(suite)
+    with Store(out, chosen) as store:
+        typer.echo(f"{chosen.name}: {chosen.size} records in {out}, {len(store.records)} of them there", err=True)
+        with progress_bar() as bar:
+            show = _Display(bar, chosen.size)
+            try:
+                done = run_suite(
+                    chosen,
+                    store,
+                    _backend(engine, address, workers, chosen),
+                    retry_timeouts=retry_timeouts,
+                    on_progress=show,
+                )
+            except KeyboardInterrupt:
+                print_error(
+                    f"interrupted with {len(store.records)} of {chosen.size} records in {out}; the same command goes on"
+                )
+                raise typer.Exit(INTERRUPTED) from None
+        _summarise(chosen, store, done)
+        if any(record["verdict"] == "error" for record in store.records.values()):
+            raise typer.Exit(FAILED)
+
+
+def _backend(engine: str, address: str | None, workers: int | None, suite: Suite) -> Backend:
+    if engine == "local":
+        from flowverify.bench.local import LocalBackend
+
+        return LocalBackend(suite.context, workers, suite.budget.memory)
+    from flowverify.bench.cluster import RayBackend
+
+    return RayBackend(suite.context, workers, suite.budget.memory, address)
+
+
+class _Display:
+    """Progress as a bar on a terminal, and as a line now and then in a log file."""
+
+    def __init__(self, bar: object, total: int) -> None:
+        from rich.progress import Progress as Bar
+
+        assert isinstance(bar, Bar)
+        self._bar, self._task = bar, bar.add_task("records", total=total)
+        self._last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        failures = f", {progress.failed} failed" if progress.failed else ""
+        text = f"{progress.rate:.1f} records/s{failures}"
+        self._bar.update(self._task, completed=progress.done, description=text)
+        now = time.monotonic()
+        if not sys.stderr.isatty() and now - self._last >= LOG_EVERY:
+            self._last = now
+            left = "" if progress.remaining is None else f", {progress.remaining:.0f} s left"
+            typer.echo(f"{progress.done} of {progress.total} records, {text}{left}", err=True)
+
+
+def _summarise(suite: Suite, store: Store, done: RunReport) -> None:
+    from flowverify.bench.comparisons import measured
+    from flowverify.bench.statistics import by_task
+
+    tasks = by_task(suite.tasks, store.records.values())
+    for one in tasks:
+        parts = [f"{count} {verdict}" for verdict, count in sorted(one.counts().items())]
+        if one.searched and one.records:
+            parts.append(f"median radius {one.median_radius():.4f} pixels")
+        if one.seconds():
+            parts.append(f"{1000 * one.mean_seconds():.1f} ms an image")
+        typer.echo(f"{one.task.name}: {', '.join(parts) or 'no record'}")
+    named = {one.task.name: one for one in tasks}
+    for comparison in suite.comparisons:
+        typer.echo(
+            f"{comparison.claim}: {measured(comparison, named):.4g}; paper: {comparison.paper} ({comparison.source})"
+        )
+    times = done.times
+    typer.echo(
+        f"{done.added} records added in {done.seconds:.1f} s; starting workers {times.starting:.1f} s, jobs "
+        f"{times.computing:.1f} s, overhead {times.overhead:.1%} of the jobs' own time"
+    )

@@ -1,0 +1,128 @@
+"""``flowverify export``: networks and properties for outside verifiers, and their answers read back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowverify.cli.options import DataDir, Json
+from flowverify.cli.report import FAILED, json_line, progress_bar, user_errors
+from flowverify.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from flowverify.certify.certificate import Certificate
+    from flowverify.network import Network
+
+
+@user_errors
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write, or with --collect the one that was written.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
+    ] = None,
+    index: Annotated[str, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9.")] = "0",
+    radius: Annotated[
+        list[float] | None, typer.Option(help="Radius in pixels; repeat it for several.", show_default=False)
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="linear, outputs, penalty or l1-penalty.")] = "linear",
+    vanilla: Annotated[bool, typer.Option("--vanilla", help="Leave out that pixels are nonnegative.")] = False,
+    reference: Annotated[str, typer.Option(help="image, uniform, point:ROW,COLUMN or FILE.npy.")] = "image",
+    ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
+    penalty_weight: Annotated[
+        float | None, typer.Option(help="Weight of the penalty; by default one that is exact.", show_default=False)
+    ] = None,
+    vnnlib: Annotated[str, typer.Option(help="Version of VNN-LIB, 1.0 or 2.0.")] = "1.0",
+    timeout: Annotated[float, typer.Option(help="Seconds for each instance, written to instances.csv.")] = 300.0,
+    compress: Annotated[bool, typer.Option("--gzip", help="Compress networks and properties.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    collect: Annotated[
+        Path | None, typer.Option(help="Read a results.csv of an outside verifier back as certificates.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Write networks and properties that a verifier which knows nothing of Wasserstein can decide.
+
+    linear is exact for Marabou; outputs is parsed everywhere; penalty needs boxes only; l1-penalty is for tools with an
+    L1 ball of their own, such as alpha-beta-CROWN. Exit code 1: some collected verdict is "error"; 2: bad input.
+    """
+    if collect is not None:
+        _collect(model, out, collect, json=json)
+        return
+    if not radius:
+        raise InvalidInputError("radius: given none, expected --radius R, at least once")
+
+    from flowverify.data import load_dataset, parse_index
+    from flowverify.export.folder import Layout, Source, check_target, write_folder
+    from flowverify.export.plan import Request
+    from flowverify.zoo import load_card
+
+    request = Request(encoding, tuple(radius), not vanilla, reference, ground, penalty_weight)
+    layout = Layout(vnnlib, timeout, compress)
+    check_target(out, force)
+    network = None
+    if dataset is None:
+        if model.endswith(".onnx"):
+            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
+        network = _load(model)
+        dataset = load_card(model).dataset
+    data = load_dataset(dataset, split, data_dir)
+    network = network or _load(model, data.input_shape)
+    positions = list(parse_index(index, len(data)))
+    chosen = data[positions]
+    source = Source(model, data.name, split, tuple(positions))
+    with progress_bar(quiet=json) as bar:
+        task = bar.add_task(f"{model} on {data.name}", total=len(positions) * len(radius))
+        manifest = write_folder(
+            out,
+            network,
+            chosen.images,
+            chosen.labels,
+            request,
+            source,
+            layout,
+            force=force,
+            progress=lambda count: bar.advance(task, count),
+        )
+    if json:
+        for instance in manifest["instances"]:
+            typer.echo(json_line(instance))
+        return
+    wrong = manifest["misclassified"]
+    typer.echo(
+        f"wrote {out}: {len(manifest['instances'])} properties of {len(manifest['networks'])} networks, "
+        f"encoding {encoding}" + (f"; {len(wrong)} images are misclassified and left out" if wrong else "")
+    )
+
+
+def _load(model: str, shape: tuple[int, int, int] | None = None) -> Network:
+    from flowverify.zoo import load_model
+
+    return load_model(model, shape)
+
+
+def _collect(model: str, folder: Path, results: Path, *, json: bool) -> None:
+    from flowverify.certify.certificate import Verdict
+    from flowverify.export.folder import load_arrays
+    from flowverify.export.results import collect
+
+    shape = load_arrays(folder)["images"].shape[1:]
+    network = _load(model, (int(shape[0]), int(shape[1]), int(shape[2])))
+    found: list[tuple[int, Certificate]] = []
+    for index, certificate in collect(network, folder, results):
+        found.append((index, certificate))
+        if json:
+            typer.echo(json_line({"index": index, **certificate.to_json()}))
+        else:
+            note = f" ({certificate.note})" if certificate.note else ""
+            typer.echo(f"image {index}, radius {certificate.radius:g}: {certificate.verdict}{note}")
+        sys.stdout.flush()
+    if any(certificate.verdict is Verdict.ERROR for _, certificate in found):
+        raise typer.Exit(FAILED)

@@ -1,0 +1,218 @@
+"""Reads what outside verifiers answered about an exported folder back as certificates.
+
+An answer counts for the very files that were exported: their digests are compared. ``unsat`` becomes certified;
+``sat`` becomes falsified only if its witness is there and survives the replay, else unknown.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowverify.certify.certificate import Certificate, Verdict
+from flowverify.errors import InvalidInputError
+from flowverify.export.encodings import check_encoding
+from flowverify.export.folder import MANIFEST, PlainCertifier, load_arrays, model_digest, read_contents
+from flowverify.export.inputs import FlowInputs
+from flowverify.export.replay import replay
+from flowverify.export.rounding import FloatArray
+from flowverify.network import Network
+from flowverify.threat import WassersteinBall
+
+_WORDS = {
+    "unsat": "unsat", "holds": "unsat", "safe": "unsat", "verified": "unsat",
+    "sat": "sat", "violated": "sat", "unsafe": "sat", "falsified": "sat",
+    "unknown": "unknown", "timeout": "timeout", "error": "error",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of a file of results."""
+
+    onnx: str
+    vnnlib: str
+    result: str  # unsat, sat, unknown, timeout or error
+    seconds: float
+
+
+def read_results(path: Path) -> list[Answer]:
+    """The rows of a CSV file, with or without a header, in any order of columns.
+
+    A row names the two files, with any folders before them, and has one of the words of VNN-COMP (unsat, sat, unknown,
+    timeout, error; also holds, violated, safe, unsafe, verified, falsified). The number after the word is the time.
+
+    Raises:
+        InvalidInputError: the file cannot be read, or a row names files and has none of the words.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidInputError(f"results {path}: cannot be read ({error})") from error
+    answers = []
+    for number, row in enumerate(rows, start=1):
+        onnx = next((cell for cell in row if re.search(r"\.onnx(\.gz)?$", cell)), "")
+        vnnlib = next((cell for cell in row if re.search(r"\.vnnlib(\.gz)?$", cell)), "")
+        if not (onnx and vnnlib):
+            continue
+        words = [k for k, cell in enumerate(row) if cell.lower() in _WORDS]
+        if len(words) != 1:
+            raise InvalidInputError(
+                f"results {path}, line {number}: {len(words)} verdicts, expected one of {', '.join(_WORDS)}"
+            )
+        seconds = next((float(cell) for cell in row[words[0] + 1 :] if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", cell)), 0.0)
+        answers.append(Answer(onnx, vnnlib, _WORDS[row[words[0]].lower()], seconds))
+    if not answers:
+        raise InvalidInputError(f"results {path}: no row names an .onnx and a .vnnlib file, expected one an instance")
+    return answers
+
+
+def read_witness(path: Path, size: int) -> FloatArray:
+    """The input vector of a counterexample file: pairs ``(X_k value)``, as VNN-COMP has them, gzipped or not.
+
+    Raises:
+        InvalidInputError: the file cannot be read, or does not give every input once.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        pairs = re.findall(r"\(\s*X_([0-9]+)\s+([^\s()]+)\s*\)", text)
+        values = {int(k): float(value) for k, value in pairs}
+    except (OSError, EOFError, ValueError) as error:
+        raise InvalidInputError(f"witness {path}: cannot be read ({error})") from error
+    if sorted(values) != list(range(size)):
+        raise InvalidInputError(f"witness {path}: {len(values)} inputs, expected X_0 to X_{size - 1}")
+    return np.array([values[k] for k in range(size)])
+
+
+def collect(network: Network, folder: str | Path, results: str | Path) -> Iterator[tuple[int, Certificate]]:
+    """Certificates, with the index of each image in its data set, for every instance of an exported folder.
+
+    An instance without an answer is unknown. Of several answers the last counts, unless they contradict each other:
+    then the instance is an error. Witnesses are looked for beside the results, as ``ONNX_VNNLIB.counterexample[.gz]``
+    or ``VNNLIB.counterexample[.gz]`` with the names of the two files without their endings.
+
+    Args:
+        network: the original network.
+
+    Raises:
+        InvalidInputError: no manifest, another network than the exported one, results that cannot be read or that
+            name files which are not in the folder.
+    """
+    folder, results = Path(folder), Path(results)
+    manifest = _read_manifest(folder)
+    if model_digest(network) != manifest["model_sha256"]:
+        raise InvalidInputError(f"folder {folder}: was exported from another network ({manifest['model']})")
+    answers = _by_instance(folder, manifest, read_results(results))
+    arrays = load_arrays(folder)
+    yield from _certificates(network, folder, results.parent, manifest, arrays, answers)
+
+
+def _certificates(
+    network: Network,
+    folder: Path,
+    witnesses: Path,
+    manifest: dict[str, Any],
+    arrays: dict[str, Any],
+    answers: dict[str, list[Answer]],
+) -> Iterator[tuple[int, Certificate]]:
+    request = manifest["request"]
+    encoding = check_encoding(request["encoding"])
+    method = "fine-tuned" if request["positivity"] else "vanilla"
+    certifier = PlainCertifier(network, method, f"export-{encoding.name}")
+    positions = {int(index): k for k, index in enumerate(arrays["indices"])}
+    for one in manifest["misclassified"]:
+        for radius in request["radii"]:
+            yield one["index"], Certificate(
+                Verdict.MISCLASSIFIED, one["label"], one["prediction"], method, certifier.bound, request["ground"],
+                radius, None, 0.0,
+            )  # fmt: skip
+    for one in manifest["instances"]:
+        image = arrays["images"][positions[one["index"]]]
+        ball = WassersteinBall(one["radius"], request["ground"])
+        given = answers.get(one["vnnlib"], [])
+        verdict, note, upper = Verdict.UNKNOWN, "no answer", None
+        if given:
+            verdict, note, upper = _judge(folder, manifest, one, given)
+        if verdict is Verdict.FALSIFIED:
+            info = manifest["networks"][one["onnx"]]
+            reference = arrays[f"reference:{one['onnx']}"].double()
+            inputs = FlowInputs(network.grid, encoding.form, reference, info["mass_inputs"], info["budget_input"])
+            verdict, note = Verdict.UNKNOWN, "sat, without a witness beside the results that could be replayed"
+            path = _find_witness(witnesses, one)
+            if path is not None:
+                with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+                    file.write(read_contents(folder, one["onnx"]))
+                    file.flush()
+                    shown = replay(
+                        certifier, image, one["label"], ball, read_witness(path, inputs.size), inputs, encoding,
+                        Path(file.name),
+                    )  # fmt: skip
+                note, upper = shown.reason, shown.distance
+                verdict = Verdict.FALSIFIED if shown.falsified else Verdict.UNKNOWN
+        seconds = given[-1].seconds if given else 0.0
+        yield one["index"], Certificate(
+            verdict, one["label"], one["label"], method, certifier.bound, ball.ground, ball.radius, None, seconds,
+            upper, note,
+        )  # fmt: skip
+
+
+def _judge(
+    folder: Path, manifest: dict[str, Any], one: dict[str, Any], given: list[Answer]
+) -> tuple[Verdict, str, float | None]:
+    """What the answers say; FALSIFIED still has to be replayed."""
+    digests = {one["onnx"]: manifest["networks"][one["onnx"]]["sha256"], one["vnnlib"]: one["sha256"]}
+    for path, digest in digests.items():
+        if hashlib.sha256(read_contents(folder, path)).hexdigest() != digest:
+            return Verdict.ERROR, f"{path} has changed since it was exported", None
+    said = {answer.result for answer in given}
+    if {"sat", "unsat"} <= said:
+        return Verdict.ERROR, "both sat and unsat were answered", None
+    result = given[-1].result
+    if result == "unsat":
+        return Verdict.CERTIFIED, "by an outside verifier", None
+    if result == "sat":
+        return Verdict.FALSIFIED, "", None
+    return Verdict(result), "by an outside verifier", None
+
+
+def _by_instance(folder: Path, manifest: dict[str, Any], answers: list[Answer]) -> dict[str, list[Answer]]:
+    known = {(Path(one["onnx"]).name, Path(one["vnnlib"]).name): one["vnnlib"] for one in manifest["instances"]}
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        key = (_plain_name(answer.onnx), _plain_name(answer.vnnlib))
+        if key not in known:
+            raise InvalidInputError(f"results name {key[0]} with {key[1]}, which is no instance of {folder}")
+        found.setdefault(known[key], []).append(answer)
+    return found
+
+
+def _plain_name(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1].removesuffix(".gz")
+
+
+def _find_witness(folder: Path, one: dict[str, Any]) -> Path | None:
+    onnx, vnnlib = Path(one["onnx"]).stem, Path(one["vnnlib"]).name.removesuffix(".vnnlib")
+    names = [f"{stem}.counterexample{end}" for stem in (f"{onnx}_{vnnlib}", vnnlib) for end in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for key in ("model", "model_sha256", "request", "networks", "instances", "misclassified"):
+            manifest[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"folder {folder}: no readable {MANIFEST}, expected an export ({error})") from error
+    return manifest
