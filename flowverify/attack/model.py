@@ -11,7 +11,7 @@ from flowverify.errors import InvalidInputError
 
 ROWS = 16  # batches are filled up to a multiple: a row's value then does not depend on how many there are
 
-ROUNDING = 64  # units in the last place of the largest logit
+ROUNDING = 16  # units in the last place of the largest logit
 
 
 class AttackedModel:

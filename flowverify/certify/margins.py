@@ -195,7 +195,10 @@ class MarginBounds:
         crown = self._crown(index, specification, known, inputs, perturbation, warm_start)
         if self.recipe.intermediate_interval:
             crown = intersect(crown, (flat_lower[:, chosen], flat_upper[:, chosen]))
-        flat_lower[:, chosen], flat_upper[:, chosen] = crown
+        # What is settled for one image stays as it is, so that no image's bounds depend on the rest of its batch.
+        own = open_entries[:, chosen]
+        flat_lower[:, chosen] = torch.where(own, crown[0], flat_lower[:, chosen])
+        flat_upper[:, chosen] = torch.where(own, crown[1], flat_upper[:, chosen])
         return flat_lower.reshape(lower.shape), flat_upper.reshape(upper.shape)
 
     def _crown(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from flowverify.certify.margins import MarginBounds
 from flowverify.certify.methods import BOUNDS, METHODS
 from flowverify.errors import FoldError
-from flowverify.lirpa.backend import VERSION
 from flowverify.network import Network, ScaleShift, from_torch
 from flowverify.transport.reference import REFERENCES, make_reference
 
@@ -109,11 +108,6 @@ class CertifierContract:
     """Subclasses name an architecture."""
 
     kind: str
-
-    @pytest.fixture(autouse=True)
-    def _possible(self, bound: str) -> None:
-        if self.kind == "pooled" and bound == "alpha-crown" and VERSION.startswith("0.3"):
-            pytest.skip("auto_LiRPA 0.3 cannot optimise through MaxPool2d: a BoundError, not a bound")
 
     def scale(self) -> float:
         images, labels = images_of(self.kind)
