@@ -1,6 +1,6 @@
 """Attacks against fine-tuned certificates: no adversarial image may be nearer than a certified radius.
 
-    python -m benchmarks.attack_against_certificates [--models mnist-fc3] [--images 1000] [--attacks minimal,frank-wolfe]
+    python -m benchmarks.attack_against_certificates [--models mnist-fc3] [--images 1000] [--attacks minimal]
 
 Exits with 1 if there is a contradiction.
 """
@@ -60,8 +60,6 @@ def main() -> None:
                 )
     print(f"contradictions: {contradictions}")
     sys.exit(1 if contradictions else 0)
-
-
 
 
 if __name__ == "__main__":

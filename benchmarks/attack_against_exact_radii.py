@@ -29,8 +29,8 @@ def main() -> None:
         right = found.radius > 0
         excess = found.radius[right] / exact[right] - 1
         print(
-            f"{effort:7} {int(right.sum())} images classified right, found {int(found.found[right].sum())}: excess over "
-            f"the exact radius {float(excess.median()):.2e} (median), {float(excess.max()):.2e} (largest), least "
+            f"{effort:7} {int(right.sum())} images classified right, found {int(found.found[right].sum())}: excess "
+            f"over the exact radius {float(excess.median()):.2e} (median), {float(excess.max()):.2e} (largest), least "
             f"{float(excess.min()):.2e}; wanted at most 1e-3 and never below 0; within 1e-3 on "
             f"{int((excess <= 1e-3).sum())}; {1000 * taken[0] / len(data):.2f} ms an image"
         )

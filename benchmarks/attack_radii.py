@@ -18,7 +18,8 @@ from benchmarks.common import header, quartiles
 from flowverify.attack import AttackResult, BaseAttack, FlowDescent, FrankWolfe, MinimalRadius, ProjectedSinkhorn
 from flowverify.data import Dataset
 
-PEERS = """peers, CNN / FC: Wong et al. 0.24 / 0.32 in 2.2-4.8 s; Hu et al. 2020 0.133 / 0.115 in 0.6-1.5 s; Wu et al. 2020
+PEERS = """peers, CNN / FC:
+Wong et al. 0.24 / 0.32 in 2.2-4.8 s; Hu et al. 2020 0.133 / 0.115 in 0.6-1.5 s; Wu et al. 2020
 0.106 / 0.112 in 2.4 s (pixels above 1); best of all peers 0.100 / 0.112 without cap, 0.116 / 0.115 with pixels in
 [0, 1] and 1-2% of the mass lost"""
 

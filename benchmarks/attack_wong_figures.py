@@ -21,7 +21,7 @@ import flowverify as fv
 from benchmarks.common import header, stopwatch
 from flowverify.attack import Binarised, MinimalRadius, ProjectedSinkhorn, binarise
 from flowverify.data import Dataset
-from flowverify.training.architectures import build_network
+from flowverify.training.architectures import build_architecture
 
 RADII = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 1.83, 2.0)
 
@@ -47,7 +47,7 @@ def trained_on_binarised(epochs: int) -> nn.Module:
     """The CNN of the paper, trained on training images binarised at 0.5."""
     torch.manual_seed(0)
     data = fv.load_dataset("mnist", split="train")
-    network = build_network("wong-cnn", (1, 28, 28), 10)
+    network = build_architecture("wong-cnn", (1, 28, 28), 10)
     images, labels = binarise(data.images), data.labels
     network.requires_grad_(True)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)

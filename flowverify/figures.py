@@ -211,9 +211,7 @@ def _draw_flow(row: Any, axes: Axes, case: WorstCase) -> None:
     axes.set_title(f"flow: W1 = {case.distance:.4f} pixels ({case.distance:.1%} of the mass by one)", fontsize=10)
 
 
-def draw_adversarial(
-    images: Tensor, adversarial: Tensor, titles: Sequence[str], paths: Sequence[str | Path]
-) -> None:
+def draw_adversarial(images: Tensor, adversarial: Tensor, titles: Sequence[str], paths: Sequence[str | Path]) -> None:
     """Draws each pair as a PNG of its own: the original, the adversarial image, and the difference under flow arrows.
 
     Args:
@@ -248,4 +246,5 @@ def draw_adversarial(
             row.colorbar(shown, ax=[before, behind], shrink=0.8, label="pixel")
         distance = float(flow.abs().sum() / clean[k].sum())
         _draw_flow(row, arrows, WorstCase(clean[k], found[k], flow, distance, 0, 0, (0.0, 0.0), 0))
+        arrows.set_title(f"difference and flow (length {distance:.4f} pixels, l1)", fontsize=10)
         figure.savefig(paths[k], format="png", dpi=80)

@@ -21,7 +21,7 @@ from flowverify.transport.ground import check_ground
 
 
 def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1.0) -> Any:
-    """``attack`` as a ``foolbox.attacks.base.MinimizationAttack``, for PyTorch models and the criterion Misclassification.
+    """``attack`` as foolbox's ``MinimizationAttack``, for PyTorch models and the criterion Misclassification.
 
     The network under attack is that of ``attack``: give foolbox's model the same. With the default cap images stay
     within foolbox's usual bounds (0, 1).

@@ -59,7 +59,8 @@ class RayBackend(Backend):
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise BoundError(f"Ray cluster {address or 'on this machine'}: {reason}") from error
-        there = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0))
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call, unused-ignore]
+        there = int(resources.get("GPU" if on_gpu else "CPU", 0))
         self.workers = workers or max(1, there)
         variables = thread_environment(1)
         variables |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -117,7 +118,9 @@ class _RayWorker(Worker):
             reply: Reply = self._ray.get(self.pending)
         except self._ray.exceptions.RayError as error:
             text = str(error).strip().splitlines()
-            raise WorkerDiedError(f"its worker in the cluster is gone: {text[0] if text else type(error).__name__}") from None
+            raise WorkerDiedError(
+                f"its worker in the cluster is gone: {text[0] if text else type(error).__name__}"
+            ) from None
         return reply
 
     def kill(self) -> None:

@@ -14,7 +14,7 @@ from flowverify.errors import InvalidInputError
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # YAML 1.1 takes 1e-3 for text
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
     """Plain YAML, where a key that is given twice is an error and not silently the last one."""
 
 

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import re
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,19 +63,15 @@ def available_processors() -> int:
 def forget_peak() -> None:
     """Lets :func:`peak_memory` count from now on, where the system can."""
     gc.collect()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def release_memory() -> None:
     """Hands freed memory back to the system, so that one large job does not count against the next."""
     gc.collect()
-    try:
+    with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
 
 
 def peak_memory() -> float | None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 PICTURED = 3  # worst cases of each model
 SHOWN_POINTS = 2000  # of a scatter plot, so that the page stays small
-_RANDOM_IDS = {"svg.hashsalt": "flowverify"}  # the same records give the same page
 
 
 def certified_accuracy(tasks: Sequence[TaskRecords]) -> bytes | None:
@@ -44,11 +43,12 @@ def certified_accuracy(tasks: Sequence[TaskRecords]) -> bytes | None:
             drawn = True
         elif one.task.kind == "certify":
             settings = one.task.settings
-            group = tuple(settings[key] for key in ("model", "method", "bound", "ground", "references", "domain"))
-            points.setdefault(group, []).append((settings["radius"], one.share_certified(), one.task.name))
+            same = tuple(settings[key] for key in ("model", "method", "bound", "ground", "references", "domain"))
+            points.setdefault(same, []).append((settings["radius"], one.share_certified(), one.task.name))
     for group in points.values():
-        radii, shares, names = zip(*sorted(group), strict=True)
-        axes.plot(radii, shares, "o:", label=names[0].rpartition("/")[0])
+        ordered = sorted(group)
+        label = ordered[0][2].rpartition("/")[0]
+        axes.plot([one[0] for one in ordered], [one[1] for one in ordered], "o:", label=label)
         drawn = True
     if not drawn:
         return None
@@ -157,6 +157,6 @@ def _svg(figure: Figure) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_RANDOM_IDS):
+    with matplotlib.rc_context({"svg.hashsalt": "flowverify"}):  # the same records give the same page
         figure.savefig(buffer, format="svg", dpi=100, metadata={"Date": None})
     return buffer.getvalue()

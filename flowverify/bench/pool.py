@@ -157,9 +157,13 @@ class Pool:
         except WorkerDiedError as error:
             reason = str(error)
             self._drop(slot)
-            return self._broken_start(reason) if job is None else Outcome(job, Reply(reason=reason), "died")
+            if job is None:
+                self._broken_start(reason)
+                return None
+            return Outcome(job, Reply(reason=reason), "died")
         if state == "starting":
-            return self._started(slot, reply)
+            self._started(slot, reply)
+            return None
         assert job is not None
         self.times.computing += reply.seconds
         if state == "prepare" and not reply.reason:
@@ -182,7 +186,8 @@ class Pool:
         state, job = slot.state, slot.job
         self._drop(slot)
         if job is None:
-            return self._broken_start(f"not there after {STARTING:g} s")
+            self._broken_start(f"not there after {STARTING:g} s")
+            return None
         if state == "prepare":
             limit = self._budget.preparation
             return Outcome(

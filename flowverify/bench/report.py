@@ -11,6 +11,7 @@ from flowverify.bench import plots, sources, tables
 from flowverify.bench.statistics import TaskRecords, by_task
 from flowverify.bench.store import read_folder
 from flowverify.errors import FlowverifyError, InvalidInputError
+from flowverify.figures import require_matplotlib
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 72rem;
@@ -48,7 +49,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
     suite, records, log = read_folder(folder)
     if not records:
         raise InvalidInputError(f"{folder}: holds no record yet, expected at least one")
-    plots.require_matplotlib()
+    require_matplotlib()
     tasks = by_task(suite.tasks, records)
     listed = [tables.summary(tasks)]
     if suite.comparisons:
@@ -95,7 +96,8 @@ def _time_spent(log: Sequence[dict[str, object]]) -> str:
     computing = sum(float(str(entry["computing"])) for entry in log)
     present = sum(float(str(entry["present"])) for entry in log)
     share = f", overhead of the runner {present / computing - 1:.1%}" if computing else ""
-    return f"{len(log)} run{'s' if len(log) > 1 else ''}, {seconds:.0f} s, {computing:.0f} s of it by jobs in all workers{share}."
+    runs = "1 run" if len(log) == 1 else f"{len(log)} runs"
+    return f"{runs}, {seconds:.0f} s, {computing:.0f} s of it by jobs in all workers{share}."
 
 
 def _pictures(tasks: Sequence[TaskRecords]) -> list[str]:
@@ -104,9 +106,7 @@ def _pictures(tasks: Sequence[TaskRecords]) -> list[str]:
         ("Radii", plots.radius_boxes(tasks)),
         ("Time against radius", plots.time_against_radius(tasks)),
     )
-    return [
-        f"<h2>{title}</h2>\n{_image(content, 'svg+xml', title)}" for title, content in drawn if content is not None
-    ]
+    return [f"<h2>{title}</h2>\n{_image(content, 'svg+xml', title)}" for title, content in drawn if content is not None]
 
 
 def _galleries(tasks: Sequence[TaskRecords]) -> list[str]:

@@ -122,9 +122,7 @@ def _open_jobs(suite: Suite, store: Store, retry_timeouts: bool) -> Iterator[Job
     for job in suite.jobs():
         known = [store.records.get(key) for key in job.keys]
         wanted = [
-            position
-            for position, record in zip(job.positions, known, strict=True)
-            if _wanted(record, retry_timeouts)
+            position for position, record in zip(job.positions, known, strict=True) if _wanted(record, retry_timeouts)
         ]
         if None in known or len(wanted) == len(job.positions):
             yield job

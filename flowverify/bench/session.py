@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Session:
         numba.set_num_threads(min(setup.threads, numba.config.NUMBA_NUM_THREADS))
         self._prepared: OrderedDict[str, Prepared] = OrderedDict()
         self._environment = {**environment(), "threads": setup.threads, "device": setup.context.device}
+        gc.collect()
+        gc.freeze()  # the libraries stay: collections between jobs need not look at them
         if setup.memory is not None:
             limit_memory(setup.memory)
 
@@ -95,8 +98,9 @@ class Session:
         if len(found) != len(job.positions):
             raise RuntimeError(f"{len(found)} results for {len(job.positions)} images")
         memory = peak_memory()
+        own = {"peak_memory_mib": memory, "environment": self._environment}
         return [
-            complete(job, position, {**record, "peak_memory_mib": memory, "environment": self._environment}, self._context)
+            complete(job, position, {**record, **own}, self._context)
             for position, record in zip(job.positions, found, strict=True)
         ]
 
@@ -133,4 +137,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "std::bad_alloc" in text:
         return f"out of memory: {text or name}"
     return text if isinstance(error, FlowverifyError) else f"{name}: {text}" if text else name
-

@@ -120,8 +120,8 @@ class Store:
             known = _read_suite(path)
             if known.fingerprint != suite.fingerprint:
                 raise InvalidInputError(
-                    f"{self.folder}: holds results of another suite, {known.name!r} ({known.fingerprint[:12]}), expected "
-                    f"{suite.name!r} ({suite.fingerprint[:12]}) or a new folder"
+                    f"{self.folder}: holds results of another suite, {known.name!r} ({known.fingerprint[:12]}), "
+                    f"expected {suite.name!r} ({suite.fingerprint[:12]}) or a new folder"
                 )
         elif others := sorted(one.name for one in self.folder.iterdir() if one.name not in (LOCK, f".{SUITE}.new")):
             raise InvalidInputError(f"{self.folder}: holds {others[0]} and no results, expected an empty or new folder")

@@ -26,7 +26,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     left: tuple[str, ...] = ()
 
     def aligned_left(self, column: int) -> bool:

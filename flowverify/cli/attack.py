@@ -30,9 +30,7 @@ def attack(
     model: Annotated[
         str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")
     ],
-    method: Annotated[
-        str, typer.Option("--attack", help="flow-pgd, sinkhorn, frank-wolfe or minimal.")
-    ] = "minimal",
+    method: Annotated[str, typer.Option("--attack", help="flow-pgd, sinkhorn, frank-wolfe or minimal.")] = "minimal",
     ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
     radius: Annotated[
         float | None,
@@ -83,7 +81,9 @@ def attack(
     search = make_attack(method, attacked, batch_size=batch_size, seed=seed)
     positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
     chosen = data[list(positions)]
-    search.check(chosen.images, chosen.labels, cap)  # what is wrong with any image comes out before the first is attacked
+    search.check(
+        chosen.images, chosen.labels, cap
+    )  # what is wrong with any image comes out before the first is attacked
 
     results: list[tuple[list[int], AttackResult]] = []
     interrupted, start = False, perf_counter()

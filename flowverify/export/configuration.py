@@ -13,7 +13,7 @@ from flowverify.export.rounding import decimal
 
 LOADER = "origin.py"
 
-LOADER_TEXT = '''"""For alpha-beta-CROWN: the data of a property of the encoding l1-penalty, the origin with a radius around it."""
+LOADER_TEXT = '''"""For alpha-beta-CROWN: the data of an l1-penalty property, the origin with a radius around it."""
 
 import torch
 

@@ -134,7 +134,10 @@ def write_folder(
     chosen = correct.nonzero().flatten()
     if not chosen.numel():
         raise InvalidInputError(f"images: all {len(images)} are misclassified, expected one that can be certified")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    except OSError as error:
+        raise InvalidInputError(f"folder {folder}: cannot be written ({error.strerror or error})") from error
     try:
         writer = _Writer(temporary, request, source, layout, [source.indices[k] for k in chosen.tolist()])
         for export in plan(network, images[chosen], labels[chosen], request):

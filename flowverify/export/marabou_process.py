@@ -128,13 +128,18 @@ class MarabouProcess:
             message = f"marabou did not stop by itself after {timeout:g} s; last line: {self._last_line()}"
             self.close()
             return Outcome("timeout", time.perf_counter() - start, message=message)
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            self.close()
+            return Outcome("error", time.perf_counter() - start, message=f"marabou answered {line[:200]!r}")
         values = np.array(found["values"], dtype=np.float64) if "values" in found else None
         message = found.get("message", "")
         result = found["result"]
-        if result not in ("sat", "unsat", "timeout", "error"):
-            message = message or f"marabou answered {result!r}; last line: {self._last_line()}"
-            result = "error" if result != "unknown" else result
+        if result not in ("sat", "unsat", "timeout", "error", "unknown"):
+            result, message = "error", f"marabou answered {result!r}"
+        if result == "error":
+            message = f"{message}; last line: {self._last_line()}"
         return Outcome(result, time.perf_counter() - start, values, message)
 
     def _start(self) -> subprocess.Popen[str]:

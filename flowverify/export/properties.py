@@ -5,7 +5,7 @@ A property asks for a counterexample: "unsat" means that the label holds everywh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -72,6 +72,17 @@ def make_property(
     inside += [Comparison("Y", (k,), (), ">=", 0.0) for k in range(2 * classes + 1, outputs)]
     unsafe = tuple((Comparison("Y", (classes + t,), (label,), ">=", 0.0), *inside) for t in targets)
     return Property(lower, upper, (), unsafe, outputs)
+
+
+def by_a_gap(prop: Property, gap: float) -> Property:
+    """The property with outputs that are unsafe by ``gap`` at least: its counterexamples stand replaying better.
+
+    That there are none proves nothing.
+    """
+    cases = []
+    for first, *others in prop.unsafe:
+        cases.append((replace(first, bound=gap if first.relation == ">=" else -gap), *others))
+    return replace(prop, unsafe=tuple(cases))
 
 
 def _pixels(grid: Grid, reference: FloatArray) -> list[Comparison]:

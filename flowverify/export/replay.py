@@ -24,6 +24,8 @@ from flowverify.transport.distance import channel_masses, wasserstein_distance
 from flowverify.transport.support import support
 
 STEPS = 12
+NEIGHBOURS = 4
+SHARES = (1e-4, 1e-3, 0.01, 0.05, 0.25, 1.0)
 TOLERANCE = 1e-3  # of the largest output: verifiers round; the original network decides
 INSIDE = 1 - 1e-9
 
@@ -129,7 +131,7 @@ def _descend(
     Frank-Wolfe over the ball with l1 ground cost of a radius whose images are all in the ball of its own ground
     cost; W1 is convex, so mixtures stay inside.
     """
-    network = certifier.precise
+    network = certifier.precise  # weights need no gradient
     budget = ball.radius * INSIDE * image.sum()
     device = certifier.device
 
@@ -139,20 +141,22 @@ def _descend(
         difference: Tensor = logits[label] - others.max()
         return difference
 
-    current = best = start
-    least = float(margin(start))
+    generator = torch.Generator().manual_seed(0)
+    best, least = start, float(margin(start))
     for step in range(STEPS):
-        point = current.detach().clone().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(margin(point), point)
-        found = support(-gradient.detach().cpu()[None, None], image[None], budget[None], maximiser=True).maximiser
+        # The witness often lies on a kink, where one gradient tells little: those of points nearby do.
+        noise = torch.randn(NEIGHBOURS, *image.shape, generator=generator, dtype=torch.float64)
+        noise[0] = 0
+        points = best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise
+        coefficients = []
+        for point in points:
+            variable = point.detach().clone().requires_grad_(True)
+            coefficients.append(-torch.autograd.grad(margin(variable), variable)[0].detach().cpu())
+        found = support(torch.stack(coefficients)[None], image[None], budget[None], maximiser=True).maximiser
         assert found is not None
-        vertex = found[0, 0]
-        trials = [current + share * (vertex - current) for share in (0.05, 0.25, 1.0, 2 / (step + 3))]
+        trials = [best + share * (vertex - best) for vertex in found[0] for share in SHARES]
         values = [float(margin(trial)) for trial in trials]
         at = int(np.argmin(values))
         if values[at] < least:
             least, best = values[at], trials[at]
-        if values[at] >= float(margin(current)):
-            break
-        current = trials[at]
     return best.clamp(min=0), least

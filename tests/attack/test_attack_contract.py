@@ -10,8 +10,8 @@ from flowverify.attack import ATTACKS, BaseAttack, Schedule, make_attack
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 FAST = {
-    "flow-pgd": {"iterations": 15},
-    "sinkhorn": {"schedule": Schedule(0.05, 1.3, 3, 60)},
+    "flow-pgd": {"iterations": 10},
+    "sinkhorn": {"schedule": Schedule(0.05, 1.3, 3, 45), "projection_iterations": 50},
     "frank-wolfe": {"iterations": 8},
     "minimal": {"effort": "fast"},
 }

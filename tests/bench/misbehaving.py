@@ -20,12 +20,15 @@ class Misbehaving(Kind):
             "pause": fields.number("seconds", 0.0),
             "setup": fields.text("setup", ""),
             "marks": fields.text("marks", ""),
+            "pids": fields.text("pids", ""),
         }
         count = fields.integer("count", 10)
         fields.finish()
         return [Task("misbehaving", f"{__name__}:Misbehaving", settings, tuple(range(count)), defaults.chunk)]
 
     def prepare(self, task, context):
+        if task.settings["pids"]:
+            (Path(task.settings["pids"]) / f"worker.{os.getpid()}").touch()
         act(task.settings["setup"], task.settings, -1)
         return _Prepared(task.settings)
 

@@ -17,19 +17,6 @@ from flowverify.bench.suite import read_suite
 KILLS = 20
 
 
-def suite_of_certificates(folder):
-    """Two methods on real images in small jobs: vanilla intervals, and an affine bound for each neuron."""
-    text = """
-        name: killed
-        chunk: 4
-        data: {name: digits, index: "0:120"}
-        models: digits-fc3
-        runs:
-          - {methods: [vanilla, fine-tuned], bounds: ibp, radii: [0.005, 0.01, 0.02]}
-    """
-    return read_suite(write_suite(folder, text))
-
-
 def run_in_own_process(suite, folder):
     """Forked, since it computes nothing itself: a fresh interpreter would take seconds to load torch."""
 
@@ -49,7 +36,7 @@ def lines(folder):
 
 
 def test_killed_twenty_times_at_random_moments(tmp_path):
-    suite = suite_of_certificates(tmp_path)
+    suite = misbehaving(tmp_path, chunk=4, count=720, seconds=0.001)
     run_local(suite, tmp_path / "undisturbed")
     expected = records(tmp_path / "undisturbed")
     assert len(expected) == suite.size == 720
@@ -91,7 +78,7 @@ def test_command_killed_and_started_again(tmp_path):
     """The same with the command itself; its workers go with it."""
     path = write_suite(
         tmp_path,
-        "{name: command, chunk: 2, data: {name: digits, index: '0:60'}, models: digits-fc3, runs: "
+        "{name: command, chunk: 2, data: {name: digits, index: '0:20'}, models: digits-fc3, runs: "
         "[{methods: vanilla, bounds: ibp, radii: [0.01, 0.02, 0.03, 0.04]}]}",
     )
     out = tmp_path / "out"
@@ -102,7 +89,7 @@ def test_command_killed_and_started_again(tmp_path):
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert 4 <= lines(out) < 240
+    assert 4 <= lines(out) < 80
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     suite = read_suite(path)

@@ -1,0 +1,119 @@
+"""The minimal-radius attack reaches what is known exactly, and is the strongest here."""
+
+import pytest
+import torch
+from problems import assert_claims_hold, digits
+from torch import nn
+
+from flowverify.attack import Binarised, FlowDescent, FrankWolfe, MinimalRadius, binarise
+from flowverify.attack.art_adapter import art_attack
+from flowverify.attack.foolbox_adapter import foolbox_attack
+from flowverify.certify.linear_certifier import LinearCertifier
+from flowverify.errors import DependencyError, InvalidInputError
+from flowverify.network import load_network
+from flowverify.threat import WassersteinBall
+
+
+def linear_problem(count=30, channels=1):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 49, 5)).double()
+    images = torch.rand(count, channels, 7, 7, dtype=torch.float64)
+    images[:, :, 2:4] = 0
+    return network, images, network(images).argmax(1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reaches_the_exact_radius_of_a_linear_network(channels):
+    network, images, labels = linear_problem(channels=channels)
+    exact = LinearCertifier(load_network(network, images.shape[1:])).radii(images, labels).radius
+    found = MinimalRadius(network).minimise(images, labels)
+    assert bool((found.radius >= exact * (1 - 1e-9)).all())
+    assert float((found.radius / exact).max()) <= 1.001
+
+
+def test_at_most_the_others():
+    network, images, labels = digits(20)
+    best = MinimalRadius(network).minimise(images, labels).radius.median()
+    for other in (FrankWolfe(network), FlowDescent(network)):
+        assert best <= 1.001 * other.minimise(images, labels).radius.median()
+
+
+def test_more_effort_is_no_worse():
+    network, images, labels = digits(20)
+    fast, normal = (
+        MinimalRadius(network, effort=effort).minimise(images, labels).radius for effort in ("fast", "normal")
+    )
+    assert normal.median() <= fast.median()
+
+
+def test_a_radius_that_is_enough_ends_the_search():
+    network, images, labels = digits(10)
+    nearest = MinimalRadius(network).minimise(images, labels)
+    ball = WassersteinBall(float(nearest.radius.max()) * 1.01)
+    found = MinimalRadius(network).run(images, labels, ball)
+    assert bool(found.found.all())
+    assert_claims_hold(found, network, images, labels, ball.radius)
+
+
+class TestBinarised:
+    def test_is_the_network_of_binary_images(self):
+        network, images, labels = digits(8)
+        defended = Binarised(network, 0.4)
+        assert torch.equal(defended(images), network((images >= 0.4).float()))
+        assert set(binarise(images, 0.4).unique().tolist()) == {0, 1}
+        result = MinimalRadius(defended).minimise(images, labels)
+        assert_claims_hold(result, defended, images, labels)
+        assert result.outcome.count("found") >= 4
+
+    def test_derivatives(self):
+        images = torch.tensor([[[[0.2, 0.5, 3.0]]]], requires_grad=True)
+        Binarised(nn.Identity())(images).sum().backward()
+        assert images.grad.flatten().tolist() == [1, 1, 1]
+        images.grad = None
+        Binarised(nn.Identity(), steepness=4.0)(images).sum().backward()
+        assert images.grad.flatten()[1] == 1 and 0 < images.grad.flatten()[2] < 1e-3
+
+    def test_bad_input(self):
+        with pytest.raises(InvalidInputError, match="expected a torch.nn.Module"):
+            Binarised(lambda x: x)
+        with pytest.raises(InvalidInputError, match="expected finite numbers"):
+            Binarised(nn.Identity(), float("nan"))
+
+
+class TestAdapters:
+    def test_foolbox(self):
+        foolbox = pytest.importorskip("foolbox", reason="an optional extra")
+        network, images, labels = digits(5)
+        expected = MinimalRadius(network).minimise(images, labels, "l1", 1.0).radius
+        attack = foolbox_attack(MinimalRadius(network), "l1", 1.0)
+        model = foolbox.PyTorchModel(network, bounds=(0, 1))
+        raw, clipped, success = attack(model, images, labels, epsilons=[None, 1e-3, 2.0])
+        assert success.tolist() == [[True] * 5, [False] * 5, [True] * 5]
+        torch.testing.assert_close(attack.distance(images, raw[0]), expected.float(), rtol=1e-4, atol=0)
+        assert bool((attack.distance(images, clipped[1]) <= 1e-3 * (1 + 1e-3)).all())
+
+    def test_art(self):
+        estimators = pytest.importorskip("art.estimators.classification", reason="an optional extra")
+        network, images, labels = digits(5)
+        options = {"model": network, "loss": nn.CrossEntropyLoss(), "input_shape": (1, 8, 8), "nb_classes": 10}
+        classifier = estimators.PyTorchClassifier(**options)
+        for y in (labels.numpy(), nn.functional.one_hot(labels, 10).numpy(), None):
+            found = art_attack(classifier, "minimal", "l2").generate(images.numpy(), y)
+            assert found.dtype == images.numpy().dtype
+            assert (classifier.predict(found).argmax(1) != labels.numpy()).all()
+        other = estimators.PyTorchClassifier(preprocessing=(0.5, 0.5), **options)
+        with pytest.raises(InvalidInputError, match="not those of its torch module"):
+            art_attack(other).generate(images.numpy())
+        with pytest.raises(InvalidInputError, match="expected art's PyTorchClassifier"):
+            art_attack(network)
+
+    @pytest.mark.parametrize(("package", "make"), [("foolbox", foolbox_attack), ("art", art_attack)])
+    def test_what_to_install(self, package, make, monkeypatch):
+        import sys
+
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+        network, _, _ = digits(1)
+        with pytest.raises(DependencyError, match="pip install"):
+            make(MinimalRadius(network))

@@ -1,0 +1,162 @@
+"""The store: nothing is lost, nothing doubled, and nothing of another suite is touched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from suites import misbehaving, records, run_local
+
+from flowverify.bench import store as module
+from flowverify.bench.store import Store, read_folder
+from flowverify.errors import DataError, InvalidInputError
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return misbehaving(tmp_path, count=20)
+
+
+def record(index, verdict="certified", **more):
+    return {"task": "misbehaving", "index": index, "verdict": verdict, **more}
+
+
+def test_what_is_appended_is_there_again(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0, value=float("inf")), record(1)])
+        store.append([record(2)])
+    with Store(tmp_path / "out", suite) as store:
+        assert sorted(index for _, index in store.records) == [0, 1, 2]
+        assert store.records["misbehaving", 0]["value"] is None
+
+
+def test_a_record_is_not_doubled(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0)])
+        with pytest.raises(InvalidInputError, match=r"\('misbehaving', 0\) is in .* already"):
+            store.append([record(0)])
+        store.append([record(1, "error")])
+        store.append([record(1)])
+    assert records(tmp_path / "out")["misbehaving", 1]["verdict"] == "certified"
+
+
+def test_an_error_superseded_before_a_kill(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(1, "error")])
+    with (tmp_path / "out" / "records.jsonl").open("a") as file:
+        file.write(json.dumps(record(1)) + "\n")
+    assert len(read_folder(tmp_path / "out")[1]) == 1
+    with Store(tmp_path / "out", suite):
+        assert records(tmp_path / "out")["misbehaving", 1]["verdict"] == "certified"
+
+
+def test_torn_at_every_byte(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0), record(1)])
+    path = tmp_path / "out" / "records.jsonl"
+    content = path.read_bytes()
+    first = content.index(b"\n") + 1
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with Store(tmp_path / "out", suite) as store:
+            assert len(store.records) == (length >= first)
+        assert path.read_bytes() == (content[:first] if length >= first else b"")
+
+
+def test_zeros_that_a_crash_of_the_machine_left(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0)])
+    with (tmp_path / "out" / "records.jsonl").open("ab") as file:
+        file.write(b"\0" * 50 + b"\n")
+    with Store(tmp_path / "out", suite) as store:
+        assert len(store.records) == 1
+    assert len(records(tmp_path / "out")) == 1
+
+
+def test_damage_in_the_middle_is_not_passed_over(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0), record(1), record(2)])
+    path = tmp_path / "out" / "records.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"index": 1', b'"index" 1'))
+    with pytest.raises(DataError, match=r"records\.jsonl: line 2 is damaged"):
+        Store(tmp_path / "out", suite)
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_second_run_is_refused(suite, tmp_path):
+    with Store(tmp_path / "out", suite), pytest.raises(InvalidInputError, match="another run is writing to it"):
+        Store(tmp_path / "out", suite)
+    Store(tmp_path / "out", suite).close()
+
+
+def test_the_folder_of_another_suite(suite, tmp_path):
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0)])
+    other = misbehaving(tmp_path, count=21)
+    with pytest.raises(InvalidInputError, match="holds results of another suite, 'test'"):
+        Store(tmp_path / "out", other)
+    assert len(records(tmp_path / "out")) == 1
+
+
+def test_a_folder_of_something_else(suite, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(InvalidInputError, match=r"holds thesis\.tex and no results, expected an empty or new folder"):
+        Store(tmp_path / "out", suite)
+    with pytest.raises(DataError, match=r"cannot be written to \((File exists|Not a directory)"):
+        Store(tmp_path / "out" / "thesis.tex", suite)
+
+
+@pytest.mark.parametrize("taken", [0, 30])
+def test_a_full_disk(suite, tmp_path, monkeypatch, taken):
+    """The file system may take a part of the last write before it is full."""
+    write = os.write
+
+    def full(file, content):
+        if b"misbehaving" not in content or b'"index": 0' in content:
+            return write(file, content)
+        write(file, content[:taken])
+        raise OSError(28, "No space left on device")
+
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0)])
+        monkeypatch.setattr(module.os, "write", full)
+        with pytest.raises(DataError, match=r"\(No space left on device\); the 1 records before are kept"):
+            store.append([record(1)])
+        monkeypatch.undo()
+        store.append([record(2)])
+    assert sorted(index for _, index in records(tmp_path / "out")) == [0, 2]
+
+
+@pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_file_system_that_is_really_full(suite, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        with Store(place / "out", suite) as store:
+            with pytest.raises(DataError, match="No space left on device"):
+                for index in range(20):
+                    store.append([record(index, note="x" * 8000)])
+            there = len(store.records)
+        assert 1 <= there < 20 and len(records(place / "out")) == there
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_killed_run_holds_no_lock(suite, tmp_path):
+    code = (
+        "import sys, os; sys.path[:0] = sys.argv[1:2]; from pathlib import Path; from suites import misbehaving\n"
+        "from flowverify.bench.store import Store\n"
+        "store = Store(Path(sys.argv[2]) / 'out', misbehaving(Path(sys.argv[2]), count=20)); os.kill(os.getpid(), 9)"
+    )
+    here = os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-c", code, here, str(tmp_path)], check=False, timeout=60)
+    assert done.returncode == -9
+    run_local(suite, tmp_path / "out")
+    assert len(records(tmp_path / "out")) == 20

@@ -1,0 +1,175 @@
+"""Marabou on every encoding that it takes against exact mixed-integer programs, and everything that can go wrong."""
+
+import sys
+
+import pytest
+import torch
+
+import flowverify as fv
+from flowverify.certify.certificate import Verdict
+from flowverify.errors import DependencyError, InvalidInputError
+from flowverify.export import marabou_process
+from flowverify.export.marabou import MarabouCertifier
+from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
+from flowverify.threat import WassersteinBall
+from tests.export.exact import least_misclassifying_budget, small_image, small_network
+
+needs_marabou = pytest.mark.skipif(bool(marabou_missing()), reason=marabou_missing() or "Marabou is there")
+ENCODINGS = ("linear", "outputs", "penalty")
+CASES = [(seed, "linear" if seed % 2 else "convolution") for seed in range(20)]
+
+
+def case(seed, kind):
+    network, image = small_network(seed, kind), small_image(100 + seed)
+    return network, image, int(network(image[None]).argmax())
+
+
+@pytest.fixture(scope="module")
+def process():
+    with MarabouProcess() as running:
+        yield running
+
+
+def certifier(network, process, method="fine-tuned", encoding="linear", timeout=20.0):
+    found = MarabouCertifier(network, method, encoding=encoding, timeout=timeout)
+    found.close()
+    found._process = process
+    return found
+
+
+@needs_marabou
+@pytest.mark.parametrize(("seed", "kind"), CASES)
+def test_agrees_with_an_exact_program_on_both_sides_of_the_radius(seed, kind, process):
+    network, image, label = case(seed, kind)
+    exact = least_misclassifying_budget(network, image, label) / float(image.sum())
+    for encoding in ENCODINGS:
+        engine = certifier(network, process, encoding=encoding)
+        if exact == float("inf"):
+            assert engine.certify(image[None], torch.tensor([label]), WassersteinBall(2.0))[0].verdict == "certified"
+            continue
+        for factor, expected in ((1 - 1e-3, Verdict.CERTIFIED), (1 + 1e-3, Verdict.FALSIFIED)):
+            ball = WassersteinBall(exact * factor)
+            found = engine.certify(image[None], torch.tensor([label]), ball)[0]
+            assert found.verdict is expected, (encoding, factor, found)
+            if expected is Verdict.FALSIFIED:
+                assert exact * (1 - 1e-6) <= found.upper_radius <= ball.radius
+
+
+@needs_marabou
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_vanilla_is_certified_up_to_the_vanilla_radius(encoding, process):
+    seed = 3
+    network, image, label = case(seed, "linear")
+    exact = least_misclassifying_budget(network, image, label, positivity=False) / float(image.sum())
+    fine_tuned = least_misclassifying_budget(network, image, label) / float(image.sum())
+    assert exact < 0.99 * fine_tuned
+    engine = certifier(network, process, "vanilla", encoding)
+    below, above = (
+        engine.certify(image[None], torch.tensor([label]), WassersteinBall(exact * factor))[0]
+        for factor in (1 - 1e-3, 1 + 1e-3)
+    )
+    assert below.verdict is Verdict.CERTIFIED
+    assert above.verdict is Verdict.UNKNOWN  # the counterexample has negative pixels: no image
+    assert "replay" in above.note
+
+
+@needs_marabou
+def test_search_brackets_the_exact_radius(process):
+    network, image, label = case(1, "linear")
+    exact = least_misclassifying_budget(network, image, label) / float(image.sum())
+    found = certifier(network, process).search(image[None], torch.tensor([label]))[0]
+    assert found.radius <= exact <= found.upper_radius * (1 + 1e-6)
+    assert found.upper_radius <= found.radius * 1.03
+
+
+@needs_marabou
+def test_digits_verdicts_lie_between_certificate_and_replayed_images(process):
+    """No contradiction with fine-tuned certificates from below; what is falsified was replayed."""
+    network, data = fv.load_model("digits-fc3"), fv.load_dataset("digits")[:2]
+    radii = fv.certified_radius(network, data.images, data.labels)
+    engine = certifier(network, process)
+    for image, label, radius in zip(data.images, data.labels, radii.tolist(), strict=True):
+        low = engine.certify(image[None], label[None], WassersteinBall(0.5 * radius))[0]
+        high = engine.certify(image[None], label[None], WassersteinBall(8 * radius))[0]
+        assert low.verdict is Verdict.CERTIFIED
+        assert high.verdict is Verdict.FALSIFIED
+
+
+class FakeProcess:
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+
+    def solve(self, *arguments):
+        return self.outcomes.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "note"),
+    [
+        (Outcome("timeout", 1.0, message="last line: round 7"), Verdict.TIMEOUT, "round 7"),
+        (Outcome("error", 1.0, message="ended with exit code -11"), Verdict.ERROR, "-11"),
+        (Outcome("unknown", 1.0), Verdict.UNKNOWN, "answered unknown"),
+    ],
+)
+def test_what_is_no_proof_certifies_nothing(outcome, verdict, note, monkeypatch):
+    monkeypatch.setattr("flowverify.export.marabou.MarabouProcess", lambda: FakeProcess(outcome))
+    network, image, label = case(1, "linear")
+    found = MarabouCertifier(network).certify(image[None], torch.tensor([label]), WassersteinBall(0.01))[0]
+    assert found.verdict is verdict
+    assert note in found.note
+
+
+def test_a_false_counterexample_is_unknown_even_if_no_clearer_one_exists(monkeypatch):
+    network, image, label = case(1, "linear")
+    centre = torch.zeros(48, dtype=torch.float64).numpy()
+    fake = FakeProcess(Outcome("sat", 1.0, centre), Outcome("unsat", 1.0), Outcome("sat", 1.0, centre))
+    monkeypatch.setattr("flowverify.export.marabou.MarabouProcess", lambda: fake)
+    pytest.importorskip("onnxruntime")
+    found = MarabouCertifier(network).certify(image[None], torch.tensor([label]), WassersteinBall(1e-4))[0]
+    assert found.verdict is Verdict.UNKNOWN
+    assert "the exported network does not confirm it" in found.note
+    assert not fake.outcomes
+
+
+SCRIPTS = {
+    "crash": ("import sys; print('the last thing'); sys.stdout.flush(); import os; os._exit(3)", "error", "code 3"),
+    "hang": ("import time; print('still at it', flush=True); time.sleep(60)", "timeout", "still at it"),
+    "nonsense": (
+        "import os, sys; sys.stdin.readline(); os.write(int(sys.argv[1]), b'{\"result\": \"quit\", \"seconds\": 0}\\n')",
+        "error",
+        "'quit'",
+    ),
+    "garbage": ("import os, sys; sys.stdin.readline(); os.write(int(sys.argv[1]), b'nan?\\n')", "error", "nan?"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_engine_that_breaks_down_is_an_outcome(name, monkeypatch, tmp_path):
+    script, result, message = SCRIPTS[name]
+    worker = tmp_path / "worker.py"
+    worker.write_text(script)
+    monkeypatch.setattr(marabou_process, "_WORKER", worker)
+    monkeypatch.setattr(marabou_process, "GRACE", 1.0)
+    monkeypatch.setattr(marabou_process, "marabou_missing", lambda: "")
+    network, image, label = case(1, "linear")
+    engine = MarabouCertifier(network, timeout=0.5)
+    found = engine.certify(image[None], torch.tensor([label]), WassersteinBall(0.01))[0]
+    engine.close()
+    assert found.verdict == result
+    assert message in found.note
+
+
+def test_missing_engine(monkeypatch):
+    monkeypatch.setitem(sys.modules, "maraboupy", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match="engine marabou: maraboupy is not installed: pip install"):
+        MarabouCertifier(small_network(0, "linear"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"encoding": "l1-penalty"}, "expected linear, outputs or penalty"), ({"timeout": 0}, "timeout: given 0")],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InvalidInputError, match=message):
+        MarabouCertifier(small_network(0, "linear"), **options)
