@@ -63,6 +63,7 @@ def confirm(
     changed = (final != images).flatten(1).any(1)
     mass = channel_masses(images).sum(-1)
     distance = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
+    fooled = torch.zeros_like(changed)
     good = changed & (model.margins(final, labels) > 0) if bool(changed.any()) else changed
     if radius is not None and bool(good.any()):
         chosen = good.nonzero().flatten()
@@ -73,17 +74,19 @@ def confirm(
         good[chosen] = model.margins(final[chosen], labels[chosen]) > 0
     if shorten and bool(good.any()):
         chosen = good.nonzero().flatten()
-        share = confirmed_crossing(model, images[chosen], final[chosen], labels[chosen])
-        final[chosen] = between(images[chosen], final[chosen], torch.where(share.isnan(), 1.0, share))
+        final[chosen], fooled[chosen] = confirmed_crossing(model, images[chosen], final[chosen], labels[chosen], cap)
     if cap is not None:
-        final = final.clamp(max=cap)
+        final = final.clamp(max=cap)  # changes nothing in an image that has been confirmed
     chosen = good.nonzero().flatten()
     if chosen.numel():
         near, far = images[chosen], final[chosen]
         holds = masses_agree(near, far, EXACT_MASS_TOLERANCE) & (far >= 0).flatten(1).all(1)
         if cap is not None:
             holds &= (far <= cap).flatten(1).all(1)
-        holds &= model.fooled(far, labels[chosen])
+        rest = (~fooled[chosen]).nonzero().flatten()
+        if rest.numel():
+            fooled[chosen[rest]] = model.fooled(far[rest], labels[chosen[rest]])
+        holds &= fooled[chosen]
         chosen = chosen[holds]
         if chosen.numel():
             distance[chosen] = _exact(images[chosen], final[chosen], ground)

@@ -9,6 +9,7 @@ they succeed the new image is pulled back along the segment to the boundary and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -40,7 +41,7 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(3, (Round(2, 2), Round(1, 5))),
+    "fast": Effort(2, (Round(2, 1), Round(1, 5))),
     "normal": Effort(9, (Round(9, 3), Round(3, 10), Round(1, 20))),
     "thorough": Effort(20, (Round(9, 60), Round(3, 60))),
 }
@@ -80,13 +81,12 @@ class MinimalRadius(BaseAttack):
         most = max(one.targets for one in self.effort.rounds)
         targets, promise = ranked_targets(self.model, batch, most, self.effort.among)
         count, width = targets.shape
-        state = _Best(batch.images.clone(), torch.full_like(batch.mass, torch.inf))
         logits = self.model.logits(batch.images)
-        clean_margin = surplus(logits, batch.labels)
-        clear = torch.maximum(-CLEAR * clean_margin, self.model.rounding(logits, 4))
+        state = _Best(batch.images, surplus(logits, batch.labels), self.model.rounding(logits, 4))
         owner = torch.arange(count, device=targets.device).repeat_interleave(width)
         rows, promise = Rows.start(batch, owner, targets.flatten()), promise.flatten()
         overshoot = OVERSHOOT
+        steps: Sequence[float] = (1.0,)  # from the clean image, straight to the nearest point
         for one in self.effort.rounds:
             kept = _most_promising(rows.owner, promise, count, one.targets)
             rows, promise = rows[kept], promise[kept]
@@ -96,8 +96,8 @@ class MinimalRadius(BaseAttack):
                     rows, promise = rows[alive], promise[alive]
                 if not len(rows):
                     return state.image
-                promise = self._iterate(batch, rows, promise, state, clean_margin, clear, overshoot)
-                overshoot *= GROWTH
+                promise = self._iterate(batch, rows, promise, state, overshoot, steps)
+                overshoot, steps = overshoot * GROWTH, STEPS
         return state.image
 
     def _iterate(
@@ -106,9 +106,8 @@ class MinimalRadius(BaseAttack):
         rows: Rows,
         promise: Tensor,
         state: _Best,
-        clean_margin: Tensor,
-        clear: Tensor,
         overshoot: float,
+        steps: Sequence[float],
     ) -> Tensor:
         margin, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
         bound = (state.cost * (1 - state.gap))[rows.owner]
@@ -120,17 +119,13 @@ class MinimalRadius(BaseAttack):
         else:
             wanted = torch.where(known, torch.inf, (overshoot * target).nan_to_num(nan=0.0).clamp(min=0))
             goal = best_moves(gradient, rows.clean, budget=bound, target=wanted, ground=batch.ground, cap=batch.cap)
-        fresh = rows.cost == 0
-        if bool(fresh.all()):
-            reached = step_along(self.model, rows, goal.image, goal.cost, (1.0,))
-        else:
-            reached = step_along(self.model, rows, goal.image, goal.cost, STEPS)
-        hit = (reached > clear[rows.owner]).nonzero().flatten()
+        reached = step_along(self.model, rows, goal.image, goal.cost, steps)
+        hit = (reached > state.clear[rows.owner]).nonzero().flatten()
         state.narrow(rows.owner, rows.owner[hit])
         if hit.numel():
             own = rows[hit]
             share = first_crossing(
-                self.model, own.clean, own.iterate, own.label, 2, (clean_margin[own.owner], reached[hit])
+                self.model, own.clean, own.iterate, own.label, 2, (state.margin[own.owner], reached[hit])
             )
             beyond = between(own.clean, own.iterate, (share * (1 + BEYOND)).clamp(max=1))
             state.offer(own.owner, beyond, share * own.cost)
@@ -140,10 +135,19 @@ class MinimalRadius(BaseAttack):
 
 
 class _Best:
-    """The nearest adversarial image of every image so far, the bound of its W1, and the gap to the next ball."""
+    """What is known of every image of a batch.
 
-    def __init__(self, image: Tensor, cost: Tensor) -> None:
-        self.image, self.cost, self.gap = image, cost, torch.full_like(cost, FIRST_GAP)
+    Attributes:
+        image: the nearest adversarial image so far; cost: the bound of its W1, infinite where there is none.
+        gap: between that and the radius of the next ball, relative.
+        margin: max over t of f_t - f_y at the clean image; clear: what it has to exceed elsewhere.
+    """
+
+    def __init__(self, images: Tensor, margin: Tensor, rounding: Tensor) -> None:
+        self.image, self.margin = images.clone(), margin
+        self.clear = torch.maximum(-CLEAR * margin, rounding)
+        self.cost = torch.full_like(margin, torch.inf)
+        self.gap = torch.full_like(margin, FIRST_GAP)
 
     def narrow(self, tried: Tensor, succeeded: Tensor) -> None:
         """Narrows the gap of images that were tried in a ball and did not succeed for any target."""

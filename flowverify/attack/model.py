@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +71,11 @@ class AttackedModel:
 
         return self.gradient_of(images, margin)
 
-    def gradient_of(self, images: Tensor, function: object) -> tuple[Tensor, Tensor]:
+    def gradient_of(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Values (B,) of a function of the logits, and the gradients of each in its image, float64."""
         variable = images.to(self.dtype).detach().requires_grad_(True)
         with torch.enable_grad():
-            values = function(self._call(self.module, variable))  # type: ignore[operator]
+            values = function(self._call(self.module, variable))
             if not values.requires_grad:  # nothing depends on the image
                 return values.detach().double(), torch.zeros_like(images, dtype=torch.float64)
             (gradient,) = torch.autograd.grad(values.sum(), variable)
@@ -109,6 +110,8 @@ class AttackedModel:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         try:
             logits = module(images)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise InvalidInputError(
                 f"model {type(self.module).__name__} on images of shape {tuple(images.shape[1:])} and type "

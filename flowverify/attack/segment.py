@@ -57,14 +57,21 @@ def first_crossing(
     return high
 
 
-def confirmed_crossing(model: AttackedModel, clean: Tensor, far: Tensor, labels: Tensor, steps: int = 4) -> Tensor:
-    """As :func:`first_crossing`, misclassified in float64 too where ``far`` is; NaN (B,) where it is not."""
+def confirmed_crossing(
+    model: AttackedModel, clean: Tensor, far: Tensor, labels: Tensor, cap: float | None = None, steps: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Images just beyond the boundary, and whether each was found misclassified in both precisions; bool (B,).
+
+    Where no point tried is, the image is ``far``.
+    """
     share = first_crossing(model, clean, far, labels, steps)
-    result = torch.full_like(share, torch.nan)
-    for trial in (*(share * (1 + nudge) for nudge in NUDGES), torch.ones_like(share)):
-        todo = (result.isnan() & (trial <= 1)).nonzero().flatten()
+    result, confirmed = far.clone(), torch.zeros_like(labels, dtype=torch.bool)
+    for nudge in NUDGES:
+        trial = share * (1 + nudge)
+        todo = (~confirmed & (trial <= 1)).nonzero().flatten()
         if not todo.numel():
-            continue
-        fooled = model.fooled(between(clean[todo], far[todo], trial[todo]), labels[todo])
-        result[todo[fooled]] = trial[todo[fooled]]
-    return result
+            break
+        images = between(clean[todo], far[todo], trial[todo]).clamp(max=torch.inf if cap is None else cap)
+        fooled = model.fooled(images, labels[todo])
+        result[todo[fooled]], confirmed[todo[fooled]] = images[fooled], True
+    return result, confirmed

@@ -61,7 +61,9 @@ class RayBackend(Backend):
                 raise BoundError(f"Ray cluster {address or 'on this machine'}: {reason}") from error
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call, unused-ignore]
         there = int(resources.get("GPU" if on_gpu else "CPU", 0))
-        self.workers = workers or max(1, there)
+        if there < 1:
+            raise BoundError(f"Ray cluster {address or 'on this machine'}: has no {'GPU' if on_gpu else 'processor'}")
+        self.workers = min(workers or there, there)  # more would wait for room and be taken for dead
         variables = thread_environment(1)
         variables |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         setup = Setup(context, 1, None if on_gpu else memory, variables)

@@ -6,7 +6,9 @@ import datetime
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from flowverify.bench.limits import environment
 from flowverify.bench.pool import Backend, Outcome, Pool, Times
@@ -14,6 +16,7 @@ from flowverify.bench.session import failure
 from flowverify.bench.store import Store, key_of
 from flowverify.bench.suite import Suite
 from flowverify.bench.tasks import Job, Record
+from flowverify.errors import DataError
 
 FAILURES = ("error", "timeout")
 SECOND_CHANCES = 1  # for a job whose worker died, before its images are tried one by one
@@ -98,20 +101,25 @@ def run_suite(
         pool.close()
         seconds = time.monotonic() - begin
         if added:
-            store.log(
-                {
-                    "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                    "complete": not missing,
-                    "records_before": before,
-                    "records_added": added,
-                    "seconds": round(seconds, 3),
-                    "workers": backend.workers,
-                    **{key: round(value, 3) for key, value in asdict(pool.times).items()},
-                    "overhead": round(pool.times.overhead, 5),
-                    "environment": environment(),
-                }
-            )
+            with suppress(DataError):  # a full disk has said so already
+                store.log(_log_entry(backend, pool.times, before, added, seconds, complete=not missing))
     return RunReport(added, seconds, pool.times)
+
+
+def _log_entry(
+    backend: Backend, times: Times, before: int, added: int, seconds: float, *, complete: bool
+) -> dict[str, Any]:
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "complete": complete,
+        "records_before": before,
+        "records_added": added,
+        "seconds": round(seconds, 3),
+        "workers": backend.workers,
+        **{key: round(value, 3) for key, value in asdict(times).items()},
+        "overhead": round(times.overhead, 5),
+        "environment": environment(),
+    }
 
 
 def _open_jobs(suite: Suite, store: Store, retry_timeouts: bool) -> Iterator[Job]:

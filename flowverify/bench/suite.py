@@ -16,8 +16,6 @@ from flowverify.bench.kinds import find_kind
 from flowverify.bench.tasks import Context, Defaults, Job, Task
 from flowverify.errors import FlowverifyError, InvalidInputError
 
-MEBIBYTE = 1 << 20
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -79,7 +77,7 @@ class Suite:
 
 
 def read_suite(path: str | Path) -> Suite:
-    """Reads and checks a suite file; see README, "Batch runs", for its keys.
+    """Reads and checks a suite file; benchmarks/README.md lists its keys.
 
     Raises:
         InvalidInputError: not YAML, or a key that is unknown, missing, or has a value that is not valid.

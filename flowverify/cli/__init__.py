@@ -1,4 +1,4 @@
-"""The command line: ``flowverify verify | attack | bench | report | models | doctor | train | demo``.
+"""The command line: ``flowverify verify | attack | export | bench | report | models | doctor | train | demo``.
 
 Every command imports what it needs when it runs, so that ``--help`` answers at once and a missing package is
 an error of one line.
@@ -15,6 +15,7 @@ from flowverify.cli.attack import attack
 from flowverify.cli.bench import bench
 from flowverify.cli.demo import demo
 from flowverify.cli.doctor import doctor
+from flowverify.cli.export import export
 from flowverify.cli.models import models
 from flowverify.cli.report_command import report
 from flowverify.cli.train import train
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (verify, attack, bench, report, models, doctor, train, demo):
+for command in (verify, attack, export, bench, report, models, doctor, train, demo):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from flowverify.cli.options import DataDir
 from flowverify.cli.report import FAILED, INTERRUPTED, print_error, progress_bar, user_errors
-from flowverify.errors import UnknownNameError
+from flowverify.errors import DataError, UnknownNameError
 
 if TYPE_CHECKING:
     from flowverify.bench.pool import Backend
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flowverify.bench.suite import Suite
 
 ENGINES = ("local", "ray")
+DATA_FOLDERS = ("mnist", "cifar10_sample")
 LOG_EVERY = 30.0  # seconds, where standard error is no terminal
 
 
@@ -44,12 +46,9 @@ def bench(
     Started again with the same folder it skips what is there and tries errors again. Exit code 0: every record has
     a verdict; 1: some verdict is "error"; 2: bad input; 130: interrupted. What was computed is kept in every case.
     """
-    import os
-
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
-    if data_dir is not None:
-        os.environ["FLOWVERIFY_DATA"] = str(data_dir.resolve())
+    use_data_folder(data_dir)
 
     from flowverify.bench.scheduler import run_suite
     from flowverify.bench.store import Store
@@ -76,6 +75,15 @@ def bench(
         _summarise(chosen, store, done)
         if any(record["verdict"] == "error" for record in store.records.values()):
             raise typer.Exit(FAILED)
+
+
+def use_data_folder(folder: Path | None) -> None:
+    """Sets $FLOWVERIFY_DATA, which workers inherit; raises DataError if there are no data sets in the folder."""
+    if folder is None:
+        return
+    if not any((folder / name).is_dir() for name in DATA_FOLDERS):
+        raise DataError(f"{folder}: has no folder {' or '.join(DATA_FOLDERS)}, expected the folder that holds them")
+    os.environ["FLOWVERIFY_DATA"] = str(folder.resolve())
 
 
 def _backend(engine: str, address: str | None, workers: int | None, suite: Suite) -> Backend:

@@ -25,15 +25,17 @@ from flowverify.cli.options import (
     check_writable,
 )
 from flowverify.cli.report import FAILED, INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
-from flowverify.errors import InvalidInputError
+from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
+    from flowverify.certify.base import BaseCertifier
     from flowverify.data import Dataset
     from flowverify.network import Network
 
 SHORT_TABLE = 20
 PICTURED = 4
 DEFAULT_COUNT = 100
+ENGINES = ("flowverify", "marabou")
 
 
 @user_errors
@@ -58,6 +60,10 @@ def verify(
     references: Annotated[
         int, typer.Option(min=0, help="The maximum over this many references: noise, points, images of the data set.")
     ] = 0,
+    engine: Annotated[
+        str, typer.Option(help="flowverify, or marabou: complete, slow, for vanilla and fine-tuned.")
+    ] = "flowverify",
+    timeout: Annotated[float, typer.Option(help="Seconds that marabou has for an image and a radius.")] = 300.0,
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     data_dir: DataDir = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images certified together.")] = 50,
@@ -82,6 +88,8 @@ def verify(
     check_domain(domain)
     ball = None if radius is None else WassersteinBall(radius, ground)
     target = check_device(device)
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
     if picture is not None:
         check_picture(picture)
     if save is not None:
@@ -89,16 +97,22 @@ def verify(
     network, data = _load(model, dataset, split, data_dir)
     positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
 
-    from flowverify.certify.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
+    certifier: BaseCertifier
+    if engine == "marabou":
+        from flowverify.export.marabou import MarabouCertifier
 
-    certifier = make_certifier(
-        network.to(target),
-        method,
-        bound,
-        domain=check_domain(domain),
-        references=references,
-        pool=data.images if references else None,
-    )
+        certifier, batch_size = MarabouCertifier(network, method, timeout=timeout), 1
+    else:
+        from flowverify.certify.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
+
+        certifier = make_certifier(
+            network.to(target),
+            method,
+            bound,
+            domain=check_domain(domain),
+            references=references,
+            pool=data.images if references else None,
+        )
     results: list[Result] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:

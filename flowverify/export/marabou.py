@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 
 from flowverify.certify.base import BaseCertifier
 from flowverify.certify.certificate import Certificate, Verdict
+from flowverify.certify.methods import check_method
 from flowverify.errors import InvalidInputError
 from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outcome
+from flowverify.export.networks import Parts, take_apart
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap
 from flowverify.export.replay import replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
 from flowverify.threat import WassersteinBall
+from flowverify.transport.support import support
 
 TIMEOUT = 300.0  # seconds an image
 RAISE = 1.5  # a search multiplies a certified radius by this until one is not
+ROUNDING = 1e-6  # relative; rounding a weight to float32 changes it by at most 6e-8 of itself
 GAP = 1e-4  # of the clean margin
 SEARCH_TOLERANCE = 0.02
 
@@ -42,7 +47,8 @@ class MarabouCertifier(BaseCertifier):
     Raises:
         DependencyError: Marabou cannot be run here.
         InvalidInputError: another encoding, or a timeout that is not positive.
-        FoldError, UnsupportedOperationError: the network cannot be exported.
+        UnknownNameError: another method.
+        FoldError, UnsupportedOperationError: the network cannot be exported, which comes out in :meth:`prepare`.
     """
 
     def __init__(
@@ -58,9 +64,17 @@ class MarabouCertifier(BaseCertifier):
             raise InvalidInputError(f"encoding {encoding!r}: expected linear, outputs or penalty for Marabou")
         if not timeout > 0:
             raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0")
+        check_method(method)
         super().__init__(model, method, "marabou", input_shape)
         self.encoding, self.timeout = encoding, float(timeout)
         self._process = MarabouProcess()
+
+    def prepare(self) -> None:
+        assert self._parts is not None
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return take_apart(self.network)
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """A verdict for each image at the radius of ``ball``; a radius of 0 asks for the prediction only."""
@@ -87,6 +101,10 @@ class MarabouCertifier(BaseCertifier):
     def close(self) -> None:
         """Ends the process that runs Marabou."""
         self._process.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process"):
+            self.close()
 
     def _search_one(self, image: Tensor, label: int, first: Certificate, ground: str) -> Certificate:
         begin = time.perf_counter()
@@ -152,7 +170,27 @@ class MarabouCertifier(BaseCertifier):
         vnnlib.write_text(write_property(instance.property, [f"encoding {self.encoding}"]), encoding="ascii")
         inputs = export.network.inputs
         split = inputs.form == "split"
-        return onnx, self._process.solve(onnx, vnnlib, instance, inputs.flows, split, self.timeout, tightening)
+        bounds = self._first_layer(export, instance)
+        return onnx, self._process.solve(onnx, vnnlib, instance, inputs.flows, split, self.timeout, tightening, bounds)
+
+    def _first_layer(self, export: Export, instance: Instance) -> list[list[float]]:
+        """Bias, lower and upper bound of every neuron of the first layer over the ball; none for vanilla.
+
+        The bounds are the exact ones (design fact F4), widened by what rounding the layer may change.
+        """
+        if not export.network.positivity:
+            return []
+        inputs = export.network.inputs
+        weight = self._parts.weight.reshape(-1, *inputs.grid.image_shape)
+        image = inputs.image(instance.centre)[None].clamp(min=0)
+        budget = torch.tensor([instance.budget], dtype=torch.float64)
+        rows = torch.cat([weight, -weight])
+        reach = support(rows, image, budget).excess[0]
+        middle = (weight * image).sum((-1, -2, -3)) + self._parts.bias
+        bias = self._parts.bias + self._parts.weight @ inputs.offset.flatten()
+        up, down = reach.split(len(weight))
+        slack = ROUNDING * (1 + bias.abs() + weight.abs().sum((-1, -2, -3)) * (image.max() + instance.budget))
+        return torch.stack([bias, middle - down - slack, middle + up + slack], 1).tolist()
 
     def _certificate(
         self,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,12 +91,14 @@ class MarabouProcess:
         split: bool,
         timeout: float,
         tightening: str = TIGHTENINGS[0],
+        first_layer: Sequence[Sequence[float]] = (),
     ) -> Outcome:
         """Asks about the instance of two files; never raises for anything that Marabou does.
 
         Args:
             flows: how many inputs are flows; ``split``: whether they are p and q.
             tightening: Marabou's method of bounding neurons; another one leads it along another path.
+            first_layer: bias, lower and upper bound of every neuron of the first layer, where they are known.
         """
         start = time.perf_counter()
         lower, upper = instance.property.lower, instance.property.upper
@@ -112,6 +115,7 @@ class MarabouProcess:
             "reach": reach,
             "timeout": timeout,
             "tightening": tightening,
+            "first_layer": [list(row) for row in first_layer],
         }
         process = self._start()
         try:

@@ -51,6 +51,16 @@ def tighten(query: Any, equations: list[Any], request: dict[str, Any]) -> None:
         query.setUpperBound(value, min(query.getUpperBound(value), high + slack))
 
 
+def set_first_layer(query: Any, equations: list[Any], request: dict[str, Any]) -> None:
+    """Sets given bounds on the first layer, whose equations come first; a bias that differs is another layer's."""
+    for equation, (bias, low, high) in zip(equations, request["first_layer"], strict=False):
+        if abs(float(equation.scalar) + bias) > 1e-5 * (1 + abs(bias)):
+            raise ValueError(f"first layer: given a bias of {bias}, the file has {-float(equation.scalar)}")
+        value = equation.addendList[-1][1]
+        query.setLowerBound(value, max(query.getLowerBound(value), low))
+        query.setUpperBound(value, min(query.getUpperBound(value), high))
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     from maraboupy import Marabou, MarabouCore
 
@@ -60,6 +70,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     query = network.getInputQuery()
     MarabouCore.loadProperty(query, request["vnnlib"])
     tighten(query, network.equList, request)
+    set_first_layer(query, network.equList, request)
     options = Marabou.createOptions(
         verbosity=0, timeoutInSeconds=max(1, int(request["timeout"])), tighteningStrategy=request["tightening"]
     )

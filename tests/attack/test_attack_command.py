@@ -9,6 +9,8 @@ from problems import digits, exact_radius
 from typer.testing import CliRunner
 
 from flowverify.cli import app
+from flowverify.errors import InvalidInputError
+from flowverify.figures import draw_adversarial
 
 KEYS = {"index", "label", "prediction", "attack", "ground", "cap", "outcome", "radius", "seconds"}
 
@@ -74,6 +76,12 @@ def test_saved_files(tmp_path):
 def test_bad_input_is_one_line(arguments, message):
     result = run(*arguments, code=2)
     assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_pictures_need_a_path_each():
+    _, images, _ = digits(2)
+    with pytest.raises(InvalidInputError, match="given 2 images, 2 adversarial, 1 paths"):
+        draw_adversarial(images.double(), images.double(), ["a", "b"], ["a.png"])
 
 
 def test_a_folder_that_is_a_file(tmp_path):

@@ -45,13 +45,13 @@ def test_same_records_as_local_workers(cluster, tmp_path):
         data: {name: digits, index: "0:20"}
         models: digits-fc3
         runs:
-          - {methods: [vanilla, fine-tuned], bounds: crown}
-          - {methods: vanilla, bounds: ibp, radii: [0.01, 0.02], grounds: [l1, l2]}
+          - {methods: fine-tuned, bounds: crown}
+          - {methods: vanilla, bounds: ibp, radii: [0.01, 0.02], grounds: l2}
     """
     suite = read_suite(write_suite(tmp_path, text))
     run_local(suite, tmp_path / "local")
     run_cluster(suite, tmp_path / "cluster")
-    assert len(records(tmp_path / "cluster")) == suite.size == 120
+    assert len(records(tmp_path / "cluster")) == suite.size == 60
     assert records(tmp_path / "cluster") == records(tmp_path / "local")
 
 
@@ -63,21 +63,20 @@ def test_a_worker_killed_in_the_middle_loses_nothing(cluster, tmp_path):
         while not (found := [int(path.suffix[1:]) for path in tmp_path.glob("worker.*")]):
             time.sleep(0.01)
         time.sleep(0.3)
+        killed.append((tmp_path / "out" / "records.jsonl").read_bytes().count(b"\n"))
         os.kill(found[0], signal.SIGKILL)
-        killed.append(found[0])
 
     thread = threading.Thread(target=kill_one)
     thread.start()
     found = run_cluster(suite, tmp_path / "out")
     thread.join()
-    assert killed and len(list(tmp_path.glob("worker.*"))) > 2, "the third worker takes the place of the first"
-    assert sorted(found) == list(range(40))
+    assert killed[0] < 40, "it was killed in the middle"
+    assert sorted(found) == list(range(40)) and len(records(tmp_path / "out")) == 40
     assert {record["verdict"] for record in found.values()} == {"certified"}
 
 
 def test_failures_are_of_their_images(cluster, tmp_path):
-    suite = misbehaving(tmp_path, count=6, chunk=6, budget={"seconds": 2}, deeds={1: "raise", 3: "die", 4: "hang"})
+    suite = misbehaving(tmp_path, count=4, chunk=4, budget={"seconds": 5}, deeds={1: "raise", 3: "hang"})
     found = run_cluster(suite, tmp_path / "out")
-    verdicts = [found[position]["verdict"] for position in range(6)]
-    assert verdicts == ["certified", "error", "certified", "error", "timeout", "certified"]
-    assert "image 1 is odd" in found[1]["note"] and "worker in the cluster is gone" in found[3]["note"]
+    assert [found[position]["verdict"] for position in range(4)] == ["certified", "error", "certified", "timeout"]
+    assert "image 1 is odd" in found[1]["note"] and "budget of 5 s" in found[3]["note"]

@@ -131,6 +131,11 @@ def test_a_full_disk(suite, tmp_path, monkeypatch, taken):
     assert sorted(index for _, index in records(tmp_path / "out")) == [0, 2]
 
 
+def fill(store):
+    for index in range(20):
+        store.append([record(index, note="x" * 8000)])
+
+
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_file_system_that_is_really_full(suite, tmp_path):
     place = tmp_path / "small"
@@ -141,8 +146,7 @@ def test_a_file_system_that_is_really_full(suite, tmp_path):
     try:
         with Store(place / "out", suite) as store:
             with pytest.raises(DataError, match="No space left on device"):
-                for index in range(20):
-                    store.append([record(index, note="x" * 8000)])
+                fill(store)
             there = len(store.records)
         assert 1 <= there < 20 and len(records(place / "out")) == there
     finally:

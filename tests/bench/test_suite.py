@@ -1,6 +1,8 @@
 """Suite files: what they stand for, and one line with the key for everything that is wrong with them."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,7 +21,12 @@ def read(folder, **changes):
 
 class TestExpansion:
     def test_every_combination_once(self, tmp_path):
-        run = {"methods": ["vanilla", "fine-tuned"], "bounds": ["ibp", "crown"], "grounds": ["l1", "l2"], "radii": [0.1, 0.2]}
+        run = {
+            "methods": ["vanilla", "fine-tuned"],
+            "bounds": ["ibp", "crown"],
+            "grounds": ["l1", "l2"],
+            "radii": [0.1, 0.2],
+        }
         suite = read(tmp_path, runs=[run], chunk=3)
         assert len(suite.tasks) == 16 and suite.size == 16 * 7
         assert suite.tasks[0].name == "certify/digits-fc3/vanilla/ibp/l1/radius 0.1"
@@ -47,18 +54,23 @@ class TestExpansion:
     def test_fingerprint(self, tmp_path):
         plain = read(tmp_path).fingerprint
         assert read(tmp_path, budget={"seconds": 9}, name="other").fingerprint == plain
-        changes = ({"seed": 1}, {"chunk": 3}, {"runs": [{"bounds": "ibp"}]}, {"data": {"name": "digits", "index": "0:8"}})
+        changes = (
+            {"seed": 1},
+            {"chunk": 3},
+            {"runs": [{"bounds": "ibp"}]},
+            {"data": {"name": "digits", "index": "0:8"}},
+        )
         assert len({plain, *(read(tmp_path, **change).fingerprint for change in changes)}) == 5
 
 
 WRONG = [
-    ({"runs": [{"bonds": "crown"}]}, r"runs\[0\]\.bonds: unknown key, expected one of label, models"),
+    ({"runs": [{"bonds": "crown"}]}, r"runs\[0\]\.bonds: unknown key, expected one of kind, label, models"),
     ({"budgets": {}}, "budgets: unknown key"),
     ({"budget": {"minutes": 3}}, r"budget\.minutes: unknown key, expected one of memory, seconds, preparation"),
     ({"budget": {"seconds": 0}}, r"budget\.seconds: given 0, expected a number > 0"),
     ({"budget": {"memory": "much"}}, r"budget\.memory: given 'much', expected a number > 0"),
     ({"budget": 3}, "budget: given 3, expected keys with values"),
-    ({"models": ["nonsense"]}, r"models: given 'nonsense', expected one of .*digits-fc3.* or a path that ends in \.onnx"),
+    ({"models": ["nonsense"]}, r"models: given 'nonsense', expected one of .*digits-fc3.* or a path that ends"),
     ({"models": "gone.onnx"}, "models: given 'gone.onnx', expected an ONNX file that exists"),
     ({"models": ["digits-fc3", "digits-fc3"]}, "models: given .* expected names that differ"),
     ({"data": {"name": "nonsense"}}, r"runs\[0\]\.data\.name: given 'nonsense', expected one of digits, mnist"),
@@ -74,7 +86,7 @@ WRONG = [
     ({"runs": [{"radii": []}]}, "expected search, a radius or a list of radii"),
     ({"runs": [{"references": -1}]}, r"references: given -1, expected an integer >= 0"),
     ({"runs": [{"methods": "linear", "references": 3}]}, "expected none for methods that are exact"),
-    ({"runs": [{"kind": "dance"}]}, r"runs\[0\]: unknown kind 'dance': expected one of .*attack, certify, instances, script"),
+    ({"runs": [{"kind": "dance"}]}, r"runs\[0\]: unknown kind 'dance': expected one of .*attack, certify"),
     ({"runs": [{"kind": "misbehaving:Gone"}]}, "has no attribute 'Gone', expected a class MODULE:CLASS"),
     ({"runs": [{"kind": "attack", "attacks": "nonsense"}]}, r"runs\[0\]\.attacks: given 'nonsense'"),
     ({"runs": [{"kind": "attack", "attacks": "minimal", "options": {"ten": 10}}]}, r"runs\[0\]\.options: .*ten"),
@@ -136,3 +148,14 @@ def test_no_file(tmp_path):
         read_suite(tmp_path / "gone.yaml")
     with pytest.raises(InvalidInputError, match="holds no suite.json, expected the folder of a run"):
         read_folder(tmp_path)
+
+
+SUITES = sorted((Path(__file__).parents[2] / "benchmarks" / "suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_the_suites_of_the_benchmarks(path):
+    if "name: mnist" in path.read_text() and not os.environ.get("FLOWVERIFY_DATA"):
+        pytest.skip("FLOWVERIFY_DATA is not set: no MNIST")
+    suite = read_suite(path)
+    assert suite.description and suite.comparisons

@@ -39,7 +39,7 @@ class Program:
         self.rows, self.least, self.greatest = [], [], []
         flow = np.concatenate([self.matrix, -self.matrix], 1)
         self.pixels = [(dict(enumerate(flow[i])), self.mu[i]) for i in range(len(self.mu))]
-        self.budget = {k: 1.0 for k in range(2 * self.edges)}
+        self.budget = dict.fromkeys(range(2 * self.edges), 1.0)
         if positivity:
             for terms, constant in self.pixels:
                 self.require(terms, -constant, np.inf)
@@ -139,9 +139,9 @@ def small_network(seed, kind):
     """Linear or Conv first layer on 4x4 images, one or two hidden layers, three classes."""
     torch.manual_seed(seed)
     if kind == "linear":
-        modules = [nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]
+        modules = [nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)]
     else:
-        modules = [nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)]
+        modules = [nn.Conv2d(1, 1, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3)]
     for module in modules:
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.weight.data.mul_(2.0)

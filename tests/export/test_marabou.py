@@ -1,12 +1,15 @@
 """Marabou on every encoding that it takes against exact mixed-integer programs, and everything that can go wrong."""
 
+import json
 import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import flowverify as fv
 from flowverify.certify.certificate import Verdict
+from flowverify.cli import app
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.export import marabou_process
 from flowverify.export.marabou import MarabouCertifier
@@ -32,7 +35,7 @@ def process():
 
 def certifier(network, process, method="fine-tuned", encoding="linear", timeout=20.0):
     found = MarabouCertifier(network, method, encoding=encoding, timeout=timeout)
-    found.close()
+    found.close = lambda: None  # the process is shared
     found._process = process
     return found
 
@@ -102,6 +105,9 @@ class FakeProcess:
     def solve(self, *arguments):
         return self.outcomes.pop(0)
 
+    def close(self):
+        pass
+
 
 @pytest.mark.parametrize(
     ("outcome", "verdict", "note"),
@@ -135,7 +141,7 @@ SCRIPTS = {
     "crash": ("import sys; print('the last thing'); sys.stdout.flush(); import os; os._exit(3)", "error", "code 3"),
     "hang": ("import time; print('still at it', flush=True); time.sleep(60)", "timeout", "still at it"),
     "nonsense": (
-        "import os, sys; sys.stdin.readline(); os.write(int(sys.argv[1]), b'{\"result\": \"quit\", \"seconds\": 0}\\n')",
+        'import os, sys; sys.stdin.readline(); os.write(int(sys.argv[1]), b\'{"result": "quit", "seconds": 0}\\n\')',
         "error",
         "'quit'",
     ),
@@ -157,6 +163,22 @@ def test_an_engine_that_breaks_down_is_an_outcome(name, monkeypatch, tmp_path):
     engine.close()
     assert found.verdict == result
     assert message in found.note
+
+
+@needs_marabou
+def test_command_prints_the_fields_of_every_verdict(monkeypatch):
+    arguments = ["verify", "digits-fc3", "--engine", "marabou", "--index", "1", "--radius", "0.02", "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout.splitlines()[-1])
+    expected = {"index", "label", "prediction", "method", "bound", "ground", "radius", "verdict", "seconds"}
+    assert expected <= set(row)
+    assert (row["verdict"], row["bound"], row["method"]) == ("certified", "marabou", "fine-tuned")
+
+
+def test_command_names_the_engines():
+    done = CliRunner().invoke(app, ["verify", "digits-fc3", "--engine", "z3", "--radius", "0.02"])
+    assert done.exit_code == 2 and "unknown engine 'z3': expected one of flowverify, marabou" in done.output
 
 
 def test_missing_engine(monkeypatch):

@@ -1,0 +1,250 @@
+"""The commands ``bench`` and ``report``, and the jobs that start other programs, from end to end."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import pytest
+from suites import misbehaving, records, run_local, write_suite
+from typer.testing import CliRunner
+
+import flowverify as fv
+from flowverify.cli import app
+
+SUITE = """
+name: small <suite>
+description: two methods & an attack
+chunk: 5
+data: {name: digits, index: "0:12"}
+models: digits-fc3
+runs:
+  - {methods: [vanilla, fine-tuned], bounds: crown}
+  - {methods: vanilla, bounds: ibp, radii: [0.005, 0.01]}
+  - {kind: attack, attacks: minimal, options: {effort: fast}}
+  - {kind: script, module: talk, arguments: [3]}
+  - {kind: script, module: fail}
+  - {kind: instances, file: instances.csv, command: [sh, verifier.sh, "{onnx}", "{vnnlib}", "{timeout}", "{results}"]}
+comparisons:
+  - {claim: never worse, source: "framework, 3.2", paper: 1, measure: share of radii not below,
+     of: "*/fine-tuned/*", over: "*/vanilla/crown/*"}
+"""
+VERIFIER = """
+case "$2" in
+  *safe*) echo unsat > "$4" ;;
+  *broken*) echo "sat" > "$4"; echo "((X_0 1))" >> "$4" ;;
+  *chatty*) echo "verifying..."; echo "Result: holds"; echo "holds" ;;
+  *) echo "cannot read the property" >&2; exit 4 ;;
+esac
+"""
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The suite above, run by the command once for all tests that only read."""
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "talk.py").write_text("import sys; print('<b>', int(sys.argv[1]) * 2)")
+    (folder / "fail.py").write_text("print('step 1'); raise SystemExit('no way')")
+    path = write_suite(folder, SUITE.replace("sh, verifier.sh", f"sh, {folder}/verifier.sh"))
+    (folder / "verifier.sh").write_text(VERIFIER)
+    names = ("safe", "broken", "chatty", "strange")
+    for name in names:
+        (folder / f"{name}.vnnlib").touch()
+    (folder / "net.onnx").touch()
+    (folder / "instances.csv").write_text("".join(f"net.onnx,{name}.vnnlib,5\n" for name in names))
+    result = run("bench", path, "--out", folder / "out", code=1)
+    return folder, result
+
+
+def of_task(folder, pattern):
+    found = [record for (task, _), record in sorted(records(folder / "out").items()) if re.search(pattern, task)]
+    assert found, pattern
+    return found
+
+
+class TestBench:
+    def test_every_record_is_there(self, finished):
+        folder, result = finished
+        assert len(records(folder / "out")) == 5 * 12 + 2 + 4
+        assert "never worse: 1; paper: 1 (framework, 3.2)" in result.output
+        assert "overhead" in result.output
+
+    def test_radii_are_those_of_the_library(self, finished):
+        data = fv.load_dataset("digits")
+        model = fv.load_model("digits-fc3")
+        expected = [
+            fv.certified_radius(model, data.images[k : k + 5], data.labels[k : k + 5], bound="crown") for k in (0, 5)
+        ]
+        expected = [value for part in expected for value in part.tolist()]
+        found = of_task(finished[0], "fine-tuned/crown")
+        assert [record["index"] for record in found] == list(range(12))
+        assert [record["radius"] for record in found[:10]] == pytest.approx(expected, rel=1e-6)
+
+    def test_attacks_are_not_below_certificates(self, finished):
+        certified = {record["index"]: record["radius"] for record in of_task(finished[0], "fine-tuned/crown")}
+        attacked = [record for record in of_task(finished[0], "^attack") if "upper_radius" in record]
+        assert len(attacked) > 5
+        for record in attacked:
+            assert record["verdict"] == "falsified" and record["upper_radius"] >= certified[record["index"]]
+
+    def test_scripts(self, finished):
+        (talk,), (fail,) = of_task(finished[0], "script/talk"), of_task(finished[0], "script/fail")
+        assert talk["verdict"] == "done" and talk["output"] == "<b> 6"
+        assert fail["verdict"] == "error" and fail["note"] == "fail ended with exit code 1: step 1 / no way"
+
+    def test_instances(self, finished):
+        found = of_task(finished[0], "instances")
+        assert [record["verdict"] for record in found] == ["certified", "unknown", "certified", "error"]
+        assert found[1]["answer"] == "sat" and "not replayed" in found[1]["note"]
+        assert "exit code 4 and without an answer: cannot read the property" in found[3]["note"]
+
+    def test_a_second_run_adds_what_failed(self, finished):
+        folder, _ = finished
+        before = records(folder / "out")
+        result = run("bench", folder / "suite.yaml", "--out", folder / "out", code=1)
+        assert "2 records added" in result.output
+        assert records(folder / "out") == before
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("gone.yaml", "--out", "out"), "error: suite gone.yaml: cannot be read"),
+            (("suite.yaml", "--out", "suite.yaml"), "error: suite.yaml: cannot be written to (File exists)"),
+            (("suite.yaml", "--out", "out", "--engine", "abacus"), "error: unknown engine 'abacus'"),
+            (("suite.yaml", "--out", "out", "--data-dir", "."), "error: .: has no folder mnist or cifar10_sample"),
+            (("other.yaml", "--out", "there"), "error: there: holds results of another suite, 'a'"),
+        ],
+    )
+    def test_one_line(self, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        write_suite(
+            tmp_path, {"name": "b", "data": {"name": "digits"}, "models": "digits-fc3", "runs": [{}]}, "other.yaml"
+        )
+        run_local(misbehaving(tmp_path, count=0 + 1), tmp_path / "there")
+        write_suite(tmp_path, (tmp_path / "suite.yaml").read_text().replace("name: test", "name: a"))
+        suite = json.loads((tmp_path / "there" / "suite.json").read_text())
+        (tmp_path / "there" / "suite.json").write_text(json.dumps({**suite, "name": "a"}))
+        result = run("bench", *arguments, code=2)
+        assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+    def test_report_of_no_results(self, tmp_path):
+        result = run("report", tmp_path, code=2)
+        assert "holds no suite.json, expected the folder of a run" in result.stderr
+
+    def test_full_disk(self, tmp_path, monkeypatch):
+        from flowverify.bench import store
+
+        path = tmp_path / "suite.yaml"
+        misbehaving(tmp_path, count=6, chunk=2, seconds=0.05)
+        write, written = os.write, []
+
+        def full(file, content):
+            if b'"index"' in content and len(written) >= 2:
+                raise OSError(28, "No space left on device")
+            written.extend([content] if b'"index"' in content else [])
+            return write(file, content)
+
+        monkeypatch.setattr(store.os, "write", full)
+        result = run("bench", path, "--out", tmp_path / "out", "--workers", 1, code=2)
+        monkeypatch.undo()
+        line = result.stderr.splitlines()[-1]
+        assert line.startswith("error: ") and "(No space left on device); the 4 records before are kept" in line
+        assert len(records(tmp_path / "out")) == 4
+
+
+def test_interrupted_and_continued(tmp_path):
+    path = tmp_path / "suite.yaml"
+    misbehaving(tmp_path, count=200, chunk=2, seconds=0.05)
+    command = [sys.executable, "-m", "flowverify", "bench", str(path), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    kept = tmp_path / "out" / "records.jsonl"
+    while process.poll() is None and not (kept.is_file() and kept.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert re.search(r"error: interrupted with \d+ of 200 records in .*out; the same command goes on", errors)
+    assert 0 < len(records(tmp_path / "out")) < 200
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.tags, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "data", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    run("report", finished[0] / "out")
+    return Page((finished[0] / "out" / "report.html").read_text())
+
+
+class TestReport:
+    def test_needs_no_network(self, page):
+        assert len(page.sources) == 4
+        assert all(source.startswith("data:image/") for source in page.sources)
+        assert not {"script", "link", "iframe"} & set(page.tags)
+
+    def test_pictures_are_pictures(self, page):
+        kinds = [source.partition(";")[0] for source in page.sources]
+        assert kinds == ["data:image/svg+xml"] * 3 + ["data:image/png"]
+        contents = [b64decode(source.partition(",")[2]) for source in page.sources]
+        for content in contents[:3]:
+            assert ElementTree.fromstring(content).tag.endswith("svg")
+        assert contents[3].startswith(b"\x89PNG") and len(contents[3]) > 20_000
+
+    def test_says_what_was_found(self, page, finished):
+        radii = sorted(r["radius"] for r in of_task(finished[0], "fine-tuned/crown") if r["verdict"] != "misclassified")
+        middle = (radii[(len(radii) - 1) // 2] + radii[len(radii) // 2]) / 2
+        assert f"{middle:.4g}" in page.text
+        assert "small <suite>" in page.text and "two methods & an attack" in page.text and "<b> 6" in page.text
+        assert "fail ended with exit code 1" in page.text and "never worse" in page.text
+
+    def test_csv_and_latex(self, page, finished):
+        out = finished[0] / "out"
+        with (out / "records.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 66
+        known = records(out)
+        for row in rows:
+            radius = known[row["task"], int(row["index"])].get("radius")
+            assert row["radius"] == ("" if radius is None else str(radius))
+        latex = (out / "tables.tex").read_text()
+        assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
+        for line in latex.splitlines():
+            if line.endswith(r"\\"):
+                assert line.count("&") - line.count(r"\&") in (11, 4)
+
+    def test_an_unfinished_run(self, finished, tmp_path):
+        for name in ("suite.json", "records.jsonl"):
+            (tmp_path / name).write_bytes(
+                (finished[0] / "out" / name).read_bytes()[: None if "suite" in name else 9000]
+            )
+        run("report", tmp_path, "--out", tmp_path / "elsewhere")
+        assert " of 66 records" in (tmp_path / "elsewhere" / "report.html").read_text()
