@@ -20,7 +20,7 @@ from torch import Tensor
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, affine_rows, is_affine, operation_name
 from flowverify.transport.dilation import lipschitz_constant
-from flowverify.transport.least_budget import least_budget
+from flowverify.transport.least_budget import least_budget, nearest_image
 from flowverify.transport.support import Backend
 
 
@@ -130,11 +130,9 @@ def exact_radius(spaces: HalfSpaces, *, backend: Backend = "auto") -> LinearRadi
     result = _least(spaces, found.budget, None)
     if not spaces.classes.shape[1]:
         return result
-    # Only the nearest class's image is wanted: it is solved for once more, with its maximiser.
     chosen = (spaces.classes == result.target[:, None]).nonzero(as_tuple=True)
-    normals, margins = spaces.normals[chosen][:, None], spaces.margins[chosen][:, None]
-    nearest = least_budget(normals, spaces.images, margins, maximiser=True, backend=backend).maximiser
-    assert nearest is not None
+    normals, budget, bracket = (value[chosen][:, None] for value in (spaces.normals, found.budget, found.bracket))
+    nearest = nearest_image(normals, spaces.images, budget, bracket, backend=backend)
     return replace(result, nearest=nearest[:, 0])
 
 

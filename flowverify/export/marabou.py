@@ -188,7 +188,7 @@ class MarabouCertifier(BaseCertifier):
         reach = support(rows, image, budget).excess[0]
         middle = (weight * image).sum((-1, -2, -3)) + self._parts.bias
         bias = self._parts.bias + self._parts.weight @ inputs.offset.flatten()
-        up, down = reach.split(len(weight))
+        up, down = reach[: len(weight)], reach[len(weight) :]
         slack = ROUNDING * (1 + bias.abs() + weight.abs().sum((-1, -2, -3)) * (image.max() + instance.budget))
         return torch.stack([bias, middle - down - slack, middle + up + slack], 1).tolist()
 

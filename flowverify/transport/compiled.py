@@ -40,30 +40,39 @@ def solve(
     return batch.tensor(excess), batch.tensor(multipliers), batch.image_tensor(maximisers)
 
 
-def solve_least_budget(
-    coefficients: Tensor, images: Tensor, target: Tensor, maximiser: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Budget, multiplier and maximiser; see :func:`flowverify.transport.least_budget.least_budget`."""
-    from flowverify.transport import boundary_kernel, scan_kernel
+def solve_least_budget(coefficients: Tensor, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Budget, multiplier and bracket; see :func:`flowverify.transport.least_budget.least_budget`."""
+    from flowverify.transport import boundary_kernel
 
     batch = _Batch(coefficients, images)
     targets = target.contiguous().numpy()
     budgets, multipliers, brackets = batch.empty(), batch.empty(), batch.empty(2)
-    maximisers = batch.empty(batch.pixels, batch.mass.dtype) if maximiser else None
 
     def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
         boundary_kernel.solve_least_budgets(
             batch.rows(index), batch.mass[index], *layout, targets[index], batch.shape, first, last, budgets[index],
             multipliers[index], brackets[index],
         )  # fmt: skip
-        if maximisers is not None:
-            scan_kernel.maximise_problems(
-                batch.rows(index), batch.mass[index], budgets[index], brackets[index], batch.shape, first, last,
-                maximisers[index],
-            )  # fmt: skip
 
     batch.run(work)
-    return batch.tensor(budgets), batch.tensor(multipliers), batch.image_tensor(maximisers)
+    return torch.from_numpy(budgets), batch.tensor(multipliers), torch.from_numpy(brackets)
+
+
+def maximise(coefficients: Tensor, images: Tensor, budget: Tensor, bracket: Tensor) -> Tensor:
+    """The mix of the plans on both sides of the bracket that spends the budget: nu*, (B, S, C, H, W)."""
+    from flowverify.transport import scan_kernel
+
+    batch = _Batch(coefficients, images)
+    budgets, brackets = budget.contiguous().numpy(), bracket.contiguous().numpy()
+    maximisers = batch.empty(batch.pixels, batch.mass.dtype)
+    for index in range(len(images)):
+        scan_kernel.maximise_problems(
+            batch.rows(index), batch.mass[index], budgets[index], brackets[index], batch.shape, 0, batch.problems,
+            maximisers[index],
+        )  # fmt: skip
+    moved = batch.image_tensor(maximisers)
+    assert moved is not None
+    return moved
 
 
 class _Batch:

@@ -140,9 +140,7 @@ def balance(
             f"{what[1]} mass {target_masses[image, channel].item()!r}: expected equal masses "
             f"(relative tolerance {mass_tolerance:g})"
         )
-    ratio = torch.where(target_masses > 0, source_masses, 1.0) / torch.where(
-        target_masses > 0, target_masses, 1.0
-    )
+    ratio = torch.where(target_masses > 0, source_masses, 1.0) / torch.where(target_masses > 0, target_masses, 1.0)
     return sources, targets * ratio[..., None, None]
 
 
@@ -260,9 +258,7 @@ def _solve(mu: FloatArray, nu: FloatArray, costs: FloatArray) -> FloatArray:
     shares, target_shares = mu / total, nu / nu.sum()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the status is checked below
-        plan, log = ot.emd(
-            shares, target_shares, costs, numItermax=_MAX_ITERATIONS, log=True, check_marginals=False
-        )
+        plan, log = ot.emd(shares, target_shares, costs, numItermax=_MAX_ITERATIONS, log=True, check_marginals=False)
     _check_solution(plan, shares, target_shares, costs, log)
     scaled: FloatArray = plan * total
     return scaled

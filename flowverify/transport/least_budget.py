@@ -37,6 +37,7 @@ class LeastBudget:
     budget: Tensor  # (B, S), in mass times pixels
     multiplier: Tensor  # (B, S), gain for one more unit of budget there
     maximiser: Tensor | None  # (B, S, C, H, W), a nearest image that gains the target
+    bracket: Tensor  # (B, S, 2), the multipliers on either side; see :func:`nearest_image`
 
 
 def least_budget(
@@ -62,16 +63,32 @@ def least_budget(
         raise InvalidInputError("coefficients: given NaN or infinite ones, expected finite numbers")
     if not target.numel():
         empty = images.new_empty(expected)
-        return LeastBudget(empty, empty, images.new_empty(*expected, *images.shape[1:]) if maximiser else None)
+        moved = images.new_empty(*expected, *images.shape[1:]) if maximiser else None
+        return LeastBudget(empty, empty, moved, images.new_empty(*expected, 2))
     target = target.detach().double()
     solve = compiled.solve_least_budget if use_compiled(backend, images) else _solve_torch
-    budget, multiplier, moved = solve(coefficients, images, target, maximiser)
-    return LeastBudget(budget, multiplier, moved)
+    budget, multiplier, bracket = solve(coefficients, images, target)
+    moved = nearest_image(coefficients, images, budget, bracket, backend=backend) if maximiser else None
+    return LeastBudget(budget.to(dtype), multiplier, moved, bracket)
 
 
-def _solve_torch(
-    coefficients: Tensor, images: Tensor, target: Tensor, maximiser: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def nearest_image(
+    coefficients: Tensor, images: Tensor, budget: Tensor, bracket: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """The image of each problem that spends the budget, (B, S, C, H, W), from the bracket of its solution.
+
+    For those who want few of many images: solve for all, choose, and ask for the images of the chosen.
+    """
+    dtype = torch.promote_types(coefficients.dtype, images.dtype)
+    coefficients, images = coefficients.detach().to(dtype), images.detach().to(dtype)
+    budget, bracket = budget.double(), bracket.double()
+    if use_compiled(backend, images):
+        return compiled.maximise(coefficients, images, budget, bracket)
+    coefficients = coefficients.expand(images.shape[0], *coefficients.shape[-4:])
+    return search.mix(coefficients, images, budget, bracket[..., 0], bracket[..., 1])
+
+
+def _solve_torch(coefficients: Tensor, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     coefficients = coefficients.expand(images.shape[0], *coefficients.shape[-4:])
     mass = images[:, None]
     target = target.to(images.device)
@@ -106,8 +123,6 @@ def _solve_torch(
     budget = near_cost + (target - near_gain) / slope
     budget = torch.where(unreachable, torch.inf, torch.where(trivial, 0.0, budget))
     slope = torch.where(unreachable | trivial, 0.0, slope)
-    moved = None
-    if maximiser:
-        low = torch.where(trivial, -1.0, far_at)
-        moved = search.mix(coefficients, images, budget, low, torch.where(unreachable, 0.0, near_at))
-    return budget.to(images.dtype), slope.to(images.dtype), moved
+    low = torch.where(trivial | unreachable, -1.0, far_at)
+    bracket = torch.stack([low, torch.where(unreachable, 0.0, near_at)], dim=-1)
+    return budget, slope.to(images.dtype), bracket

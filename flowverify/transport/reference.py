@@ -68,8 +68,7 @@ def _check_mass(mass: Tensor, grid: Grid) -> Tensor:
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise InvalidInputError(
-            f"mass of image {first}: given {mass[first].tolist()}, "
-            "expected finite values >= 0 and a positive sum"
+            f"mass of image {first}: given {mass[first].tolist()}, expected finite values >= 0 and a positive sum"
         )
     return masses
 
@@ -99,11 +98,7 @@ def _image(grid: Grid, images: Tensor | None, masses: Tensor) -> Tensor:
         raise InvalidInputError("reference 'image': given images=None, expected a tensor of images")
     pattern = grid.check_image(check_measures(images)).detach().cpu().to(torch.float64)
     if pattern.shape[0] not in (1, masses.shape[0]):
-        raise InvalidInputError(
-            f"images: given {pattern.shape[0]}, expected 1 or {masses.shape[0]}, as in mass"
-        )
+        raise InvalidInputError(f"images: given {pattern.shape[0]}, expected 1 or {masses.shape[0]}, as in mass")
     if ((channel_masses(pattern) == 0) & (masses > 0)).any():
-        raise InvalidInputError(
-            "images: a channel has mass 0.0, expected a positive one where mass is positive"
-        )
+        raise InvalidInputError("images: a channel has mass 0.0, expected a positive one where mass is positive")
     return pattern

@@ -92,7 +92,7 @@ WRONG = [
     ({"runs": [{"kind": "attack", "attacks": "minimal", "options": {"ten": 10}}]}, r"runs\[0\]\.options: .*ten"),
     ({"runs": [{"kind": "script", "module": "gone"}]}, r"runs\[0\]\.module: given 'gone', expected a module in"),
     ({"runs": [{"kind": "instances", "file": "gone.csv", "command": ["a"]}]}, r"gone\.csv: cannot be read"),
-    ({"runs": [{"kind": "instances", "file": "a", "command": ["a {b}"]}]}, "expected no other places than onnx, vnnlib"),
+    ({"runs": [{"kind": "instances", "file": "a", "command": ["a {b}"]}]}, "expected no other places than onnx"),
     ({"runs": [{"bounds": "ibp"}, {"bounds": "ibp"}]}, "is there twice, expected runs that differ, or a label"),
     ({"runs": []}, r"runs: given \[\], expected at least one"),
     ({"runs": 3}, "runs: given 3, expected a list"),
