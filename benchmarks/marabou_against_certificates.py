@@ -28,7 +28,8 @@ def main() -> None:
     factors = (0.9, 6.0) if options.mnist else (0.5, 0.9, 1.5, 3.0, 6.0)
     network, data = fv.load_model(name), fv.load_dataset(name.split("-")[0])[:count]
     header(
-        f"Marabou on {name}: {count} images at {', '.join(map(str, factors))} times the CROWN radius, {options.encoding}"
+        f"Marabou on {name}: {count} images at {', '.join(map(str, factors))} times the CROWN radius, "
+        f"{options.encoding}"
     )
     radii = fv.certified_radius(network, data.images, data.labels, bound="crown").tolist()
     engine = MarabouCertifier(network, encoding=options.encoding, timeout=options.timeout)

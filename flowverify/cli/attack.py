@@ -73,9 +73,9 @@ def attack(
     target = check_device(device)
     if save is not None:
         _prepare_folder(save)
-    from flowverify.cli.verify import _load
+    from flowverify.cli.verify import load_inputs
 
-    network, data = _load(model, dataset, split, data_dir)
+    network, data = load_inputs(model, dataset, split, data_dir)
     network = network.to(target)
     attacked = network if binarise is None else Binarised(network, binarise, steepness=10.0)
     search = make_attack(method, attacked, batch_size=batch_size, seed=seed)

@@ -94,7 +94,7 @@ def verify(
         check_picture(picture)
     if save is not None:
         check_writable(save, "save")
-    network, data = _load(model, dataset, split, data_dir)
+    network, data = load_inputs(model, dataset, split, data_dir)
     positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
 
     certifier: BaseCertifier
@@ -139,7 +139,7 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-def _load(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
+def load_inputs(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
     from flowverify.data import load_dataset
     from flowverify.zoo import load_card, load_model
 
