@@ -15,13 +15,14 @@ import flowverify as fv
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError
 from flowverify.export import folder as folder_module
-from flowverify.export.folder import Layout, Source, read_contents, write_folder
-from flowverify.export.plan import Request
-from flowverify.export.replay import repair
+from flowverify.export.folder import Layout, PlainCertifier, Source, read_contents, write_folder
+from flowverify.export.plan import Request, plan
+from flowverify.export.replay import repair, replay
 from flowverify.export.results import collect, read_results, read_witness
 from flowverify.network import write_onnx
 from flowverify.threat import WassersteinBall
-from flowverify.transport.inverse import flow_by_transport
+from flowverify.transport.inverse import flow_by_transport, flow_by_tree
+from tests.contracts import descend
 from tests.export.exact import small_image, small_network
 
 ENCODINGS = ("linear", "outputs", "penalty", "l1-penalty")
@@ -189,16 +190,30 @@ def test_repaired_witnesses_are_images_of_the_ball():
         assert ball.contains(image[None], repaired[None], tolerance=0.0).all()
 
 
+def test_a_witness_for_the_file_alone_falsifies_nothing(tmp_path):
+    """The exported network confirms it, the original network keeps the label: rounding, or another network."""
+    pytest.importorskip("onnxruntime")
+    network, images, labels = batch(count=1)
+    label = int(labels[0])
+    (export,) = plan(network, images, labels, Request("linear", (2.0,)))
+    write_onnx(export.network.graph, tmp_path / "network.onnx")
+    point = TestAnswers().witness(network, images[0], label, 2.0)
+    move = flow_by_transport(images.double(), point[None], mass_tolerance=1e-6)[0]
+    values = torch.cat([move.clamp(min=0), (-move).clamp(min=0)]).numpy()
+    firm = small_network(1, "linear")
+    firm.nodes[-1].operation.bias[label] += 1000
+    for certified, expected in ((network, ""), (firm, "replay: the original network keeps the label")):
+        found = replay(
+            PlainCertifier(certified, "fine-tuned", "marabou"), images[0], label, WassersteinBall(2.0), values,
+            export.network.inputs, export.network.encoding, tmp_path / "network.onnx",
+        )  # fmt: skip
+        assert found.falsified == (not expected)
+        assert found.reason.startswith(expected)
+
+
 class TestAnswers:
-    def exported(self, tmp_path, encoding="linear", radius=None):
-        """A linear network, whose exact radius and nearest image are known."""
-        network, images, labels = batch()
-        return network, images, labels
-
     def witness(self, network, image, label, radius):
-        """A misclassified image of the ball, by the exact distance to the boundary of the tangent at the image."""
-        from tests.contracts import descend
-
+        """A misclassified image of the ball, by Frank-Wolfe, or None."""
         budget = radius * image.double().sum()
         points = descend(network.double(), image[None], torch.tensor([label]), budget[None], steps=10)[0]
         wrong = points[network(points).argmax(1) != label]
@@ -215,9 +230,6 @@ class TestAnswers:
         point = self.witness(network, image, int(labels[0]), 2.0)
         assert point is not None
         reference = torch.full((1, 1, 4, 4), 1 / 16, dtype=torch.float64) * image.double().sum()
-        parts = []
-        from flowverify.transport.inverse import flow_by_tree
-
         base = flow_by_tree(reference, image[None].double())[0]
         move = flow_by_transport(image[None].double(), point[None], mass_tolerance=1e-6)[0]
         parts = [base.clamp(min=0) + move.clamp(min=0), (-base).clamp(min=0) + (-move).clamp(min=0)]
