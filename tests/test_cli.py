@@ -65,7 +65,8 @@ class TestVerify:
         result = run("verify", "digits-fc3", "--index", "0:25", "--bound", "ibp")
         assert "radius (pixels)" in result.stdout
         assert "5 more images; --all prints them" in result.stdout
-        assert "of 25 certified; 3 misclassified" in result.stdout and "median radius" in result.stdout
+        assert "22 of 25 certified; 3 misclassified" in result.stdout.replace("\n", " ")
+        assert "median radius" in result.stdout
         everything = run("verify", "digits-fc3", "--index", "0:25", "--bound", "ibp", "--radius", "0.01", "--all")
         assert "more images" not in everything.stdout and "median" not in everything.stdout
 
