@@ -10,10 +10,13 @@ from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import Polytope
+from flowverify.certify.complete.joint import JointLimits
 from flowverify.certify.complete.relaxation import Bound, Multipliers, lower_bound
 
 SLOPE_STEP = 0.03
 SPLIT_STEP = 0.2
+LIMIT_STEP = 0.05
+STEPS = (SLOPE_STEP, SPLIT_STEP, LIMIT_STEP)
 DECAY = 0.98
 FIRST, SECOND = 0.9, 0.99  # Adam's averages
 LOOSE, TIGHT = 1e-3, 1e-6  # the ball's tolerance on the way, and of the last bound; all of them are sound
@@ -38,11 +41,12 @@ def ascend(
     signs: Sequence[Tensor],  # +1 where split active, -1 inactive, 0 elsewhere
     start: Multipliers,
     iterations: int,
+    joint: Sequence[JointLimits] = (),
     *,
     enough: float = torch.inf,
     pace: float = 1.0,
 ) -> Ascended:
-    """Maximises the bounds of :func:`lower_bound` over slopes in [0, 1] and the multipliers of splits.
+    """Maximises the bounds of :func:`lower_bound` over slopes, and multipliers of splits and joint limits.
 
     Args:
         iterations: evaluations of the bound, at least 1.
@@ -51,13 +55,13 @@ def ascend(
     """
     count = len(specification)
     best = specification.new_full((count,), -torch.inf)
-    kept = Multipliers([a.clone() for a in start.alpha], [g.clone() for g in start.gamma], start.guess.clone())
+    kept = Multipliers.of([v.clone() for v in start.variables], start.guess.clone())
     points = specification.new_empty(count, ball.flat.numel())
     rows = torch.arange(count, device=specification.device)
     layers = len(start.alpha)
-    values = [*start.alpha, *start.gamma]
+    values = start.variables
     means, squares = [torch.zeros_like(v) for v in values], [torch.zeros_like(v) for v in values]
-    own_lower, own_upper, own_signs = list(lower), list(upper), list(signs)
+    own_lower, own_upper, own_signs, own_joint = list(lower), list(upper), list(signs), list(joint)
     guess = start.guess
     for step in range(iterations):
         final = step == iterations - 1 and step > 0
@@ -66,14 +70,13 @@ def ascend(
             tolerance = LOOSE if values and step < iterations - 1 else TIGHT
             bound: Bound = lower_bound(
                 maps, ball, stage, specification, own_lower, own_upper,
-                Multipliers(leaves[:layers], leaves[layers:], guess), tolerance=tolerance,
-                point=not final,
+                Multipliers.of(leaves, guess), own_joint, tolerance=tolerance, point=not final,
             )  # fmt: skip
         value = bound.value.detach()
         better = value > best[rows]
         chosen = rows[better]
         best[chosen] = value[better]
-        for target, source in zip([*kept.alpha, *kept.gamma], leaves, strict=True):
+        for target, source in zip(kept.variables, leaves, strict=True):
             target[chosen] = source.detach()[better]
         kept.guess[rows] = bound.multiplier.to(kept.guess)
         if bound.point is not None:
@@ -88,9 +91,15 @@ def ascend(
                 means[index] = FIRST * means[index] + (1 - FIRST) * gradient
                 squares[index] = SECOND * squares[index] + (1 - SECOND) * gradient.square()
                 size = (squares[index] / (1 - SECOND ** (step + 1))).sqrt() + 1e-8
-                rate = (SLOPE_STEP if index < layers else SPLIT_STEP) * DECAY**step * pace
+                kind, layer = divmod(index, layers)
+                rate = STEPS[kind] * DECAY**step * pace
                 moved = leaf.detach() + rate * means[index] / (1 - FIRST ** (step + 1)) / size
-                values.append(moved.clamp(0, 1) if index < layers else _on_side(moved, own_signs[index - layers]))
+                if kind == 0:
+                    values.append(moved.clamp(0, 1))
+                elif kind == 1:
+                    values.append(_on_side(moved, own_signs[layer]))
+                else:
+                    values.append(moved.clamp(min=0))
         guess = bound.multiplier.to(guess)
         going = value <= enough
         if not bool(going.all()):
@@ -100,6 +109,7 @@ def ascend(
             values, means, squares, own_lower, own_upper, own_signs = (
                 [v[going] for v in group] for group in (values, means, squares, own_lower, own_upper, own_signs)
             )
+            own_joint = [limits[going] for limits in own_joint]
     return Ascended(best, kept, points)
 
 

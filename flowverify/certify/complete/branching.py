@@ -29,7 +29,9 @@ def branch(
     children have their parents' multipliers, and the better of their parents' bound and their own cheap one.
     """
     rows = specification[nodes.row]
-    coefficients = linear_bound(maps, stage, rows, nodes.lower, nodes.upper, nodes.multipliers).coefficients
+    coefficients = linear_bound(
+        maps, stage, rows, nodes.lower, nodes.upper, nodes.multipliers, nodes.joint
+    ).coefficients
     choices, valid, start = [], [], 0
     for index, unstable in enumerate(nodes.unstable()):
         if index >= stage:
@@ -48,8 +50,9 @@ def branch(
     for active in (True, False):
         child = parents.decide(tried, active)
         bound = lower_bound(
-            maps, ball, stage, specification[child.row], child.lower, child.upper, child.multipliers, tolerance=ROUGH
-        ).value
+            maps, ball, stage, specification[child.row], child.lower, child.upper, child.multipliers, child.joint,
+            tolerance=ROUGH,
+        ).value  # fmt: skip
         full = bound.new_full((count * width,), -torch.inf)
         full[able] = bound
         sides.append(full.reshape(count, width))
@@ -69,7 +72,7 @@ def branch(
 def most_relaxed(maps: AffineMaps, specification: Tensor, nodes: Nodes, count: int) -> list[Tensor | None]:
     """The neurons whose relaxation costs most, (N, ``count``) at most for each layer above the first."""
     coefficients = linear_bound(
-        maps, len(maps.stages) - 1, specification[nodes.row], nodes.lower, nodes.upper, nodes.multipliers
+        maps, len(maps.stages) - 1, specification[nodes.row], nodes.lower, nodes.upper, nodes.multipliers, nodes.joint
     ).coefficients
     chosen: list[Tensor | None] = [None]
     for layer, unstable in enumerate(nodes.unstable()):

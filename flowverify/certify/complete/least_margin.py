@@ -46,6 +46,7 @@ def least_margin(
         late = budget.seconds is not None and budget.clock() - begin >= budget.seconds
         return late or (budget.nodes is not None and tree.counts.nodes >= budget.nodes)
 
+    tree.limit(stop)
     tree.grow(stop)
     upper = hunt.least_margin
     return LeastMargin(min(upper - tolerance, tree.worst), upper)

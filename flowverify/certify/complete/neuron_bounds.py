@@ -12,12 +12,14 @@ from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.ascent import ascend
 from flowverify.certify.complete.balls import Polytope
 from flowverify.certify.complete.branching import branch
+from flowverify.certify.complete.joint_search import limit_jointly
 from flowverify.certify.complete.nodes import Nodes, join, roots
 from flowverify.certify.complete.relaxation import initial_multipliers, lower_bound
 
 ITERATIONS = 20
 CHILD_ITERATIONS = 6
 CHUNK = 256
+LIMITS = 4, 6  # joint limits of the first layer: groups, members
 SLACK = 1e-10  # bounds are widened by this share of the layer's largest one: rounding decides no phase
 
 
@@ -63,7 +65,7 @@ def refine(
     """Tightens the layers above the first by splitting the ReLUs below, ``rounds`` times for each unstable neuron.
 
     Each side of each unstable neuron has a search tree of its own, whose worst node is split in every round; the
-    trees of a layer grow in one batch. The bound is the worst over a tree's nodes.
+    trees of a layer grow in one batch, from roots with joint limits. The bound is the worst over a tree's nodes.
     """
     result = NeuronBounds([v.clone() for v in bounds.lower], [v.clone() for v in bounds.upper])
     for stage in range(1, maps.layers):
@@ -137,6 +139,8 @@ def _grow(
     everything = torch.arange(count, device=specification.device)
     tree = roots(everything, known.lower[:stage], known.upper[:stage])
     tree.bound = start.clone()
+    tree = limit_jointly(maps, ball, 0, stage, specification, tree, *LIMITS, stop)
+    tree = improve(maps, ball, stage, specification, tree, ITERATIONS)[0]
     for _ in range(rounds):
         if stop():
             break
@@ -172,7 +176,7 @@ def improve(
     """
     found = ascend(
         maps, ball, stage, specification[nodes.row], nodes.lower, nodes.upper, nodes.signs, nodes.multipliers,
-        iterations, enough=enough, pace=pace,
+        iterations, nodes.joint, enough=enough, pace=pace,
     )  # fmt: skip
     nodes.multipliers = found.multipliers
     nodes.bound = torch.maximum(nodes.bound, found.value)

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowverify.certify.complete.joint import JointLimits
 from flowverify.certify.complete.relaxation import Multipliers, initial_multipliers
 
 
 @dataclass
 class Nodes:
-    """N nodes; lists have one tensor (N, n_k) a ReLU layer.
+    """N nodes; lists have one entry a ReLU layer, tensors of bounds and signs are (N, n_k).
 
     Attributes:
         row: which specification each node belongs to, (N,).
         lower, upper: of the ReLUs' inputs; 0 on one side where a ReLU is split.
         signs: int8, +1 where split active, -1 inactive.
+        joint: limits of several neurons at once.
         multipliers: of the best bound.
         bound: lower bound of the specification over the node, (N,).
         share: of the tree below the roots, 2 ** -depth, (N,).
@@ -28,6 +30,7 @@ class Nodes:
     lower: list[Tensor]
     upper: list[Tensor]
     signs: list[Tensor]
+    joint: list[JointLimits]
     multipliers: Multipliers
     bound: Tensor
     share: Tensor
@@ -37,18 +40,17 @@ class Nodes:
 
     def __getitem__(self, chosen: Tensor | slice) -> Nodes:
         lower, upper, signs = ([v[chosen] for v in group] for group in (self.lower, self.upper, self.signs))
-        multipliers = Multipliers(
-            [a[chosen] for a in self.multipliers.alpha],
-            [g[chosen] for g in self.multipliers.gamma],
-            self.multipliers.guess[chosen],
-        )
-        return Nodes(self.row[chosen], lower, upper, signs, multipliers, self.bound[chosen], self.share[chosen])
+        joint = [limits[chosen] for limits in self.joint]
+        return Nodes(
+            self.row[chosen], lower, upper, signs, joint, self.multipliers[chosen], self.bound[chosen],
+            self.share[chosen],
+        )  # fmt: skip
 
     def decide(self, neuron: Tensor, active: bool) -> Nodes:
         """A copy in which neuron (N,), counted through all layers, is split to one side in each node."""
         result = self[torch.arange(len(self), device=self.row.device)]
         start, rows = 0, torch.arange(len(self), device=self.row.device)
-        for lower, upper, signs in zip(result.lower, result.upper, result.signs, strict=True):
+        for lower, upper, signs, joint in zip(result.lower, result.upper, result.signs, result.joint, strict=True):
             here = (neuron >= start) & (neuron < start + lower.shape[1])
             at = rows[here], neuron[here] - start
             if active:
@@ -56,6 +58,7 @@ class Nodes:
             else:
                 upper[at] = 0.0
             signs[at] = 1 if active else -1
+            joint.restrict(*at, active)
             start += lower.shape[1]
         result.share = result.share / 2
         return result
@@ -77,6 +80,7 @@ def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> Nod
         own_lower,
         own_upper,
         [torch.zeros_like(v, dtype=torch.int8) for v in own_lower],
+        [JointLimits.none(count, rows.device) for _ in own_lower],
         multipliers,
         torch.full_like(like, -torch.inf),
         torch.full_like(like, 1 / max(1, count)),
@@ -85,19 +89,19 @@ def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> Nod
 
 def join(parts: Sequence[Nodes]) -> Nodes:
     """Batches of nodes as one, in order."""
-    first = parts[0]
-    layers = range(len(first.lower))
-    multipliers = Multipliers(
-        [torch.cat([p.multipliers.alpha[k] for p in parts]) for k in layers],
-        [torch.cat([p.multipliers.gamma[k] for p in parts]) for k in layers],
-        torch.cat([p.multipliers.guess for p in parts]),
-    )
+
+    def joined(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return [torch.cat(layer) for layer in zip(*groups, strict=True)]
+
     return Nodes(
         torch.cat([p.row for p in parts]),
-        [torch.cat([p.lower[k] for p in parts]) for k in layers],
-        [torch.cat([p.upper[k] for p in parts]) for k in layers],
-        [torch.cat([p.signs[k] for p in parts]) for k in layers],
-        multipliers,
+        joined([p.lower for p in parts]),
+        joined([p.upper for p in parts]),
+        joined([p.signs for p in parts]),
+        [JointLimits.join(layer) for layer in zip(*(p.joint for p in parts), strict=True)],
+        Multipliers.of(
+            joined([p.multipliers.variables for p in parts]), torch.cat([p.multipliers.guess for p in parts])
+        ),
         torch.cat([p.bound for p in parts]),
         torch.cat([p.share for p in parts]),
     )

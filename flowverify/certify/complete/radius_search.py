@@ -19,16 +19,17 @@ from torch import Tensor
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import FlowBall, Polytope
 from flowverify.certify.complete.hunt import Adversary, Hunt
-from flowverify.certify.complete.neuron_bounds import neuron_bounds, refine
+from flowverify.certify.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
 from flowverify.certify.complete.tree import Counts, Tree
 from flowverify.transport.ground import parse_ground
 
-STAGES = (0.7, 0.85, 0.96)  # of the nearest counterexample, before the radius that closes the bracket
+STAGES = (0.8, 0.9, 0.96)  # of the nearest counterexample, before the radius that closes the bracket
+SWIFT, SLOW = 0.03, 0.12  # shares of the time left: what takes less goes to the end at once, more in halves
 CLOSING = 0.95  # the last stage leaves this share of the tolerance to use
 BISECTIONS = 10
 FIRST_RADIUS = 0.05
 EASY = 400  # nodes after which a tree is worth better bounds of the neurons
-ROUNDS = 32  # splits for each side of each unstable neuron
+ROUNDS = 16  # splits for each side of each unstable neuron
 MAX_REFINED = 512  # unstable neurons; beyond, their trees cost more than they give
 REFINING_SHARE = 0.15  # of the time left
 
@@ -87,6 +88,7 @@ class RadiusSearch:
         self._tree: Tree | None = None
         self._trial = 0.0
         self._started = False
+        self._begun, self._pace = math.inf, SWIFT  # the time left when the tree was planted, the last one's share of it
 
     @property
     def upper_radius(self) -> float:
@@ -192,8 +194,11 @@ class RadiusSearch:
         """The radius of the next stage."""
         upper = min(self.upper_radius, self.limit)
         last = upper if upper == self.limit else upper / (1 + CLOSING * self.tolerance)
+        if self._pace < SWIFT:
+            return last
         ahead = [share * upper for share in STAGES if share * upper > self.radius * 1.02 and share * upper < last]
-        return ahead[0] if ahead else last
+        following = ahead[0] if ahead else last
+        return following if self._pace < SLOW else (self.radius + following) / 2
 
     def _stage(self, stop: Callable[[], bool]) -> None:
         if self._tree is None:
@@ -206,6 +211,8 @@ class RadiusSearch:
             return stop() or self.hunt.radius < min(known, self._trial)
 
         tree.grow(self._watched(nearer))
+        if tree.proven:
+            self._pace = 1 - self._left() / self._begun if 0 < self._begun < math.inf else 0.0
         if tree.proven and self.radius < self._trial < self.hunt.radius:
             self.radius, self.margin = self._trial, self._margin()
         if self.hunt.radius <= self._trial:
@@ -223,29 +230,37 @@ class RadiusSearch:
 
     def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""
+        self._begun = self._left()
         ball = self.ball(radius)
         bounds = neuron_bounds(self.maps, ball, iterations=1)
         tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, counts=self.counts)
-        if len(tree.open) and self.maps.layers > 1:
+        if len(tree.open):
             self._tree, self._trial = tree, radius
             enough, known = self.counts.nodes + EASY, self.hunt.radius
             tree.grow(
                 self._watched(lambda: stop() or self.counts.nodes >= enough or self.hunt.radius < min(known, radius))
             )
-            unstable = sum(
-                int(((low < 0) & (high > 0)).sum())
-                for low, high in zip(bounds.lower[1:], bounds.upper[1:], strict=True)
-            )
-            if len(tree.open) and unstable <= MAX_REFINED and self.hunt.radius > radius and not stop():
-                left = self._left() * (1 - REFINING_SHARE)
-
-                def refined_enough() -> bool:
-                    return stop() or self._left() < left
-
-                bounds = neuron_bounds(self.maps, ball, stop=refined_enough)
-                bounds = refine(self.maps, ball, bounds, ROUNDS, refined_enough)
-                tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, counts=self.counts)
+        if len(tree.open) and self.hunt.radius > radius and not stop():
+            tree = self._strengthened(ball, bounds, stop)
         self._tree, self._trial = tree, radius
+
+    def _strengthened(self, ball: Polytope, bounds: NeuronBounds, stop: Callable[[], bool]) -> Tree:
+        """A tree from better bounds of the neurons, where they pay, with joint limits."""
+        unstable = sum(
+            int(((low < 0) & (high > 0)).sum()) for low, high in zip(bounds.lower[1:], bounds.upper[1:], strict=True)
+        )
+        small = unstable <= MAX_REFINED
+        if small and self.maps.layers > 1:
+            left = self._left() * (1 - REFINING_SHARE)
+
+            def refined_enough() -> bool:
+                return stop() or self._left() < left
+
+            bounds = neuron_bounds(self.maps, ball, stop=refined_enough)
+            bounds = refine(self.maps, ball, bounds, ROUNDS, refined_enough)
+        tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, counts=self.counts)
+        tree.limit(stop, None if small else 1)
+        return tree
 
     def _margin(self) -> float:
         """The proven margin at the radius: that of the roots where they suffice, else what counts as positive."""

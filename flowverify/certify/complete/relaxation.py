@@ -11,7 +11,16 @@ separately can only lose, and does so by a vertex of the hull: with the coeffici
 The coefficients of the stage below are then rho_k W_k. CROWN (Zhang et al. 2018) is rho = slope * A; alpha-CROWN
 (Xu et al. 2021) optimises the slopes of unstable neurons with A > 0; the multipliers of split neurons, l or u = 0,
 are beta-CROWN's (Wang et al. 2021): rho = A - beta or beta. At its best it is the LP relaxation (Ehlers 2017; dual:
-Dvijotham et al. 2018). Here rho = slope(A, alpha) * A + gamma, alpha in [0, 1], gamma free on split neurons.
+Dvijotham et al. 2018).
+
+Joint limits (:mod:`~flowverify.certify.complete.joint`) go beyond the relaxation of single neurons. To
+sum_i max(up_i z_i, -down_i z_i) <= limit belongs a theta >= 0: theta times the difference of both sides may be added,
+which makes neuron i steeper, with U = sum of theta up_i above 0 and D = sum of theta down_i below:
+
+    min over the hull = min((rho + D) (-l), 0, (A + U - rho) u)     l < 0 < u
+
+It is 0 for rho between -D and A + U, if there is any such: alpha in [0, 1] chooses it. Otherwise rho is the chord's,
+that makes both ends equal. Neurons with one phase have rho = A + U or -D. To all, gamma is added, free on splits.
 """
 
 from __future__ import annotations
@@ -25,18 +34,38 @@ from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import Polytope
+from flowverify.certify.complete.joint import JointLimits
 
 
 @dataclass
 class Multipliers:
-    """The dual variables of N bounds, one tensor (N, n_k) a layer, and a guess of the ball's multiplier (N,)."""
+    """The dual variables of N bounds.
+
+    Attributes:
+        alpha, gamma: of the neurons' slopes and splits, (N, n_k) a layer.
+        theta: of the joint limits, (N, G_k) a layer.
+        guess: of the ball's multiplier, (N,).
+    """
 
     alpha: list[Tensor]
     gamma: list[Tensor]
+    theta: list[Tensor]
     guess: Tensor
 
-    def rows(self, chosen: Tensor) -> Multipliers:
-        return Multipliers([a[chosen] for a in self.alpha], [g[chosen] for g in self.gamma], self.guess[chosen])
+    @property
+    def variables(self) -> list[Tensor]:
+        """All but the guess."""
+        return [*self.alpha, *self.gamma, *self.theta]
+
+    @classmethod
+    def of(cls, variables: Sequence[Tensor], guess: Tensor) -> Multipliers:
+        """The inverse of :attr:`variables`."""
+        layers = len(variables) // 3
+        alpha, gamma, theta = (list(variables[kind * layers : (kind + 1) * layers]) for kind in range(3))
+        return cls(alpha, gamma, theta, guess)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Multipliers:
+        return Multipliers.of([v[chosen] for v in self.variables], self.guess[chosen])
 
 
 @dataclass(frozen=True)
@@ -49,23 +78,32 @@ class Bound:
 
 
 def initial_multipliers(lower: Sequence[Tensor], upper: Sequence[Tensor], count: int) -> Multipliers:
-    """CROWN's choice of slopes, without multipliers for splits; bounds (n_k,) or (N, n_k)."""
+    """CROWN's choice of slopes, nothing for splits, no joint limits; bounds (n_k,) or (N, n_k)."""
     alpha = [
         (high > -low).to(low.dtype).expand(count, low.shape[-1]).clone() for low, high in zip(lower, upper, strict=True)
     ]
     guess = torch.zeros(count, dtype=torch.float64, device=alpha[0].device if alpha else None)
-    return Multipliers(alpha, [torch.zeros_like(a) for a in alpha], guess)
+    return Multipliers(alpha, [torch.zeros_like(a) for a in alpha], [a.new_zeros(count, 0) for a in alpha], guess)
 
 
-def relax(coefficient: Tensor, lower: Tensor, upper: Tensor, alpha: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """rho (N, n) and the constants (N,) of one ReLU layer for coefficients A (N, n) on its outputs."""
+def relax(
+    coefficient: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    up: Tensor | float = 0.0,
+    down: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """rho (N, n) and the constants (N,) of one ReLU layer for coefficients A (N, n) on its outputs, with U and D."""
     active, inactive = lower >= 0, upper <= 0
     unstable = ~(active | inactive)
-    chord = torch.where(unstable, upper / (upper - lower).clamp(min=1e-300), 0.0)
-    slope = torch.where(active, 1.0, torch.where(unstable, torch.where(coefficient > 0, alpha, chord), 0.0))
-    rho = slope * coefficient + gamma
-    below = torch.where(active, coefficient - rho, -rho) * lower
-    above = torch.where(inactive & ~active, -rho, coefficient - rho) * upper
+    least, most = torch.zeros_like(coefficient) - down, coefficient + up
+    chord = (upper * most - lower * least) / (upper - lower).clamp(min=1e-300)
+    free = torch.where(most < least, chord, least + alpha * (most - least))
+    rho = torch.where(active, most, torch.where(unstable, free, least)) + gamma
+    below = torch.where(active, most - rho, least - rho) * lower
+    above = torch.where(inactive & ~active, least - rho, most - rho) * upper
     constant = torch.minimum(below, above)
     return rho, torch.where(unstable, constant.clamp(max=0), constant).sum(-1)
 
@@ -86,11 +124,13 @@ def linear_bound(
     lower: Sequence[Tensor],
     upper: Sequence[Tensor],
     multipliers: Multipliers,
+    joint: Sequence[JointLimits] = (),
 ) -> Linear:
     """A linear function of the image below specification . z_stage, wherever the neurons' bounds hold.
 
     Args:
         lower, upper: of the inputs of the ReLU layers below the stage, (N, n_k) or (n_k,).
+        joint: limits of each of these layers; none if not given.
     """
     constant = specification @ maps.stages[stage].bias
     carried = {source: specification @ weight for source, weight in maps.stages[stage].weights.items()}
@@ -100,7 +140,12 @@ def linear_bound(
         if own is None:
             own = torch.zeros_like(multipliers.alpha[index])
         coefficients[index] = own
-        rho, term = relax(own, lower[index], upper[index], multipliers.alpha[index], multipliers.gamma[index])
+        slopes: tuple[Tensor, ...] = ()
+        if joint and joint[index].groups:
+            theta = multipliers.theta[index]
+            slopes = joint[index].slopes(theta, own.shape[1])
+            constant = constant - torch.where(theta > 0, theta * joint[index].limit, 0.0).sum(1)
+        rho, term = relax(own, lower[index], upper[index], multipliers.alpha[index], multipliers.gamma[index], *slopes)
         constant = constant + term + rho @ maps.stages[index].bias
         for source, weight in maps.stages[index].weights.items():
             more = rho @ weight
@@ -119,6 +164,7 @@ def lower_bound(
     lower: Sequence[Tensor],
     upper: Sequence[Tensor],
     multipliers: Multipliers,
+    joint: Sequence[JointLimits] = (),
     *,
     tolerance: float = 1e-9,
     point: bool = False,
@@ -128,7 +174,7 @@ def lower_bound(
     Args:
         tolerance: of the minimum over the ball; the bound is sound at any.
     """
-    linear = linear_bound(maps, stage, specification, lower, upper, multipliers)
+    linear = linear_bound(maps, stage, specification, lower, upper, multipliers, joint)
     if linear.on_image.requires_grad and torch.is_grad_enabled():
         least, multiplier, nearest = _Concretise.apply(  # type: ignore[no-untyped-call]
             linear.on_image, ball, multipliers.guess, tolerance

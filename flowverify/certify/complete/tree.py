@@ -17,6 +17,7 @@ from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import Polytope
 from flowverify.certify.complete.branching import branch, most_relaxed
 from flowverify.certify.complete.hunt import Hunt
+from flowverify.certify.complete.joint_search import limit_jointly, spent
 from flowverify.certify.complete.leaf import LeafProgram
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, improve, tighten
 from flowverify.certify.complete.nodes import Nodes, join, roots
@@ -28,6 +29,8 @@ FEW = 24  # unstable neurons
 POLISHING, SMALL = 40, 0.15
 BATCH = 128
 TIGHTENED = 12  # neurons of every layer that get new bounds after a split below them
+LIMITED_EVERY = 3  # splits
+FIRST_LIMITS, UPPER_LIMITS = (5, 6), (4, 8)  # joint limits of the first layer and of those above: groups, members
 DESCENT_EVERY = 16  # batches
 
 
@@ -68,6 +71,7 @@ class Tree:
         self.allowance, self.hunt = allowance, hunt
         self.counts = Counts() if counts is None else counts
         self.batch_size, self.notes = BATCH, ""
+        self._limited = False
         self._leaf: LeafProgram | None = None
         self._batches = 0
         self.stuck: list[Nodes] = []
@@ -106,6 +110,21 @@ class Tree:
             self.open = join([*self.stuck, self.open])
             self.stuck = []
 
+    def limit(self, stop: Callable[[], bool], layers: int | None = None) -> None:
+        """Joint limits for the open nodes and their descendants: of the first ``layers`` layers, by default of all."""
+        self._limited = True
+        for layer in range(self.maps.layers if layers is None else layers):
+            if not len(self.open) or stop():
+                return
+            groups, size = FIRST_LIMITS if layer == 0 else UPPER_LIMITS
+            nodes = limit_jointly(
+                self.maps, self.ball, layer, self.maps.layers, self.specification, self.open, groups, size, stop
+            )
+            nodes = self._improve(nodes, ROOT_ITERATIONS)
+            undone = self._undone(nodes)
+            self.done += float(nodes.share[~undone].sum())
+            self.open = nodes[undone]
+
     def grow(self, stop: Callable[[], bool]) -> None:
         """Splits nodes until none is open or ``stop`` says so, which is asked after every batch."""
         while len(self.open) and not stop():
@@ -143,12 +162,25 @@ class Tree:
             affected = tighten(self.maps, self.ball, affected, chosen)
             children = join([affected, children[~below]])
         if len(children):
-            children = self._polish(self._improve(children, ITERATIONS))
+            children = self._polish(self._improve(self._limited_again(children), ITERATIONS))
             undone = self._undone(children)
             self.done += float(children.share[~undone].sum())
             children = children[undone]
         kept = [part for part in (waiting, children) if part is not None and len(part)]
         return join(kept) if kept else None
+
+    def _limited_again(self, nodes: Nodes) -> Nodes:
+        """New joint limits of the first layer for nodes, every few splits, that have split the members of theirs."""
+        if not self._limited:
+            return nodes
+        depth = torch.stack([sign.ne(0).sum(1) for sign in nodes.signs]).sum(0)
+        again = (depth % LIMITED_EVERY == 0) & spent(self.maps, 0, self.maps.layers, self.specification, nodes)
+        if not bool(again.any()):
+            return nodes
+        renewed = limit_jointly(
+            self.maps, self.ball, 0, self.maps.layers, self.specification, nodes[again], *FIRST_LIMITS
+        )
+        return join([renewed, nodes[~again]])
 
     def _undone(self, nodes: Nodes) -> Tensor:
         return ~(nodes.bound > self.allowance)  # a NaN proves nothing
