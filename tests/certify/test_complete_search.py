@@ -19,6 +19,7 @@ import flowverify as fv
 from flowverify.attack import make_attack
 from flowverify.certify.certificate import Interrupted, Verdict
 from flowverify.certify.complete import certifier as certifier_module
+from flowverify.certify.complete import radius_search as search_module
 from flowverify.certify.complete import tree as tree_module
 from flowverify.certify.complete.certifier import CompleteCertifier, CompleteOptions
 from flowverify.certify.complete.milp import MilpCertifier
@@ -90,6 +91,26 @@ class TestBracket:
         assert gaps[0] >= gaps[1] >= gaps[2]
         assert search.finished
         assert gaps[2] <= 1.0001
+
+    def test_a_tree_that_takes_too_long_makes_room_for_a_smaller_radius(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network, images, labels = digits()
+        planted: list[float] = []
+        real = search_module.RadiusSearch._plant
+
+        def plant(self, radius, stop):  # type: ignore[no-untyped-def]
+            planted.append(radius)
+            real(self, radius, stop)
+
+        monkeypatch.setattr(search_module.RadiusSearch, "_plant", plant)
+        patient = CompleteCertifier(network, options=CompleteOptions(timeout=600)).search(images[:1], labels[:1])[0]
+        assert planted == sorted(planted)
+        planted.clear()
+        monkeypatch.setattr(search_module, "PATIENCE", 1e-9)
+        monkeypatch.setattr(search_module, "EASY", 1)
+        hasty = CompleteCertifier(network, options=CompleteOptions(timeout=600)).search(images[:1], labels[:1])[0]
+        assert planted != sorted(planted), "no stage was given up"
+        assert hasty.upper_radius is not None and hasty.radius < hasty.upper_radius <= hasty.radius * 1.0101
+        assert hasty.radius == pytest.approx(patient.radius, rel=0.01)
 
     def test_out_of_budget_keeps_what_is_known(self) -> None:
         network, images, labels = digits()

@@ -23,8 +23,9 @@ from flowverify.certify.complete.neuron_bounds import NeuronBounds, neuron_bound
 from flowverify.certify.complete.tree import Counts, Tree
 from flowverify.transport.ground import parse_ground
 
-STAGES = (0.8, 0.9, 0.96)  # of the nearest counterexample, before the radius that closes the bracket
-SWIFT, SLOW = 0.03, 0.12  # shares of the time left: what takes less goes to the end at once, more in halves
+STAGES = (0.8, 0.9, 0.955)  # of the nearest counterexample, before the radius that closes the bracket
+SWIFT, PATIENCE = 0.06, 0.6  # shares of the time left: a tree of less skips the last stage, one of more is given up
+FAR = 0.95  # of a stage's radius; nearer to what is proven, nothing is given up
 CLOSING = 0.95  # the last stage leaves this share of the tolerance to use
 BISECTIONS = 10
 FIRST_RADIUS = 0.05
@@ -88,7 +89,8 @@ class RadiusSearch:
         self._tree: Tree | None = None
         self._trial = 0.0
         self._started = False
-        self._begun, self._pace = math.inf, SWIFT  # the time left when the tree was planted, the last one's share of it
+        self._begun, self._swift = math.inf, False  # the time left when the tree began; whether the last was easy
+        self._retreat: float | None = None
 
     @property
     def upper_radius(self) -> float:
@@ -118,13 +120,7 @@ class RadiusSearch:
 
     def run(self, budget: Budget) -> None:
         """Narrows the bracket until it is closed or the budget is spent."""
-        begin, before = budget.clock(), self.counts.nodes
-        self._left = lambda: math.inf if budget.seconds is None else budget.seconds - (budget.clock() - begin)
-
-        def stop() -> bool:
-            spent = budget.nodes is not None and self.counts.nodes - before >= budget.nodes
-            return spent or self._left() <= 0
-
+        begin, stop = budget.clock(), self._begin(budget)
         try:
             if not self._started:
                 self._start(stop)
@@ -135,12 +131,10 @@ class RadiusSearch:
 
     def decide(self, radius: float, budget: Budget) -> bool | None:
         """Whether the radius is proven (True), has a counterexample within (False), or neither yet (None)."""
-        begin, before = budget.clock(), self.counts.nodes
-        self._left = lambda: math.inf if budget.seconds is None else budget.seconds - (budget.clock() - begin)
+        begin, spent = budget.clock(), self._begin(budget)
 
         def stop() -> bool:
-            spent = budget.nodes is not None and self.counts.nodes - before >= budget.nodes
-            return spent or self._left() <= 0 or self.hunt.radius <= radius
+            return spent() or self.hunt.radius <= radius
 
         try:
             if self._tree is None or self._trial != radius:
@@ -161,6 +155,13 @@ class RadiusSearch:
             self.radius, self.margin = radius, self._margin()
             return True
         return None
+
+    def _begin(self, budget: Budget) -> Callable[[], bool]:
+        """What tells whether this budget is spent, from now on."""
+        begin, before = budget.clock(), self.counts.nodes
+        self._left = lambda: math.inf if budget.seconds is None else budget.seconds - (budget.clock() - begin)
+        self._begun = self._left()
+        return lambda: (budget.nodes is not None and self.counts.nodes - before >= budget.nodes) or self._left() <= 0
 
     def _start(self, stop: Callable[[], bool]) -> None:
         """Counterexamples without a tree, and the largest radius that its root proves."""
@@ -194,11 +195,11 @@ class RadiusSearch:
         """The radius of the next stage."""
         upper = min(self.upper_radius, self.limit)
         last = upper if upper == self.limit else upper / (1 + CLOSING * self.tolerance)
-        if self._pace < SWIFT:
-            return last
         ahead = [share * upper for share in STAGES if share * upper > self.radius * 1.02 and share * upper < last]
-        following = ahead[0] if ahead else last
-        return following if self._pace < SLOW else (self.radius + following) / 2
+        if self._retreat is not None:
+            following, self._retreat = self._retreat, None
+            return following if self.radius < following < last else last
+        return ahead[0] if len(ahead) > self._swift else last
 
     def _stage(self, stop: Callable[[], bool]) -> None:
         if self._tree is None:
@@ -208,11 +209,10 @@ class RadiusSearch:
         known = self.hunt.radius
 
         def nearer() -> bool:
-            return stop() or self.hunt.radius < min(known, self._trial)
+            return stop() or self.hunt.radius < min(known, self._trial) or self._too_far()
 
         tree.grow(self._watched(nearer))
-        if tree.proven:
-            self._pace = 1 - self._left() / self._begun if 0 < self._begun < math.inf else 0.0
+        self._swift = tree.proven and self._left() > (1 - SWIFT) * self._begun
         if tree.proven and self.radius < self._trial < self.hunt.radius:
             self.radius, self.margin = self._trial, self._margin()
         if self.hunt.radius <= self._trial:
@@ -222,11 +222,17 @@ class RadiusSearch:
             if self._trial <= self.radius:
                 self._tree = None
             return
-        if tree.finished:
+        if not tree.finished and self._too_far():
+            self._retreat, self._tree = (self.radius + self._trial) / 2, None
+        elif tree.finished:
             if tree.stuck:
                 # Nothing is open, nothing is proven, no counterexample: a tie to within rounding.
                 self.exhausted = True
             self._tree = None
+
+    def _too_far(self) -> bool:
+        """Whether the tree has taken so long that the time left is better spent on a smaller radius."""
+        return self.radius < FAR * self._trial and self._left() < (1 - PATIENCE) * self._begun < math.inf
 
     def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""
