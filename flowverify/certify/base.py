@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.certificate import Certificate, Verdict
+from flowverify.certify.certificate import Certificate, Interrupted, Verdict
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network, load_network
 from flowverify.threat import WassersteinBall, check_cap, check_images
@@ -110,6 +111,41 @@ class BaseCertifier(ABC):
         with torch.no_grad():
             values = self.precise.values(images.double()).values()
         return ROUNDING * torch.stack([value.flatten(1).abs().amax(1) for value in values]).amax(0)
+
+    def one_by_one(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        ball: WassersteinBall,
+        searching: bool,
+        one: Callable[[Tensor, Tensor, Tensor], Certificate],
+    ) -> list[Certificate]:
+        """What ``one`` says of each image (C, H, W), float64, with its label and prediction, if it is classified right.
+
+        Args:
+            ball: its ground cost and cap, and, unless ``searching``, its radius.
+
+        Raises:
+            Interrupted: at Ctrl-C, with what is known until then.
+            InvalidInputError, UnknownNameError: see :meth:`check`.
+        """
+        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        result: list[Certificate] = []
+        if not len(images):
+            return result
+        for image, label, prediction, correct in zip(images, labels, *self.clean(images, labels), strict=True):
+            if not bool(correct):
+                radius = 0.0 if searching else ball.radius
+                wrong = Verdict.MISCLASSIFIED
+                result.append(self.certificate(label, prediction, wrong, ball.ground, radius, 0.0, cap=ball.cap))
+                continue
+            try:
+                result.append(one(image.double(), label, prediction))
+            except Interrupted as stopped:
+                raise Interrupted([*result, *stopped.certificates]) from None
+            except KeyboardInterrupt:
+                raise Interrupted(result) from None
+        return result
 
     def certificate(
         self,

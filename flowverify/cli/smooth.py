@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.options import DataDir, Device, Json
+from flowverify.cli.options import DataDir, DatasetName, Device, Ground, Index, Json, Model, Split
 from flowverify.cli.report import user_errors
 from flowverify.cli.smooth_job import Job
 from flowverify.errors import InvalidInputError, UnknownNameError
@@ -34,9 +34,6 @@ smooth = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelName = Annotated[
-    str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")
-]
 NoiseName = Annotated[
     str | None,
     typer.Option(
@@ -51,11 +48,6 @@ Sigma = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--n", help="Samples of an image.")]
 Alpha = Annotated[float, typer.Option(help="Probability of an error that is accepted, for each image.")]
-DatasetName = Annotated[
-    str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
-]
-Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
-Split = Annotated[str, typer.Option(help="test or train.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Memory = Annotated[int, typer.Option(min=1, help="MiB for noisy images and what the network makes of them.")]
 Save = Annotated[
@@ -66,7 +58,7 @@ Save = Annotated[
 @smooth.command()
 @user_errors
 def predict(
-    model: ModelName,
+    model: Model,
     noise: NoiseName = None,
     sigma: Sigma = None,
     n: Samples = 10_000,
@@ -119,7 +111,7 @@ def predict(
 @smooth.command()
 @user_errors
 def certify(
-    model: ModelName,
+    model: Model,
     noise: NoiseName = None,
     sigma: Sigma = None,
     step: Annotated[float | None, typer.Option(help="Of splitting, of the image's mass.")] = None,
@@ -128,7 +120,7 @@ def certify(
     n: Samples = 10_000,
     alpha: Alpha = 0.05,
     certificate: Annotated[str, typer.Option(help="tight, or paper.")] = "tight",
-    ground: Annotated[str, typer.Option(help="The ground cost, l1 or l2.")] = "l1",
+    ground: Ground = "l1",
     dataset: DatasetName = None,
     index: Index = None,
     split: Split = "test",

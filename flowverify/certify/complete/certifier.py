@@ -137,22 +137,13 @@ class CompleteCertifier(BaseCertifier):
         )
 
     def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
-        if not len(images):
-            return []
-        predictions, correct = self.clean(images, labels)
-        result: list[Certificate] = []
-        for index in range(len(images)):
-            own = labels[index], predictions[index]
-            if bool(correct[index]):
-                try:
-                    result.append(self._one(images[index].double(), *own, ball, searching))
-                except Interrupted as stopped:
-                    raise Interrupted([*result, *stopped.certificates]) from None
-            else:
-                radius = 0.0 if searching else ball.radius
-                result.append(self.certificate(*own, Verdict.MISCLASSIFIED, ball.ground, radius, 0.0, cap=ball.cap))
-        return result
+        return self.one_by_one(
+            images,
+            labels,
+            ball,
+            searching,
+            lambda image, label, prediction: self._one(image, label, prediction, ball, searching),
+        )
 
     def _one(
         self, image: Tensor, label: Tensor, prediction: Tensor, ball: WassersteinBall, searching: bool

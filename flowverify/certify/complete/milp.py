@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.certify.base import BaseCertifier
-from flowverify.certify.certificate import Certificate, Interrupted, Verdict
+from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.certify.complete.certifier import CompleteOptions
 from flowverify.certify.complete.hunt import Hunt
 from flowverify.certify.complete.program import NetworkProgram
@@ -75,23 +75,10 @@ class MilpCertifier(BaseCertifier):
             raise InvalidInputError(
                 f"method milp with ground cost {ball.ground!r} and cap {ball.cap}: expected l1 and no cap"
             )
-        images, labels = self.check(images, labels)
-        if not len(images):
-            return []
-        predictions, correct = self.clean(images, labels)
-        result: list[Certificate] = []
-        for index in range(len(images)):
-            own = labels[index], predictions[index]
-            if not bool(correct[index]):
-                radius = 0.0 if searching else ball.radius
-                result.append(self.certificate(*own, Verdict.MISCLASSIFIED, "l1", radius, 0.0))
-                continue
-            try:
-                one = self._search if searching else self._decide
-                result.append(one(images[index].double(), *own, ball.radius))
-            except KeyboardInterrupt:
-                raise Interrupted(result) from None
-        return result
+        one = self._search if searching else self._decide
+        return self.one_by_one(
+            images, labels, ball, searching, lambda image, label, prediction: one(image, label, prediction, ball.radius)
+        )
 
     def _left(self, begin: float) -> float | None:
         return None if self.options.timeout is None else self.options.timeout - (self.options.clock() - begin)
