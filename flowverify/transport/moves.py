@@ -17,7 +17,6 @@ With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`fl
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowverify.errors import InvalidInputError
+from flowverify.transport.compiled import share_out
 from flowverify.transport.ground import offsets_by_cost, parse_ground
 
 Array = NDArray[Any]
@@ -102,7 +102,7 @@ def best_moves(
                     rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], cap, metric, longest, moved[k]
                 )
 
-    _share_out(work, count)
+    share_out(work, count)
     result = torch.from_numpy(numbers).to(device)
     return Moves(torch.from_numpy(moved).to(device).reshape(images.shape), result[:, 0], result[:, 1], result[:, 2])
 
@@ -113,15 +113,3 @@ def _limits(values: Tensor | None, count: int, what: str) -> Array:
     if tuple(values.shape) != (count,) or bool(torch.isnan(values).any()):
         raise InvalidInputError(f"{what} of shape {tuple(values.shape)}: expected ({count},), and no NaN")
     return values.detach().double().cpu().numpy()
-
-
-def _share_out(work: Any, count: int) -> None:
-    workers = min(torch.get_num_threads(), count)
-    if workers <= 1:
-        work(0, count)
-        return
-    size = -(-count // (4 * workers))
-    with ThreadPoolExecutor(workers) as pool:
-        starts = range(0, count, size)
-        for outcome in [pool.submit(work, start, min(start + size, count)) for start in starts]:
-            outcome.result()

@@ -25,7 +25,7 @@ from flowverify.transport.ground import parse_ground
 
 STAGES = (0.8, 0.9, 0.955)  # of the nearest counterexample, before the radius that closes the bracket
 SWIFT, PATIENCE = 0.06, 0.6  # shares of the time left: a tree of less skips the last stage, one of more is given up
-FAR = 0.95  # of a stage's radius; nearer to what is proven, nothing is given up
+FAR = 0.94  # of a stage's radius; nearer to what is proven, nothing is given up
 CLOSING = 0.95  # the last stage leaves this share of the tolerance to use
 BISECTIONS = 10
 FIRST_RADIUS = 0.05
