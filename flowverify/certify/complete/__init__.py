@@ -6,4 +6,10 @@ For a network of affine layers and ReLUs, an image mu of label y and a radius, t
 
 On the polytope of images (``complete``) the answer is exact, on the L1 ball of flows (``vanilla-complete``) it is
 exact for that larger set: framework paper (2021), Section 3.2 and Table 1.
+
+From below: the network as matrices (``affine_maps``) and the ball (``balls``); bounds by a Lagrangian dual
+(``relaxation``, ``ascent``), of many neurons at once where the budget is small (``joint``, ``joint_search``); the
+branches of a tree (``nodes``, ``branching``, ``neuron_bounds``, ``leaf``, ``tree``); counterexamples (``hunt``); the
+radius of one image (``radius_search``) and certificates (``certifier``, ``references``). ``program`` and ``milp`` are
+the second method, which shares none of this.
 """
