@@ -15,7 +15,7 @@ def solve_least_budgets(
 ) -> None:  # fmt: skip
     """Solves problems ``first`` to ``last`` of one image."""
     kind = coefficients.dtype
-    base, buffers = allocate(coefficients, columns.size, shape)
+    base, buffers = allocate(coefficients, columns.size, holder_mass.size, shape)
     lipschitz = np.empty(LANES, kind)
     trial = np.empty(LANES, kind)
     excess = np.empty(LANES, kind)

@@ -28,7 +28,7 @@ def solve(
     """Excess, multiplier and maximiser of every problem; see :func:`flowverify.transport.support.support`."""
     if ground != "l1":
         return _solve_knapsacks(coefficients, images, budget[:, None].expand_as(guess), maximiser, ground)
-    from flowverify.transport import scan_kernel
+    from flowverify.transport import plan_kernel, scan_kernel
 
     batch = _Batch(coefficients, images)
     budgets, guesses = budget.numpy(), guess.contiguous().numpy()
@@ -41,9 +41,9 @@ def solve(
             first, last, excess[index], multipliers[index], brackets[index],
         )  # fmt: skip
         if maximisers is not None:
-            scan_kernel.maximise_problems(
-                batch.rows(index), batch.mass[index], np.full(batch.problems, budgets[index]), brackets[index],
-                batch.shape, first, last, maximisers[index],
+            plan_kernel.maximise_problems(
+                batch.rows(index), batch.mass[index], *layout, np.full(batch.problems, budgets[index]),
+                brackets[index], batch.shape, first, last, maximisers[index],
             )  # fmt: skip
 
     batch.run(work)
@@ -170,16 +170,19 @@ def maximise(coefficients: Tensor, images: Tensor, budget: Tensor, bracket: Tens
         found = _solve_knapsacks(coefficients, images, budget, True, ground)[2]
         assert found is not None
         return found
-    from flowverify.transport import scan_kernel
+    from flowverify.transport import plan_kernel
 
     batch = _Batch(coefficients, images)
     budgets, brackets = budget.contiguous().numpy(), bracket.contiguous().numpy()
     maximisers = batch.empty(batch.pixels, batch.mass.dtype)
-    for index in range(len(images)):
-        scan_kernel.maximise_problems(
-            batch.rows(index), batch.mass[index], budgets[index], brackets[index], batch.shape, 0, batch.problems,
+
+    def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
+        plan_kernel.maximise_problems(
+            batch.rows(index), batch.mass[index], *layout, budgets[index], brackets[index], batch.shape, first, last,
             maximisers[index],
         )  # fmt: skip
+
+    batch.run(work)
     moved = batch.image_tensor(maximisers)
     assert moved is not None
     return moved

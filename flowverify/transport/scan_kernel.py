@@ -60,7 +60,9 @@ def _scan(value: Array, steps: Array, price: Array, lines: int, count: int) -> N
 
 
 @numba.njit(nogil=True, cache=True)
-def allocate(coefficients: Array, columns: int, shape: tuple[int, int, int]) -> tuple[Array, tuple[Array, ...]]:
+def allocate(
+    coefficients: Array, columns: int, holders: int, shape: tuple[int, int, int]
+) -> tuple[Array, tuple[Array, ...]]:
     """Room for the coefficients of :func:`load`, and the buffers of :func:`evaluate` for so many columns with mass."""
     channels, height, width = shape
     kind = coefficients.dtype
@@ -71,8 +73,9 @@ def allocate(coefficients: Array, columns: int, shape: tuple[int, int, int]) -> 
     value_rows = np.empty(height * columns * LANES, kind)
     steps_rows = np.empty(height * columns * LANES, kind)
     price = np.empty(max(height, width) * LANES, kind)
+    reach = np.empty(holders * LANES, kind)
     buffers = (
-        value, steps, value_rows, steps_rows, price, value.view(np.complex128), steps.view(np.complex128),
+        reach, value, steps, value_rows, steps_rows, price, value.view(np.complex128), steps.view(np.complex128),
         value_rows.view(np.complex128), steps_rows.view(np.complex128),
     )  # fmt: skip
     return base, buffers
@@ -93,19 +96,27 @@ def load(coefficients: Array, first: int, used: int, base: Array, shape: tuple[i
 
 
 @numba.njit(nogil=True, cache=True)
+def _steepest(base: Array, first: int, second: int, count: int, result: Array) -> None:
+    """Raises each lane's result to the largest difference between ``count`` neighbours."""
+    for position in range(count):
+        here, there = np.uint64(first + position * LANES), np.uint64(second + position * LANES)
+        for lane in range(LANES):
+            step = np.uint64(lane)
+            difference = abs(base[here + step] - base[there + step])
+            result[step] = difference if difference > result[step] else result[step]
+
+
+@numba.njit(nogil=True, cache=True)
 def lipschitz_constants(base: Array, shape: tuple[int, int, int], result: Array) -> None:
     channels, height, width = shape
     result[:] = 0
+    line = height * LANES
     for channel in range(channels):
         for column in range(width):
-            for row in range(height):
-                here = ((channel * width + column) * height + row) * LANES
-                for lane in range(LANES):
-                    if row > 0:
-                        result[lane] = max(result[lane], abs(base[here + lane] - base[here - LANES + lane]))
-                    if column > 0:
-                        left = here - height * LANES
-                        result[lane] = max(result[lane], abs(base[here + lane] - base[left + lane]))
+            start = (channel * width + column) * line
+            _steepest(base, start + LANES, start, height - 1, result)
+            if column > 0:
+                _steepest(base, start, start - line, height, result)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -113,9 +124,12 @@ def evaluate(
     base: Array, multiplier: Array, shape: tuple[int, int, int], columns: Array,
     holders: Array, mass: Array, buffers: tuple[Array, ...], gain: Array, cost: Array,
 ) -> None:  # fmt: skip
-    """gain = sum_i mu_i (dilation(c) - c)_i and cost = the transport cost of moving to the argmaxima."""
+    """gain = sum_i mu_i (dilation(c) - c)_i and cost = the transport cost of moving to the argmaxima.
+
+    The first buffer has the distance of each holder of mass to its argmax, (holder, lane).
+    """
     channels, height, width = shape
-    value, steps, value_rows, steps_rows, price, value_wide, steps_wide, value_rows_wide, steps_rows_wide = buffers
+    reach, value, steps, value_rows, steps_rows, price, value_wide, steps_wide, value_rows_wide, steps_rows_wide = buffers
     for k in range(price.size):
         price[k] = multiplier[k % LANES]
     value[:] = base
@@ -140,6 +154,7 @@ def evaluate(
             for lane in range(LANES):
                 gain[lane] += weight * (value_rows[goal + lane] - base[start + lane])
                 cost[lane] += weight * steps_rows[goal + lane]
+                reach[holder * LANES + lane] = steps_rows[goal + lane]
             holder += 1
 
 
@@ -168,7 +183,7 @@ def solve_problems(
 ) -> None:  # fmt: skip
     """Solves problems ``first`` to ``last`` of one image; see :func:`flowverify.transport.support.support`."""
     kind = coefficients.dtype
-    base, buffers = allocate(coefficients, columns.size, shape)
+    base, buffers = allocate(coefficients, columns.size, holder_mass.size, shape)
     lipschitz = np.empty(LANES, kind)
     trial = np.empty(LANES, kind)
     gain = np.empty(LANES, kind)
@@ -226,69 +241,3 @@ def solve_problems(
             multipliers[start + lane] = best_at[lane]
             brackets[start + lane, 0] = side[lane, 0]
             brackets[start + lane, 1] = side[lane, 3]
-
-
-@numba.njit(nogil=True, cache=True)
-def _argmax_scan(value: Array, origin: Array, multiplier: float, height: int, width: int) -> None:
-    for row in range(height):
-        for column in range(1, width):
-            _take(value, origin, multiplier, row * width + column, row * width + column - 1)
-        for column in range(width - 2, -1, -1):
-            _take(value, origin, multiplier, row * width + column, row * width + column + 1)
-    for pixel in range(width, height * width):
-        _take(value, origin, multiplier, pixel, pixel - width)
-    for pixel in range((height - 1) * width - 1, -1, -1):
-        _take(value, origin, multiplier, pixel, pixel + width)
-
-
-@numba.njit(nogil=True, cache=True)
-def _take(value: Array, origin: Array, multiplier: float, target: int, source: int) -> None:
-    there = value[source] - multiplier
-    if there > value[target]:
-        value[target] = there
-        origin[target] = origin[source]
-
-
-@numba.njit(nogil=True, cache=True)
-def _move(coefficients: Array, mass: Array, multiplier: float, shape: tuple[int, int, int], moved: Array) -> float:
-    """Moves every source to its argmax at ``multiplier``; returns the transport cost."""
-    channels, height, width = shape
-    plane = height * width
-    moved[:] = 0
-    cost = 0.0
-    for channel in range(channels):
-        offset = channel * plane
-        value = coefficients[offset : offset + plane].copy()
-        origin = np.arange(plane)
-        _argmax_scan(value, origin, value.dtype.type(multiplier), height, width)
-        for pixel in range(plane):
-            if mass[offset + pixel] != 0:
-                goal = origin[pixel]
-                moved[offset + goal] += mass[offset + pixel]
-                distance = abs(goal // width - pixel // width) + abs(goal % width - pixel % width)
-                cost += mass[offset + pixel] * distance
-    return cost
-
-
-@numba.njit(nogil=True, cache=True)
-def maximise_problems(
-    coefficients: Array, mass: Array, budgets: Array, brackets: Array, shape: tuple[int, int, int],
-    first: int, last: int, maximisers: Array,
-) -> None:  # fmt: skip
-    """Writes nu*: the mix of the two sides of the bracket that spends exactly the budget."""
-    pixels = mass.size
-    far = np.empty(pixels, maximisers.dtype)
-    near = np.empty(pixels, maximisers.dtype)
-    for problem in range(first, last):
-        low, high, budget = brackets[problem, 0], brackets[problem, 1], budgets[problem]
-        near_cost = _move(coefficients[problem], mass, high, shape, near)
-        if near_cost > budget:
-            near[:] = mass
-            near_cost = 0.0
-        share = 0.0
-        if low >= 0:
-            far_cost = _move(coefficients[problem], mass, low, shape, far)
-            if far_cost > near_cost:
-                share = min(1.0, (budget - near_cost) / (far_cost - near_cost))
-        for pixel in range(pixels):
-            maximisers[problem, pixel] = (1 - share) * near[pixel] + (share * far[pixel] if share > 0 else 0.0)

@@ -1,4 +1,7 @@
-"""Raises lower bounds by Adam on their multipliers, problem by problem, until each is positive or time is up."""
+"""Raises lower bounds by Adam on their multipliers, problem by problem, until each is positive or time is up.
+
+The steps are taken on a sketch of the problem; the bounds that come out are in float64 and on all pixels.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,18 @@ from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import Polytope
+from flowverify.certify.complete.gradients import Adam, Problems
 from flowverify.certify.complete.joint import JointLimits
-from flowverify.certify.complete.relaxation import Bound, Multipliers, lower_bound
+from flowverify.certify.complete.relaxation import Multipliers, lower_bound
+from flowverify.certify.complete.sketch import sketch_of
 
 SLOPE_STEP = 0.03
 SPLIT_STEP = 0.2
 LIMIT_STEP = 0.05
-STEPS = (SLOPE_STEP, SPLIT_STEP, LIMIT_STEP)
 DECAY = 0.98
-FIRST, SECOND = 0.9, 0.99  # Adam's averages
 LOOSE, TIGHT = 1e-3, 1e-6  # the ball's tolerance on the way, and of the last bound; all of them are sound
+SURE = 1e-5  # of a bound's terms: what float32 may be off
+FEWER = 0.7  # when so many are left to do, the others are put aside
 
 
 @dataclass
@@ -53,66 +58,52 @@ def ascend(
         enough: a problem whose bound exceeds this is left alone.
         pace: factor of all steps; small ones finish what large ones have begun.
     """
-    count = len(specification)
-    best = specification.new_full((count,), -torch.inf)
-    kept = Multipliers.of([v.clone() for v in start.variables], start.guess.clone())
-    points = specification.new_empty(count, ball.flat.numel())
-    rows = torch.arange(count, device=specification.device)
-    layers = len(start.alpha)
-    values = start.variables
-    means, squares = [torch.zeros_like(v) for v in values], [torch.zeros_like(v) for v in values]
-    own_lower, own_upper, own_signs, own_joint = list(lower), list(upper), list(signs), list(joint)
+    multipliers, points = start, None
+    if stage and iterations > 1 and len(specification):
+        problems = Problems.sketched(maps, ball, stage, specification, lower, upper, signs, joint)
+        multipliers, reached = _climb(problems, start.float(), iterations, enough, pace)
+        points = sketch_of(maps, ball).whole(reached)
+    bound = lower_bound(
+        maps, ball, stage, specification, lower, upper, multipliers, joint, tolerance=TIGHT, point=points is None
+    )  # fmt: skip
+    multipliers = Multipliers.of(multipliers.variables, bound.multiplier.to(multipliers.guess))
+    points = bound.point if points is None else points
+    assert points is not None
+    return Ascended(bound.value, multipliers, points)
+
+
+def _climb(
+    problems: Problems, start: Multipliers, iterations: int, enough: float, pace: float
+) -> tuple[Multipliers, Tensor]:
+    """The best multipliers that were met, in float64, and the last minimiser of each problem."""
+    count, device = len(problems.specification), problems.specification.device
+    best = torch.full((count,), -torch.inf, dtype=torch.float64, device=device)
+    kept, guesses = [v.clone() for v in start.variables], start.guess.clone()
+    points = problems.specification.new_empty(count, problems.maps.pixels)
+    rows = torch.arange(count, device=device)
+    adam = Adam(start, (SLOPE_STEP * pace, SPLIT_STEP * pace, LIMIT_STEP * pace), DECAY)
     guess = start.guess
     for step in range(iterations):
-        final = step == iterations - 1 and step > 0
-        leaves = [v.detach().requires_grad_(not final) for v in values]
-        with torch.set_grad_enabled(not final):
-            tolerance = LOOSE if values and step < iterations - 1 else TIGHT
-            bound: Bound = lower_bound(
-                maps, ball, stage, specification, own_lower, own_upper,
-                Multipliers.of(leaves, guess), own_joint, tolerance=tolerance, point=not final,
-            )  # fmt: skip
-        value = bound.value.detach()
-        better = value > best[rows]
-        chosen = rows[better]
-        best[chosen] = value[better]
-        for target, source in zip(kept.variables, leaves, strict=True):
-            target[chosen] = source.detach()[better]
-        kept.guess[rows] = bound.multiplier.to(kept.guess)
-        if bound.point is not None:
-            points[rows] = bound.point.detach()
-        if final or step == iterations - 1 or not leaves or not bound.value.requires_grad:
+        found = problems.slope(Multipliers.of(adam.values, guess), LOOSE)
+        better = found.value > best[rows]
+        if bool(better.all()) and len(rows) == count:
+            best, kept = found.value.double(), [v.clone() for v in adam.values]
+        else:
+            chosen = rows[better]
+            best[chosen] = found.value[better].double()
+            for target, source in zip(kept, adam.values, strict=True):
+                target[chosen] = source[better]
+        guess = found.multiplier
+        guesses[rows], points[rows] = guess.to(guesses), found.point.to(points)
+        if step == iterations - 1:
             break
-        gradients = torch.autograd.grad(bound.value.sum(), leaves, allow_unused=True)
-        with torch.no_grad():
-            values = []
-            for index, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
-                gradient = torch.zeros_like(leaf) if gradient is None else gradient.nan_to_num()
-                means[index] = FIRST * means[index] + (1 - FIRST) * gradient
-                squares[index] = SECOND * squares[index] + (1 - SECOND) * gradient.square()
-                size = (squares[index] / (1 - SECOND ** (step + 1))).sqrt() + 1e-8
-                kind, layer = divmod(index, layers)
-                rate = STEPS[kind] * DECAY**step * pace
-                moved = leaf.detach() + rate * means[index] / (1 - FIRST ** (step + 1)) / size
-                if kind == 0:
-                    values.append(moved.clamp(0, 1))
-                elif kind == 1:
-                    values.append(_on_side(moved, own_signs[layer]))
-                else:
-                    values.append(moved.clamp(min=0))
-        guess = bound.multiplier.to(guess)
-        going = value <= enough
-        if not bool(going.all()):
-            if not bool(going.any()):
-                break
-            rows, guess, specification = rows[going], guess[going], specification[going]
-            values, means, squares, own_lower, own_upper, own_signs = (
-                [v[going] for v in group] for group in (values, means, squares, own_lower, own_upper, own_signs)
-            )
-            own_joint = [limits[going] for limits in own_joint]
-    return Ascended(best, kept, points)
-
-
-def _on_side(gamma: Tensor, sign: Tensor) -> Tensor:
-    """Gamma is -beta where z >= 0 and beta where z <= 0, beta >= 0; 0 where nothing is split."""
-    return torch.where(sign > 0, gamma.clamp(max=0), torch.where(sign < 0, gamma.clamp(min=0), 0.0))
+        adam.step(found.gradients, problems.signs, problems.compiled)
+        going = ~(found.value > enough + SURE * found.size)
+        left = int(going.sum())
+        if left == 0:
+            break
+        if left <= FEWER * len(rows):
+            rows, guess = rows[going], guess[going]
+            adam.keep(going)
+            problems = problems[going]
+    return Multipliers.of([v.double() for v in kept], guesses), points

@@ -64,6 +64,27 @@ class Polytope:
         nearest = None if found.maximiser is None else found.maximiser[0].flatten(1)
         return Minimum(coefficients.detach() @ self.flat - found.excess[0], found.multiplier[0].double(), nearest)
 
+    def greatest_excess(self, coefficients: Tensor, error: Tensor, tolerance: float) -> Tensor:
+        """An upper bound (N,), float64, of max c . (nu - image) for functions c (N, pixels) in any precision.
+
+        Args:
+            coefficients: c, each entry off by at most ``error`` (N,).
+
+        The bound allows for them and for its own rounding: half a unit for each step of a scan, a subtraction, and
+        the sum over the pixels. A unit of mass moves at a cost of at least 1, so that errors of c count with twice
+        the budget.
+        """
+        kind = coefficients.dtype
+        shaped = coefficients.reshape(-1, *self.image.shape)
+        found = support(
+            shaped, self.image[None].to(kind), self.image.new_tensor([self.budget]), tolerance=tolerance,
+            ground=self.ground, cap=self.cap,
+        )  # fmt: skip
+        excess = found.excess[0].double()
+        unit = torch.finfo(kind).eps / 2
+        scanned = (sum(self.image.shape[1:]) + 4) * float(self.flat.sum()) * coefficients.abs().amax(1).double()
+        return excess + unit * (scanned + (self.flat.numel() + 4) * excess) + 2 * self.budget * error
+
 
 class FlowBall(Polytope):
     """{image + A d : ||d||_1 <= budget}: the L1 ball of flows, whose points may have negative pixels (fact F3)."""
@@ -77,6 +98,10 @@ class FlowBall(Polytope):
         slope = lipschitz_constant(shaped)
         value = coefficients.detach() @ self.flat - self.budget * slope
         return Minimum(value, slope, self._steepest(shaped) if point else None)
+
+    def greatest_excess(self, coefficients: Tensor, error: Tensor, tolerance: float) -> Tensor:
+        slope = lipschitz_constant(coefficients.reshape(-1, *self.image.shape)).double()
+        return self.budget * (slope * (1 + 4 * torch.finfo(coefficients.dtype).eps) + 2 * error)
 
     def _steepest(self, shaped: Tensor) -> Tensor:
         """All of the budget moved down the steepest edge of each function."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import Polytope
+from flowverify.certify.complete.gradients import Problems
 from flowverify.certify.complete.nodes import Nodes, join
-from flowverify.certify.complete.relaxation import linear_bound, lower_bound
+from flowverify.certify.complete.relaxation import Multipliers, lower_bound
 
 CANDIDATES = 2  # of each layer
 BETTER_CHILD = 0.1  # its weight beside the worse one
@@ -26,33 +27,26 @@ def branch(
     """Both children of every node (active ones first, then inactive), and the split neuron of each node.
 
     A bound beyond ``enough`` is worth no more than that. Every node must have an unstable ReLU below the stage. The
-    children have their parents' multipliers, and the better of their parents' bound and their own cheap one.
+    children have their parents' multipliers and bounds, or better ones where they are easily done.
     """
-    rows = specification[nodes.row]
-    coefficients = linear_bound(
-        maps, stage, rows, nodes.lower, nodes.upper, nodes.multipliers, nodes.joint
-    ).coefficients
+    problems, multipliers = sketched(maps, ball, stage, specification, nodes)
     choices, valid, start = [], [], 0
-    for index, unstable in enumerate(nodes.unstable()):
-        if index >= stage:
-            break
-        score = _score(coefficients[index], nodes.lower[index], nodes.upper[index], unstable)
+    for index, (own, unstable) in enumerate(
+        zip(problems.coefficients(multipliers), nodes.unstable()[:stage], strict=True)
+    ):
+        score = _score(own, problems.lower[index], problems.upper[index], unstable)
         best = score.topk(min(CANDIDATES, score.shape[1]), dim=1)
         choices.append(best.indices + start)
         valid.append(torch.isfinite(best.values))
         start += score.shape[1]
     candidates, usable = torch.cat(choices, 1), torch.cat(valid, 1)
     count, width = candidates.shape
-    parents = nodes[torch.arange(count, device=candidates.device).repeat_interleave(width)]
-    flat, able = candidates.flatten(), usable.flatten().nonzero().flatten()
-    parents, tried = parents[able], flat[able]
+    able = usable.flatten().nonzero().flatten()
+    parents, tried = able // width, candidates.flatten()[able]
+    own = multipliers[parents]
     sides = []
     for active in (True, False):
-        child = parents.decide(tried, active)
-        bound = lower_bound(
-            maps, ball, stage, specification[child.row], child.lower, child.upper, child.multipliers, child.joint,
-            tolerance=ROUGH,
-        ).value  # fmt: skip
+        bound = _split(problems, nodes, parents, tried, active).values(own, ROUGH)
         full = bound.new_full((count * width,), -torch.inf)
         full[able] = bound
         sides.append(full.reshape(count, width))
@@ -61,29 +55,57 @@ def branch(
     quality = torch.where(usable, quality, -torch.inf)
     pick = quality.argmax(1, keepdim=True)
     neuron = candidates.gather(1, pick).squeeze(1)
-    children = []
-    for active, side in zip((True, False), sides, strict=True):
-        child = nodes.decide(neuron, active)
-        child.bound = torch.maximum(child.bound, side.gather(1, pick).squeeze(1))
-        children.append(child)
-    return join(children), neuron
+    children = join([nodes.decide(neuron, active) for active in (True, False)])
+    easy = (torch.cat([side.gather(1, pick) for side in sides]).squeeze(1) > enough).nonzero().flatten()
+    if len(easy):
+        done = children[easy]
+        found = lower_bound(
+            maps, ball, stage, specification[done.row], done.lower, done.upper, done.multipliers, done.joint,
+            tolerance=ROUGH,
+        ).value  # fmt: skip
+        children.bound[easy] = torch.maximum(done.bound, found)
+    return children, neuron
 
 
-def most_relaxed(maps: AffineMaps, specification: Tensor, nodes: Nodes, count: int) -> list[Tensor | None]:
+def sketched(
+    maps: AffineMaps, ball: Polytope, stage: int, specification: Tensor, nodes: Nodes
+) -> tuple[Problems, Multipliers]:
+    """The bounds of nodes as problems on the sketch, with their multipliers."""
+    rows = specification[nodes.row]
+    problems = Problems.sketched(maps, ball, stage, rows, nodes.lower, nodes.upper, nodes.signs, nodes.joint)
+    return problems, nodes.multipliers.float()
+
+
+def _split(problems: Problems, nodes: Nodes, parents: Tensor, neuron: Tensor, active: bool) -> Problems:
+    """The problems of these ``parents`` (K,), with ``neuron`` (K,), counted through all layers, on one side."""
+    result, start = problems[parents], 0
+    for layer, lower in enumerate(result.lower):
+        here = ((neuron >= start) & (neuron < start + lower.shape[1])).nonzero().flatten()
+        own = neuron[here] - start
+        (lower if active else result.upper[layer])[here, own] = 0.0
+        if nodes.joint[layer].groups:
+            limit = nodes.joint[layer].limit_after(parents[here], own, active)
+            result.joint[layer].largest[here] = limit[..., None].float()
+        start += lower.shape[1]
+    return result
+
+
+def most_relaxed(
+    maps: AffineMaps, ball: Polytope, specification: Tensor, nodes: Nodes, count: int
+) -> list[Tensor | None]:
     """The neurons whose relaxation costs most, (N, ``count``) at most for each layer above the first."""
-    coefficients = linear_bound(
-        maps, len(maps.stages) - 1, specification[nodes.row], nodes.lower, nodes.upper, nodes.multipliers, nodes.joint
-    ).coefficients
+    problems, multipliers = sketched(maps, ball, len(maps.stages) - 1, specification, nodes)
+    coefficients = problems.coefficients(multipliers)
     chosen: list[Tensor | None] = [None]
     for layer, unstable in enumerate(nodes.unstable()):
         if layer > 0:
-            score = _score(coefficients[layer], nodes.lower[layer], nodes.upper[layer], unstable)
+            score = _score(coefficients[layer], problems.lower[layer], problems.upper[layer], unstable)
             chosen.append(score.topk(min(count, score.shape[1]), dim=1).indices)
     return chosen
 
 
 def _score(coefficient: Tensor, lower: Tensor, upper: Tensor, unstable: Tensor) -> Tensor:
     """What a neuron's relaxation can cost: the intercept of its upper line; a little for its lower lines."""
-    triangle = -lower * upper / (upper - lower).clamp(min=1e-300)
+    triangle = -lower * upper / (upper - lower).clamp(min=torch.finfo(lower.dtype).tiny)
     cost = coefficient.abs() * torch.where(coefficient < 0, triangle, 1e-3 * torch.minimum(upper, -lower))
     return torch.where(unstable, cost, -torch.inf)

@@ -6,6 +6,7 @@ misclassifies it strictly, with its pixels >= 0, its mass, and its W1 recomputed
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +56,7 @@ class Hunt:
         self.radius = float("inf")
         self.witness: Tensor | None = None
         self.least_margin = float("inf")
+        self._lock = RLock()
         self._precise, self._network = certifier.precise, certifier.network
 
     def margins(self, points: Tensor) -> Tensor:
@@ -78,7 +80,11 @@ class Hunt:
                     self._descend(self.image, target)
 
     def offer(self, points: Tensor, *, descend: bool = False) -> bool:
-        """Looks at points (N, C, H, W) or (N, pixels); whether a nearer counterexample came out."""
+        """Looks at points (N, C, H, W) or (N, pixels); whether a nearer counterexample came out. One thread at a time."""
+        with self._lock:
+            return self._offer(points, descend)
+
+    def _offer(self, points: Tensor, descend: bool) -> bool:
         points = points.reshape(-1, *self.image.shape)
         usable = torch.isfinite(points).flatten(1).all(1)
         points = points[usable]

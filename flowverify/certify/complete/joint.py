@@ -57,6 +57,14 @@ class JointLimits:
     def __getitem__(self, chosen: Tensor | slice) -> JointLimits:
         return JointLimits(*(value[chosen] for value in self._all))
 
+    def float(self) -> JointLimits:
+        """In single precision."""
+        return JointLimits(self.members, self.up.float(), self.down.float(), self.largest.float())
+
+    def closed(self) -> JointLimits:
+        """The same limits with one pattern only, the largest: enough where nothing more is split."""
+        return JointLimits(self.members, self.up, self.down, self.limit[..., None])
+
     @property
     def groups(self) -> int:
         return self.members.shape[1]
@@ -77,11 +85,23 @@ class JointLimits:
 
     def restrict(self, node: Tensor, neuron: Tensor, positive: bool) -> None:
         """Rules out, in place, the patterns where ``neuron`` (K,) of ``node`` (K,) has the other sign."""
+        if self.groups and len(node):
+            member, group, left = self._split(node, neuron, positive)
+            self.largest[node[member], group[member]] = left[member]
+
+    def limit_after(self, node: Tensor, neuron: Tensor, positive: bool) -> Tensor:
+        """What ``limit`` would be, (K, G), with ``neuron`` (K,) of ``node`` (K,) split to one side."""
+        result = self.limit[node]
+        if self.groups and len(node):
+            member, group, left = self._split(node, neuron, positive)
+            result[member.nonzero().flatten(), group[member]] = left[member].amax(-1)
+        return result
+
+    def _split(self, node: Tensor, neuron: Tensor, positive: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether a neuron is a member of a group, of which, and what is left of its patterns, (K,) and (K, 2 ** m)."""
         size = self.members.shape[-1]
-        if not self.groups or not len(node):
-            return
-        bit = (torch.arange(2**size, device=neuron.device) >> torch.arange(size, device=neuron.device)[:, None]) & 1
-        split = self.members[node] == neuron[:, None, None]
-        # A neuron is in a group at most once; elsewhere its slope is 0 and its sign makes no difference.
-        other = torch.einsum("kgm,mp->kgp", split.double(), (bit == (0 if positive else 1)).double()) > 0
-        self.largest[node] = self.largest[node].masked_fill(other, -torch.inf)
+        place = (self.members[node] == neuron[:, None, None]).flatten(1).to(torch.uint8)
+        member, first = place.max(1)
+        group, own = first // size, first % size
+        bit = (torch.arange(2**size, device=neuron.device) >> own[:, None]) & 1
+        return member > 0, group, self.largest[node, group].masked_fill(bit == (0 if positive else 1), -torch.inf)

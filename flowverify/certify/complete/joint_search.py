@@ -13,6 +13,7 @@ from flowverify.certify.complete.balls import Polytope
 from flowverify.certify.complete.joint import JointLimits
 from flowverify.certify.complete.nodes import Nodes
 from flowverify.certify.complete.relaxation import initial_multipliers, linear_bound
+from flowverify.certify.complete.workers import each, parts
 
 ITERATIONS = 8  # above the first layer
 CHUNK = 4096  # functions
@@ -82,12 +83,14 @@ def _largest(
     # At its own ends every neuron reaches its weight, whatever the ball allows.
     largest = weights.sum(1, keepdim=True).repeat(1, 2**size)
     useful = (weights[:, 1:2] > 0).flatten().nonzero().flatten()
-    for part in torch.split(useful, max(1, CHUNK // 2**size)):
-        if stop():
-            break
-        terms = torch.where(bits > 0, up[part, None], -down[part, None])  # (K, patterns, m)
-        found = _maximum(maps, ball, layer, nodes, part // groups, terms, members[part])
-        largest[part] = torch.minimum(largest[part], found)
+
+    def search(part: Tensor) -> None:
+        if not stop():
+            terms = torch.where(bits > 0, up[part, None], -down[part, None])  # (K, patterns, m)
+            found = _maximum(maps, ball, layer, nodes, part // groups, terms, members[part])
+            largest[part] = torch.minimum(largest[part], found)
+
+    each(search, parts(useful, max(1, CHUNK // 2**size)))
     largest += SLACK * largest.abs().amax() if largest.numel() else 0.0
     return largest.reshape(count, groups, -1)
 
@@ -98,11 +101,13 @@ def _maximum(
     """Upper bounds over the ball of sums of terms (K, P, m) times the members (K, m) of a layer, (K, P)."""
     kinds, patterns, _ = terms.shape
     if layer == 0:
-        stage = maps.stages[0]
-        functions = (terms @ stage.weights[0][members]).flatten(0, 1)
-        constant = (terms @ stage.bias[members][..., None]).flatten()
-        least = ball.minimum(-functions, None, LOOSE).value - constant
-        return -least.reshape(kinds, patterns)
+        weights = maps.single(0)[members]  # (K, m, pixels)
+        functions = (terms.float() @ weights).flatten(0, 1)
+        # Two roundings of each product, and one of each sum.
+        size = (terms.abs() @ weights.abs().amax(-1, keepdim=True).double()).flatten()
+        error = torch.finfo(weights.dtype).eps / 2 * (terms.shape[-1] + 3) * size
+        centre = (maps.stages[0].weights[0] @ ball.flat + maps.stages[0].bias)[members][..., None]
+        return ball.greatest_excess(functions, error, LOOSE).reshape(kinds, patterns) + (terms @ centre)[..., 0]
     rows = terms.new_zeros(kinds, patterns, nodes.lower[layer].shape[1])
     rows = rows.scatter(2, members[:, None].expand_as(terms), -terms).flatten(0, 1)
     each = owner.repeat_interleave(patterns)

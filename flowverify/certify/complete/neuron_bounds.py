@@ -15,6 +15,7 @@ from flowverify.certify.complete.branching import branch
 from flowverify.certify.complete.joint_search import limit_jointly
 from flowverify.certify.complete.nodes import Nodes, join, roots
 from flowverify.certify.complete.relaxation import initial_multipliers, lower_bound
+from flowverify.certify.complete.workers import each, parts
 
 ITERATIONS = 20
 CHILD_ITERATIONS = 6
@@ -45,14 +46,18 @@ def neuron_bounds(
         device = maps.stages[stage].bias.device
         identity = torch.eye(width, dtype=torch.float64, device=device)
         both = torch.cat([identity, -identity])
-        values = torch.cat([_crown(maps, ball, stage, part, found, 1) for part in _parts(both)])
+        values = torch.cat(each(lambda part: _crown(maps, ball, stage, part, found, 1), parts(both, CHUNK)))  # noqa: B023
         if stage > 0 and iterations > 1:
             lower, upper = values[:width], -values[width:]
             open_rows = ((lower < 0) & (upper > 0)).repeat(2).nonzero().flatten()
-            for rows in _parts(open_rows):
-                if stop():
-                    break
-                values[rows] = torch.maximum(values[rows], _crown(maps, ball, stage, both[rows], found, iterations))
+            steps = iterations
+
+            def tighter(rows: Tensor) -> Tensor:
+                return values[rows] if stop() else _crown(maps, ball, stage, both[rows], found, steps)  # noqa: B023
+
+            if len(open_rows):
+                better = torch.cat(each(tighter, parts(open_rows, CHUNK)))
+                values[open_rows] = torch.maximum(values[open_rows], better)
         lower, upper = _widened(values[:width], -values[width:])
         found.lower.append(lower)
         found.upper.append(upper)
@@ -140,7 +145,9 @@ def _grow(
     tree = roots(everything, known.lower[:stage], known.upper[:stage])
     tree.bound = start.clone()
     tree = limit_jointly(maps, ball, 0, stage, specification, tree, *LIMITS, stop)
-    tree = improve(maps, ball, stage, specification, tree, ITERATIONS)[0]
+    tree = join(
+        each(lambda part: improve(maps, ball, stage, specification, tree[part], ITERATIONS)[0], parts(everything, CHUNK))
+    )
     for _ in range(rounds):
         if stop():
             break
@@ -151,11 +158,13 @@ def _grow(
             break
         kept = torch.ones(len(tree), dtype=torch.bool, device=worst.device)
         kept[worst] = False
-        children = []
-        for part in _parts(worst):
-            child, _ = branch(maps, ball, stage, specification, tree[part])
-            children.append(improve(maps, ball, stage, specification, child, CHILD_ITERATIONS)[0])
-        tree = join([tree[kept], *children])
+        before = tree
+
+        def divided(part: Tensor) -> Nodes:
+            child, _ = branch(maps, ball, stage, specification, before[part])  # noqa: B023
+            return improve(maps, ball, stage, specification, child, CHILD_ITERATIONS)[0]
+
+        tree = join([tree[kept], *each(divided, parts(worst, CHUNK))])
     least = specification.new_full((count,), torch.inf)
     return torch.maximum(start, least.scatter_reduce(0, tree.row, tree.bound, "amin"))
 
@@ -188,10 +197,6 @@ def _worst(tree: Nodes, count: int) -> Tensor:
     order = torch.argsort(tree.bound, stable=True)
     order = order[torch.argsort(tree.row[order], stable=True)]
     return order[torch.searchsorted(tree.row[order], torch.arange(count, device=order.device))]
-
-
-def _parts(rows: Tensor) -> list[Tensor]:
-    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
 
 def _widened(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

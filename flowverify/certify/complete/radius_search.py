@@ -21,6 +21,7 @@ from flowverify.certify.complete.balls import FlowBall, Polytope
 from flowverify.certify.complete.hunt import Adversary, Hunt
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
 from flowverify.certify.complete.tree import Counts, Tree
+from flowverify.certify.complete.workers import workers
 from flowverify.transport.ground import parse_ground
 
 STAGES = (0.8, 0.9, 0.955)  # of the nearest counterexample, before the radius that closes the bracket
@@ -122,10 +123,11 @@ class RadiusSearch:
         """Narrows the bracket until it is closed or the budget is spent."""
         begin, stop = budget.clock(), self._begin(budget)
         try:
-            if not self._started:
-                self._start(stop)
-            while not self.finished and not self.exhausted and not stop():
-                self._stage(stop)
+            with workers(self.hunt.image.device):
+                if not self._started:
+                    self._start(stop)
+                while not self.finished and not self.exhausted and not stop():
+                    self._stage(stop)
         finally:
             self.seconds += budget.clock() - begin
 
@@ -143,10 +145,12 @@ class RadiusSearch:
                 self.hunt.descend()
                 if self.hunt.radius <= radius:
                     return False
-                self._plant(radius, stop)
-            assert self._tree is not None
-            self._tree.grow(self._watched(stop))
-            self.exhausted = self._tree.finished and bool(self._tree.stuck)
+            with workers(self.hunt.image.device):
+                if self._tree is None or self._trial != radius:
+                    self._plant(radius, stop)
+                assert self._tree is not None
+                self._tree.grow(self._watched(stop))
+                self.exhausted = self._tree.finished and bool(self._tree.stuck)
         finally:
             self.seconds += budget.clock() - begin
         if self.hunt.radius <= radius:

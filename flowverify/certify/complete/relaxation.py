@@ -64,6 +64,10 @@ class Multipliers:
         alpha, gamma, theta = (list(variables[kind * layers : (kind + 1) * layers]) for kind in range(3))
         return cls(alpha, gamma, theta, guess)
 
+    def float(self) -> Multipliers:
+        """In single precision, but for the guess."""
+        return Multipliers.of([v.float() for v in self.variables], self.guess)
+
     def __getitem__(self, chosen: Tensor | slice) -> Multipliers:
         return Multipliers.of([v[chosen] for v in self.variables], self.guess[chosen])
 
@@ -104,8 +108,9 @@ def relax(
     rho = torch.where(active, most, torch.where(unstable, free, least)) + gamma
     below = torch.where(active, most - rho, least - rho) * lower
     above = torch.where(inactive & ~active, least - rho, most - rho) * upper
-    constant = torch.minimum(below, above)
-    return rho, torch.where(unstable, constant.clamp(max=0), constant).sum(-1)
+    # Where both ends agree, at gamma = 0 or between the lines, the gradient is that of the side to which to go.
+    constant = torch.where((below < above) | ((below == above) & active), below, above)
+    return rho, torch.where(unstable & (constant >= 0), 0.0, constant).sum(-1)
 
 
 @dataclass(frozen=True)

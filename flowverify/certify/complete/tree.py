@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from flowverify.certify.complete.joint_search import limit_jointly, spent
 from flowverify.certify.complete.leaf import LeafProgram
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, improve, tighten
 from flowverify.certify.complete.nodes import Nodes, join, roots
+from flowverify.certify.complete.workers import SMALL, count, each
 
 ROOT_ITERATIONS = 30
 ITERATIONS = 10
@@ -73,7 +75,7 @@ class Tree:
         self.batch_size, self.notes = BATCH, ""
         self._limited = False
         self._leaf: LeafProgram | None = None
-        self._batches = 0
+        self._batches, self._lock = 0, Lock()
         self.stuck: list[Nodes] = []
         self.done = 0.0
         rows = torch.arange(len(specification), device=specification.device)
@@ -121,25 +123,23 @@ class Tree:
                 self.maps, self.ball, layer, self.maps.layers, self.specification, self.open, groups, size, stop
             )
             nodes = self._improve(nodes, ROOT_ITERATIONS)
-            undone = self._undone(nodes)
-            self.done += float(nodes.share[~undone].sum())
-            self.open = nodes[undone]
+            self.open = nodes[self._settle(nodes)]
 
     def grow(self, stop: Callable[[], bool]) -> None:
         """Splits nodes until none is open or ``stop`` says so, which is asked after every batch."""
         while len(self.open) and not stop():
-            size = min(self.batch_size, len(self.open))
+            size = min(self.batch_size * count(), len(self.open))
             taken = self.open[slice(len(self.open) - size, None)]
             try:
-                grown = self._process(taken, stop)
+                grown = each(lambda rows: self._process(taken[rows], stop), _dealt(size))  # noqa: B023
             except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or size == 1:
+                if not _out_of_memory(error) or self.batch_size == 1:
                     raise
-                self.batch_size = max(1, size // 2)
+                self.batch_size = max(1, min(self.batch_size, size) // 2)
                 self.notes = f"out of memory: continued with {self.batch_size} nodes at a time"
                 continue
             rest = self.open[slice(0, len(self.open) - size)]
-            self.open = rest if grown is None else join([rest, grown])
+            self.open = join([rest, *(one for one in grown if one is not None)])
             self._batches += 1
 
     def _process(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
@@ -151,23 +151,28 @@ class Tree:
         children, neuron = branch(
             self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes[can], self.allowance
         )
-        self.counts.nodes += len(children)
-        self.done += float(children.share[~self._undone(children)].sum())
-        undone = self._undone(children)
+        undone = self._settle(children)
+        with self._lock:
+            self.counts.nodes += len(children)
         children, neuron = children[undone], neuron.repeat(2)[undone]
         below = neuron < sum(self.maps.widths[:-1])  # splits of the last layer say nothing about a layer above
         if bool(below.any()):
             affected = children[below]
-            chosen = most_relaxed(self.maps, self.specification, affected, TIGHTENED)
+            chosen = most_relaxed(self.maps, self.ball, self.specification, affected, TIGHTENED)
             affected = tighten(self.maps, self.ball, affected, chosen)
             children = join([affected, children[~below]])
         if len(children):
             children = self._polish(self._improve(self._limited_again(children), ITERATIONS))
-            undone = self._undone(children)
-            self.done += float(children.share[~undone].sum())
-            children = children[undone]
+            children = children[self._settle(children)]
         kept = [part for part in (waiting, children) if part is not None and len(part)]
         return join(kept) if kept else None
+
+    def _settle(self, nodes: Nodes) -> Tensor:
+        """Which nodes are not done, (N,); the others' share counts."""
+        undone = self._undone(nodes)
+        with self._lock:
+            self.done += float(nodes.share[~undone].sum())
+        return undone
 
     def _limited_again(self, nodes: Nodes) -> Nodes:
         """New joint limits of the first layer for nodes, every few splits, that have split the members of theirs."""
@@ -212,9 +217,7 @@ class Tree:
         Most need no linear program, only more steps on the multipliers of their splits.
         """
         nodes = self._improve(nodes, LEAF_ITERATIONS, SMALL)
-        undone = self._undone(nodes)
-        self.done += float(nodes.share[~undone].sum())
-        nodes = nodes[undone]
+        nodes = nodes[self._settle(nodes)]
         for index in range(len(nodes)):
             if stop():
                 return nodes[slice(index, None)]
@@ -227,26 +230,32 @@ class Tree:
                 self.maps, self.ball, len(self.maps.stages) - 1, self.specification, node, 10 * LEAF_ITERATIONS,
                 self.allowance,
             )  # fmt: skip
-            self.done += float(node.share[~self._undone(node)].sum())
-            if bool(self._undone(node).any()):
+            if bool(self._settle(node).any()):
                 self._give_up(node)
             return
-        if self._leaf is None:
-            self._leaf = LeafProgram(self.maps, self.ball.image, self.ball.feasible)
-        self.counts.programs += 1
+        with self._lock:
+            if self._leaf is None:
+                self._leaf = LeafProgram(self.maps, self.ball.image, self.ball.feasible)
+            self.counts.programs += 1
         specification = self.specification[node.row[0]]
         bound, point = self._leaf.bound(self.ball, len(self.maps.stages) - 1, specification, node)
         node.bound = node.bound.new_tensor([bound])
-        if bound > self.allowance:
-            self.done += float(node.share.sum())
+        if not bool(self._settle(node).any()):
             return
         if point is not None:
             self.hunt.offer(point)
         self._give_up(node)
 
     def _give_up(self, node: Nodes) -> None:
-        self.stuck.append(node)
-        self.counts.stuck += 1
+        with self._lock:
+            self.stuck.append(node)
+            self.counts.stuck += 1
+
+
+def _dealt(size: int) -> list[Tensor]:
+    """The rows of a batch, dealt to the threads in turn."""
+    hands = min(count(), max(1, size // SMALL))
+    return [torch.arange(first, size, hands) for first in range(hands)]
 
 
 def _out_of_memory(error: BaseException) -> bool:

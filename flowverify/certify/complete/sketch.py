@@ -1,0 +1,76 @@
+"""The problem in small, for the steps of a search: float32, and only the pixels near the image's mass.
+
+Nothing here is a bound. What the steps lead to is bounded by :func:`~flowverify.certify.complete.relaxation.lower_bound`
+in float64 on all pixels, for which any multipliers will do.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from flowverify.certify.complete.affine_maps import AffineMaps, Stage
+from flowverify.certify.complete.balls import Polytope
+
+MARGIN = 3  # pixels around the mass: the moves of an optimal plan are short
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Maps and ball on a window of the image.
+
+    Attributes:
+        source: the maps that these are of.
+        window: which pixels, (P,).
+    """
+
+    source: AffineMaps
+    maps: AffineMaps
+    ball: Polytope
+    window: Tensor
+
+    def whole(self, points: Tensor) -> Tensor:
+        """Points (N, P) of the window as images (N, pixels), float64."""
+        result = points.new_zeros(len(points), self.source.pixels, dtype=torch.float64)
+        result[:, self.window] = points.double()
+        return result
+
+
+_sketches: WeakKeyDictionary[Polytope, Sketch] = WeakKeyDictionary()
+
+
+def sketch_of(maps: AffineMaps, ball: Polytope) -> Sketch:
+    """The sketch of these maps around this ball, made once."""
+    known = _sketches.get(ball)
+    if known is not None and known.source is maps:
+        return known
+    rows, columns = _window(ball)
+    places = torch.arange(maps.pixels, device=ball.image.device).reshape(ball.image.shape)
+    window = places[:, rows, columns].flatten()
+    stages = []
+    for stage in maps.stages:
+        weights = {s: (w[:, window] if s == 0 else w).float().contiguous() for s, w in stage.weights.items()}
+        stages.append(Stage(stage.bias.float(), weights))
+    small = copy.copy(ball)
+    small.image = ball.image[:, rows, columns].float().contiguous()
+    small.flat = small.image.flatten()
+    found = Sketch(maps, AffineMaps(tuple(stages), maps.names, len(window)), small, window)
+    _sketches[ball] = found
+    return found
+
+
+def _window(ball: Polytope) -> tuple[slice, slice]:
+    """The rows and columns near the mass; all of them where points need no mass to move."""
+    found = []
+    mass = ball.image.sum(0) > 0
+    for axis, size in ((1, mass.shape[0]), (0, mass.shape[1])):
+        held = mass.any(axis).nonzero().flatten()
+        if ball.feasible and len(held):
+            found.append(slice(max(0, int(held[0]) - MARGIN), min(size, int(held[-1]) + 1 + MARGIN)))
+        else:
+            found.append(slice(0, size))
+    return found[0], found[1]
