@@ -16,7 +16,6 @@ from flowverify.certify.complete.balls import Polytope
 from flowverify.certify.complete.gradients import Adam, Problems
 from flowverify.certify.complete.joint import JointLimits
 from flowverify.certify.complete.relaxation import Multipliers, lower_bound
-from flowverify.certify.complete.sketch import sketch_of
 
 SLOPE_STEP = 0.03
 SPLIT_STEP = 0.2
@@ -29,7 +28,7 @@ FEWER = 0.7  # when so many are left to do, the others are put aside
 
 @dataclass
 class Ascended:
-    """The best bound of each problem, its multipliers, and the minimiser over the ball of the last evaluation."""
+    """The best bound of each problem, its multipliers, and the minimiser over the ball that belongs to it."""
 
     value: Tensor
     multipliers: Multipliers
@@ -58,28 +57,25 @@ def ascend(
         enough: a problem whose bound exceeds this is left alone.
         pace: factor of all steps; small ones finish what large ones have begun.
     """
-    multipliers, points = start, None
+    multipliers = start
     if stage and iterations > 1 and len(specification):
         problems = Problems.sketched(maps, ball, stage, specification, lower, upper, signs, joint)
-        multipliers, reached = _climb(problems, start.float(), iterations, enough, pace)
-        points = sketch_of(maps, ball).whole(reached)
+        multipliers = _climb(problems, start.float(), iterations, enough, pace)
     bound = lower_bound(
-        maps, ball, stage, specification, lower, upper, multipliers, joint, tolerance=TIGHT, point=points is None
+        maps, ball, stage, specification, lower, upper, multipliers, joint, tolerance=TIGHT, point=True
     )  # fmt: skip
+    assert bound.point is not None
     multipliers = Multipliers.of(multipliers.variables, bound.multiplier.to(multipliers.guess))
-    points = bound.point if points is None else points
-    assert points is not None
-    return Ascended(bound.value, multipliers, points)
+    return Ascended(bound.value, multipliers, bound.point)
 
 
 def _climb(
     problems: Problems, start: Multipliers, iterations: int, enough: float, pace: float
-) -> tuple[Multipliers, Tensor]:
-    """The best multipliers that were met, in float64, and the last minimiser of each problem."""
+) -> Multipliers:
+    """The best multipliers that were met, in float64."""
     count, device = len(problems.specification), problems.specification.device
     best = torch.full((count,), -torch.inf, dtype=torch.float64, device=device)
     kept, guesses = [v.clone() for v in start.variables], start.guess.clone()
-    points = problems.specification.new_empty(count, problems.maps.pixels)
     rows = torch.arange(count, device=device)
     adam = Adam(start, (SLOPE_STEP * pace, SPLIT_STEP * pace, LIMIT_STEP * pace), DECAY)
     guess = start.guess
@@ -94,7 +90,7 @@ def _climb(
             for target, source in zip(kept, adam.values, strict=True):
                 target[chosen] = source[better]
         guess = found.multiplier
-        guesses[rows], points[rows] = guess.to(guesses), found.point.to(points)
+        guesses[rows] = guess.to(guesses)
         if step == iterations - 1:
             break
         adam.step(found.gradients, problems.signs, problems.compiled)
@@ -106,4 +102,4 @@ def _climb(
             rows, guess = rows[going], guess[going]
             adam.keep(going)
             problems = problems[going]
-    return Multipliers.of([v.double() for v in kept], guesses), points
+    return Multipliers.of([v.double() for v in kept], guesses)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps, Stage
 from flowverify.certify.complete.balls import Polytope
@@ -21,23 +20,11 @@ MARGIN = 3  # pixels around the mass: the moves of an optimal plan are short
 
 @dataclass(frozen=True)
 class Sketch:
-    """Maps and ball on a window of the image.
-
-    Attributes:
-        source: the maps that these are of.
-        window: which pixels, (P,).
-    """
+    """Maps and ball on a window of the image; ``source`` are the maps that these are of."""
 
     source: AffineMaps
     maps: AffineMaps
     ball: Polytope
-    window: Tensor
-
-    def whole(self, points: Tensor) -> Tensor:
-        """Points (N, P) of the window as images (N, pixels), float64."""
-        result = points.new_zeros(len(points), self.source.pixels, dtype=torch.float64)
-        result[:, self.window] = points.double()
-        return result
 
 
 _sketches: WeakKeyDictionary[Polytope, Sketch] = WeakKeyDictionary()
@@ -58,7 +45,7 @@ def sketch_of(maps: AffineMaps, ball: Polytope) -> Sketch:
     small = copy.copy(ball)
     small.image = ball.image[:, rows, columns].float().contiguous()
     small.flat = small.image.flatten()
-    found = Sketch(maps, AffineMaps(tuple(stages), maps.names, len(window)), small, window)
+    found = Sketch(maps, AffineMaps(tuple(stages), maps.names, len(window)), small)
     _sketches[ball] = found
     return found
 
