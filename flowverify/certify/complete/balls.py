@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowverify.transport.compiled import Prepared
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.support import support
 
@@ -41,6 +42,7 @@ class Polytope:
     def __init__(self, image: Tensor, budget: float, ground: str = "l1", cap: float | None = None) -> None:
         self.image, self.budget, self.ground, self.cap = image, budget, ground, cap
         self.flat = image.flatten()
+        self._prepared: dict[torch.dtype, Prepared] = {}
 
     @property
     def is_program(self) -> bool:
@@ -54,7 +56,11 @@ class Polytope:
         tolerance: float = 1e-9,
         point: bool = False,
     ) -> Minimum:
-        shaped = -coefficients.detach().reshape(-1, *self.image.shape)
+        coefficients = coefficients.detach()
+        if self._compiled:
+            excess, multiplier, nearest = self._solver(coefficients.dtype).solve(-coefficients, guess, tolerance, point)
+            return Minimum(coefficients @ self.flat - excess.to(coefficients.dtype), multiplier, nearest)
+        shaped = -coefficients.reshape(-1, *self.image.shape)
         budget = self.image.new_tensor([self.budget])
         start = None if guess is None else guess[None]
         found = support(
@@ -62,7 +68,16 @@ class Polytope:
             cap=self.cap,
         )  # fmt: skip
         nearest = None if found.maximiser is None else found.maximiser[0].flatten(1)
-        return Minimum(coefficients.detach() @ self.flat - found.excess[0], found.multiplier[0].double(), nearest)
+        return Minimum(coefficients @ self.flat - found.excess[0], found.multiplier[0].double(), nearest)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.is_program and self.image.device.type == "cpu"
+
+    def _solver(self, kind: torch.dtype) -> Prepared:
+        if kind not in self._prepared:
+            self._prepared[kind] = Prepared(self.image.to(kind), self.budget)
+        return self._prepared[kind]
 
     def greatest_excess(self, coefficients: Tensor, error: Tensor, tolerance: float) -> Tensor:
         """An upper bound (N,), float64, of max c . (nu - image) for functions c (N, pixels) in any precision.
@@ -75,12 +90,13 @@ class Polytope:
         the budget.
         """
         kind = coefficients.dtype
-        shaped = coefficients.reshape(-1, *self.image.shape)
-        found = support(
-            shaped, self.image[None].to(kind), self.image.new_tensor([self.budget]), tolerance=tolerance,
-            ground=self.ground, cap=self.cap,
-        )  # fmt: skip
-        excess = found.excess[0].double()
+        if self._compiled:
+            excess = self._solver(kind).solve(coefficients, None, tolerance, False)[0]
+        else:
+            shaped, budget = coefficients.reshape(-1, *self.image.shape), self.image.new_tensor([self.budget])
+            excess = support(
+                shaped, self.image[None].to(kind), budget, tolerance=tolerance, ground=self.ground, cap=self.cap
+            ).excess[0].double()  # fmt: skip
         unit = torch.finfo(kind).eps / 2
         scanned = (sum(self.image.shape[1:]) + 4) * float(self.flat.sum()) * coefficients.abs().amax(1).double()
         return excess + unit * (scanned + (self.flat.numel() + 4) * excess) + 2 * self.budget * error

@@ -16,7 +16,7 @@ from flowverify.certify.complete.gradients import Problems
 from flowverify.certify.complete.nodes import Nodes, join
 from flowverify.certify.complete.relaxation import Multipliers, lower_bound
 
-CANDIDATES = 2  # of each layer
+CANDIDATES = 3  # of each layer
 BETTER_CHILD = 0.1  # its weight beside the worse one
 ROUGH = 1e-2
 

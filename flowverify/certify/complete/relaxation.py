@@ -145,12 +145,8 @@ def linear_bound(
         if own is None:
             own = torch.zeros_like(multipliers.alpha[index])
         coefficients[index] = own
-        slopes: tuple[Tensor, ...] = ()
-        if joint and joint[index].groups:
-            theta = multipliers.theta[index]
-            slopes = joint[index].slopes(theta, own.shape[1])
-            constant = constant - torch.where(theta > 0, theta * joint[index].limit, 0.0).sum(1)
-        rho, term = relax(own, lower[index], upper[index], multipliers.alpha[index], multipliers.gamma[index], *slopes)
+        limits = joint[index] if joint else None
+        rho, term = _relax_layer(own, lower[index], upper[index], multipliers, index, limits)
         constant = constant + term + rho @ maps.stages[index].bias
         for source, weight in maps.stages[index].weights.items():
             more = rho @ weight
@@ -159,6 +155,29 @@ def linear_bound(
     if on_image is None:
         on_image = specification.new_zeros(len(specification), maps.pixels)
     return Linear(constant, on_image, coefficients)
+
+
+def _relax_layer(
+    coefficients: Tensor, lower: Tensor, upper: Tensor, multipliers: Multipliers, layer: int, limits: JointLimits | None
+) -> tuple[Tensor, Tensor]:
+    """rho (N, n) and the constants (N,) of a layer with its joint limits; compiled where no gradient is wanted."""
+    alpha, gamma, theta = multipliers.alpha[layer], multipliers.gamma[layer], multipliers.theta[layer]
+    limits = JointLimits.none(len(coefficients), coefficients.device) if limits is None else limits
+    if coefficients.device.type != "cpu" or any(v.requires_grad for v in (coefficients, alpha, gamma, theta)):
+        rho, term = relax(coefficients, lower, upper, alpha, gamma, *limits.slopes(theta, coefficients.shape[1]))
+        return rho, term - torch.where(theta > 0, theta * limits.limit, 0.0).sum(1)
+    from flowverify.certify.complete.relaxation_kernel import relax_rows
+
+    wide = [v.expand_as(coefficients).contiguous().numpy() for v in (lower, upper, alpha, gamma)]
+    theta = theta[:, : limits.groups].contiguous()
+    sums = limits.members, limits.up, limits.down, limits.limit, theta
+    rho, *steeper = (torch.empty_like(coefficients) for _ in range(3))
+    term = coefficients.new_zeros(len(coefficients), dtype=torch.float64)
+    relax_rows(
+        coefficients.contiguous().numpy(), *wide, *(v.contiguous().numpy() for v in sums), rho.numpy(),
+        *(v.numpy() for v in steeper), term.numpy(),
+    )  # fmt: skip
+    return rho, term
 
 
 def lower_bound(

@@ -6,7 +6,6 @@ in float64 on all pixels, for which any multipliers will do.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -42,9 +41,7 @@ def sketch_of(maps: AffineMaps, ball: Polytope) -> Sketch:
     for stage in maps.stages:
         weights = {s: (w[:, window] if s == 0 else w).float().contiguous() for s, w in stage.weights.items()}
         stages.append(Stage(stage.bias.float(), weights))
-    small = copy.copy(ball)
-    small.image = ball.image[:, rows, columns].float().contiguous()
-    small.flat = small.image.flatten()
+    small = type(ball)(ball.image[:, rows, columns].float().contiguous(), ball.budget, ball.ground, ball.cap)
     found = Sketch(maps, AffineMaps(tuple(stages), maps.names, len(window)), small)
     _sketches[ball] = found
     return found
