@@ -20,13 +20,11 @@ from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import FlowBall, Polytope
 from flowverify.certify.complete.hunt import Adversary, Hunt
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
+from flowverify.certify.complete.schedule import Schedule
 from flowverify.certify.complete.tree import Counts, Tree
 from flowverify.certify.complete.workers import workers
 from flowverify.transport.ground import parse_ground
 
-STAGES = (0.8, 0.9, 0.955)  # of the nearest counterexample, before the radius that closes the bracket
-SWIFT, PATIENCE = 0.06, 0.6  # shares of the time left: a tree of less skips the last stage, one of more is given up
-FAR = 0.94  # of a stage's radius; nearer to what is proven, nothing is given up
 CLOSING = 0.95  # the last stage leaves this share of the tolerance to use
 BISECTIONS = 10
 FIRST_RADIUS = 0.05
@@ -85,12 +83,13 @@ class RadiusSearch:
         self.limit, self.tolerance = limit, tolerance
         self.radius, self.margin = 0.0, 0.0
         self.counts, self.seconds, self.exhausted = Counts(), 0.0, False
-        self._left: Callable[[], float] = lambda: math.inf
+        self._left: Callable[[], float] = lambda: math.inf  # of the budget, in its unit
+        self._schedule = Schedule()
         self._adversary, self._progress = adversary, progress
         self._tree: Tree | None = None
         self._trial = 0.0
         self._started = False
-        self._begun, self._swift = math.inf, False  # the time left when the tree began; whether the last was easy
+        self._begun = math.inf  # what was left when the tree began
         self._retreat: float | None = None
 
     @property
@@ -163,9 +162,15 @@ class RadiusSearch:
     def _begin(self, budget: Budget) -> Callable[[], bool]:
         """What tells whether this budget is spent, from now on."""
         begin, before = budget.clock(), self.counts.nodes
-        self._left = lambda: math.inf if budget.seconds is None else budget.seconds - (budget.clock() - begin)
-        self._begun = self._left()
-        return lambda: (budget.nodes is not None and self.counts.nodes - before >= budget.nodes) or self._left() <= 0
+
+        def left() -> float:
+            seconds, nodes = budget.seconds, budget.nodes
+            if seconds is not None:
+                return seconds - (budget.clock() - begin)
+            return math.inf if nodes is None else nodes - (self.counts.nodes - before)
+
+        self._left, self._begun, self._schedule = left, left(), Schedule(left())
+        return lambda: left() <= 0 or (budget.nodes is not None and self.counts.nodes - before >= budget.nodes)
 
     def _start(self, stop: Callable[[], bool]) -> None:
         """Counterexamples without a tree, and the largest radius that its root proves."""
@@ -199,11 +204,10 @@ class RadiusSearch:
         """The radius of the next stage."""
         upper = min(self.upper_radius, self.limit)
         last = upper if upper == self.limit else upper / (1 + CLOSING * self.tolerance)
-        ahead = [share * upper for share in STAGES if share * upper > self.radius * 1.02 and share * upper < last]
         if self._retreat is not None:
             following, self._retreat = self._retreat, None
             return following if self.radius < following < last else last
-        return ahead[0] if len(ahead) > self._swift else last
+        return self._schedule.target(self.radius, upper, last, self._left())
 
     def _stage(self, stop: Callable[[], bool]) -> None:
         if self._tree is None:
@@ -212,21 +216,20 @@ class RadiusSearch:
         assert tree is not None
         known = self.hunt.radius
 
-        def nearer() -> bool:
-            return stop() or self.hunt.radius < min(known, self._trial) or self._too_far()
+        def turn() -> bool:
+            return stop() or self.hunt.radius < min(known, self._trial) or self._gives_up() or self._lower(tree)
 
-        tree.grow(self._watched(nearer))
-        self._swift = tree.proven and self._left() > (1 - SWIFT) * self._begun
+        tree.grow(self._watched(turn))
         if tree.proven and self.radius < self._trial < self.hunt.radius:
             self.radius, self.margin = self._trial, self._margin()
+            self._schedule.tell(self._trial, self._begun - self._left())
         if self.hunt.radius <= self._trial:
             # The ball holds a counterexample: the tree goes on just inside of it.
-            self._trial = self.hunt.radius / (1 + CLOSING * self.tolerance)
-            tree.shrink(self.ball(self._trial))
+            self._shrink(tree, self.hunt.radius / (1 + CLOSING * self.tolerance))
             if self._trial <= self.radius:
                 self._tree = None
             return
-        if not tree.finished and self._too_far():
+        if not tree.finished and self._gives_up():
             self._retreat, self._tree = (self.radius + self._trial) / 2, None
         elif tree.finished:
             if tree.stuck:
@@ -234,9 +237,19 @@ class RadiusSearch:
                 self.exhausted = True
             self._tree = None
 
-    def _too_far(self) -> bool:
-        """Whether the tree has taken so long that the time left is better spent on a smaller radius."""
-        return self.radius < FAR * self._trial and self._left() < (1 - PATIENCE) * self._begun < math.inf
+    def _gives_up(self) -> bool:
+        return self._schedule.gives_up(self.radius, self._trial, self._begun, self._left())
+
+    def _lower(self, tree: Tree) -> bool:
+        """Late, the radius of a tree that is not done falls half of the way to what is proven; False, to go on."""
+        if self.hunt.radius > self._trial and self._schedule.lowers(self._left()):
+            self._shrink(tree, (self.radius + self._trial) / 2)
+        return False
+
+    def _shrink(self, tree: Tree, radius: float) -> None:
+        self._trial = radius
+        ball = self.ball(radius)
+        tree.shrink(ball, neuron_bounds(self.maps, ball))
 
     def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""

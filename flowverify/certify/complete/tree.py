@@ -22,7 +22,7 @@ from flowverify.certify.complete.joint_search import limit_jointly, spent
 from flowverify.certify.complete.leaf import LeafProgram
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, improve, tighten
 from flowverify.certify.complete.nodes import Nodes, join, roots
-from flowverify.certify.complete.workers import SMALL, count, each
+from flowverify.certify.complete.workers import SMALL, count, each, parts
 
 ROOT_ITERATIONS = 30
 ITERATIONS = 10
@@ -105,12 +105,22 @@ class Tree:
             else float("inf")
         )
 
-    def shrink(self, ball: Polytope) -> None:
+    def shrink(self, ball: Polytope, bounds: NeuronBounds) -> None:
         """Goes on with a smaller ball around the same image; what was stuck is open again."""
         self.ball = ball
         if self.stuck:
             self.open = join([*self.stuck, self.open])
             self.stuck = []
+        for layer, (low, high) in enumerate(zip(bounds.lower, bounds.upper, strict=True)):
+            self.open.lower[layer] = torch.maximum(self.open.lower[layer], low)
+            self.open.upper[layer] = torch.minimum(self.open.upper[layer], high)
+            empty = (self.open.lower[layer] > self.open.upper[layer]).any(1)
+            self.open.bound = torch.where(empty, torch.inf, self.open.bound)
+        if len(self.open):
+            taken = self.open
+            rows = torch.arange(len(taken), device=taken.row.device)
+            self.open = join(each(lambda own: self._improve(taken[own], ITERATIONS), parts(rows, self.batch_size)))
+            self.open = self.open[self._settle(self.open)]
 
     def limit(self, stop: Callable[[], bool], layers: int | None = None) -> None:
         """Joint limits for the open nodes and their descendants: of the first ``layers`` layers, by default of all."""
@@ -127,7 +137,7 @@ class Tree:
 
     def grow(self, stop: Callable[[], bool]) -> None:
         """Splits nodes until none is open or ``stop`` says so, which is asked after every batch."""
-        while len(self.open) and not stop():
+        while len(self.open) and not stop() and len(self.open):  # a watcher may close nodes
             size = min(self.batch_size * count(), len(self.open))
             taken = self.open[slice(len(self.open) - size, None)]
             try:
