@@ -39,9 +39,7 @@ def _lead(values: Array, mass: Array, pixels: Array, reach: Array, share: float,
         if reach[holder] > 0:
             pixel = pixels[holder]
             channel, place = pixel // plane, pixel % plane
-            goal = _argmax_at(
-                values, channel * plane, place // width, place % width, int(reach[holder]), height, width
-            )
+            goal = _argmax_at(values, channel * plane, place // width, place % width, int(reach[holder]), height, width)
             moved[pixel] = max(0.0, moved[pixel] - share * mass[holder])  # rounding takes nothing below 0
             moved[goal] += share * mass[holder]
 

@@ -129,7 +129,9 @@ def evaluate(
     The first buffer has the distance of each holder of mass to its argmax, (holder, lane).
     """
     channels, height, width = shape
-    reach, value, steps, value_rows, steps_rows, price, value_wide, steps_wide, value_rows_wide, steps_rows_wide = buffers
+    reach, value, steps, value_rows, steps_rows, price, value_wide, steps_wide, value_rows_wide, steps_rows_wide = (
+        buffers
+    )
     for k in range(price.size):
         price[k] = multiplier[k % LANES]
     value[:] = base

@@ -39,9 +39,7 @@ def problems_of(kind: str, feasible: bool = True, inside: bool = True) -> tuple[
     maps, ball, specification, nodes, _ = limited(kind, 0.4, feasible=feasible)
     nodes = split_at_random(nodes, inside)
     joint = [limits.closed() for limits in nodes.joint]
-    problems = Problems(
-        maps, ball, maps.layers, specification[nodes.row], nodes.lower, nodes.upper, nodes.signs, joint
-    )
+    problems = Problems(maps, ball, maps.layers, specification[nodes.row], nodes.lower, nodes.upper, nodes.signs, joint)
     return problems, nodes.multipliers
 
 
@@ -72,8 +70,9 @@ def test_is_the_change_of_the_bound(kind: str) -> None:
         direction = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         # Gamma of neurons that are not split has no say in a search.
         moved.append(direction * (problems.signs[index - layers] != 0) if layers <= index < 2 * layers else direction)
-    step, slopes = 1e-7, sum(
-        (gradient * direction).sum(1) for gradient, direction in zip(found.gradients, moved, strict=True)
+    step, slopes = (
+        1e-7,
+        sum((gradient * direction).sum(1) for gradient, direction in zip(found.gradients, moved, strict=True)),
     )
     ends = []
     for sign in (1, -1):

@@ -52,7 +52,9 @@ class AffineMaps:
 
     @cached_property
     def _single(self) -> list[Tensor]:
-        return [stage.weights[0].float() if 0 in stage.weights else stage.bias.new_zeros(0).float() for stage in self.stages]
+        return [
+            stage.weights[0].float() if 0 in stage.weights else stage.bias.new_zeros(0).float() for stage in self.stages
+        ]
 
     def single(self, stage: int) -> Tensor:
         """What a stage reads of the image, (n_k, pixels), in float32."""

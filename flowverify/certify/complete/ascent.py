@@ -69,9 +69,7 @@ def ascend(
     return Ascended(bound.value, multipliers, bound.point)
 
 
-def _climb(
-    problems: Problems, start: Multipliers, iterations: int, enough: float, pace: float
-) -> Multipliers:
+def _climb(problems: Problems, start: Multipliers, iterations: int, enough: float, pace: float) -> Multipliers:
     """The best multipliers that were met, in float64."""
     count, device = len(problems.specification), problems.specification.device
     best = torch.full((count,), -torch.inf, dtype=torch.float64, device=device)

@@ -146,7 +146,9 @@ def _grow(
     tree.bound = start.clone()
     tree = limit_jointly(maps, ball, 0, stage, specification, tree, *LIMITS, stop)
     tree = join(
-        each(lambda part: improve(maps, ball, stage, specification, tree[part], ITERATIONS)[0], parts(everything, CHUNK))
+        each(
+            lambda part: improve(maps, ball, stage, specification, tree[part], ITERATIONS)[0], parts(everything, CHUNK)
+        )
     )
     for _ in range(rounds):
         if stop():

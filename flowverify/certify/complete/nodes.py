@@ -63,6 +63,13 @@ class Nodes:
         result.share = result.share / 2
         return result
 
+    def unlimited(self) -> Nodes:
+        """A copy without joint limits."""
+        result = self[torch.arange(len(self), device=self.row.device)]
+        result.joint = [JointLimits.none(len(self), self.row.device) for _ in self.joint]
+        result.multipliers.theta = [theta[:, :0] for theta in self.multipliers.theta]
+        return result
+
     def unstable(self) -> list[Tensor]:
         """Where a ReLU is neither split nor settled by its bounds, (N, n_k) a layer."""
         return [(low < 0) & (high > 0) for low, high in zip(self.lower, self.upper, strict=True)]

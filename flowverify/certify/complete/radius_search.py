@@ -29,7 +29,7 @@ CLOSING = 0.95  # the last stage leaves this share of the tolerance to use
 BISECTIONS = 10
 FIRST_RADIUS = 0.05
 EASY = 400  # nodes after which a tree is worth better bounds of the neurons
-ROUNDS = 16  # splits for each side of each unstable neuron
+ROUNDS = 24  # splits for each side of each unstable neuron
 MAX_REFINED = 512  # unstable neurons; beyond, their trees cost more than they give
 REFINING_SHARE = 0.15  # of the time left
 
@@ -89,7 +89,7 @@ class RadiusSearch:
         self._tree: Tree | None = None
         self._trial = 0.0
         self._started = False
-        self._begun = math.inf  # what was left when the tree began
+        self._begun, self._before = math.inf, 0  # what was left, and the nodes so far, when the tree began
         self._retreat: float | None = None
 
     @property
@@ -222,7 +222,7 @@ class RadiusSearch:
         tree.grow(self._watched(turn))
         if tree.proven and self.radius < self._trial < self.hunt.radius:
             self.radius, self.margin = self._trial, self._margin()
-            self._schedule.tell(self._trial, self._begun - self._left())
+            self._schedule.tell(self._trial, self._begun - self._left(), self.counts.nodes - self._before)
         if self.hunt.radius <= self._trial:
             # The ball holds a counterexample: the tree goes on just inside of it.
             self._shrink(tree, self.hunt.radius / (1 + CLOSING * self.tolerance))
@@ -253,7 +253,7 @@ class RadiusSearch:
 
     def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""
-        self._begun = self._left()
+        self._begun, self._before = self._left(), self.counts.nodes
         ball = self.ball(radius)
         bounds = neuron_bounds(self.maps, ball, iterations=1)
         tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, counts=self.counts)

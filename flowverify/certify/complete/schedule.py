@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 FIRST = 0.85  # of the nearest counterexample: where the first tree stands
 GROWTH = 24.0  # a tree at 1 + x times the radius costs exp(GROWTH x) times as much, until trees have told
-LEAST_GROWTH, MOST_GROWTH = 14.0, 40.0
+LEAST_GROWTH, MOST_GROWTH = 16.0, 40.0
 SAFE = 0.9  # of the budget left: what a tree that closes the bracket may cost by the forecast
-MIDDLE = 0.3  # and one on the way
+MIDDLE = 0.7  # and one on the way
 STEP = 0.02  # radii that are nearer to each other are not worth a tree each
+SMALL = 500  # nodes: smaller trees tell nothing about the growth
 PATIENCE = 0.6  # of the budget left: a tree that has had so much makes room for one at a smaller radius
 FAR = 0.92  # of a tree's radius; nearer to what is proven, a tree is kept and its radius lowered instead
 LATE = (0.7, 0.88)  # shares of a budget after which it is
@@ -22,10 +23,10 @@ LATE = (0.7, 0.88)  # shares of a budget after which it is
 
 @dataclass
 class Schedule:
-    """The trees that have been finished with this budget: radius and cost, in the unit of the budget."""
+    """The trees that have been finished with this budget: radius, cost in the unit of the budget, and nodes."""
 
     budget: float = math.inf
-    finished: list[tuple[float, float]] = field(default_factory=list)
+    finished: list[tuple[float, float, int]] = field(default_factory=list)
     _lowered: int = 0
 
     def target(self, proven: float, upper: float, last: float, left: float) -> float:
@@ -34,7 +35,7 @@ class Schedule:
             return last
         if not self.finished:
             return FIRST * upper if proven * (1 + STEP) < FIRST * upper < last else last
-        radius, cost = self.finished[-1]
+        radius, cost, _ = self.finished[-1]
         growth = self._growth(upper) / upper
         if cost * math.exp(growth * (last - radius)) <= SAFE * left:
             return last
@@ -43,9 +44,9 @@ class Schedule:
             reached = (proven + last) / 2
         return min(reached, last) if reached < last * (1 - STEP) else last
 
-    def tell(self, radius: float, cost: float) -> None:
+    def tell(self, radius: float, cost: float, nodes: int) -> None:
         """A tree was finished at this radius."""
-        self.finished.append((radius, max(cost, 1e-9)))
+        self.finished.append((radius, max(cost, 1e-9), max(nodes, 1)))
 
     def gives_up(self, proven: float, radius: float, begun: float, left: float) -> bool:
         """Whether what is left, of what there was when the tree began, is better spent on a smaller radius."""
@@ -59,10 +60,10 @@ class Schedule:
         return False
 
     def _growth(self, upper: float) -> float:
-        """From the last two trees, if their radii differ."""
+        """From the last two trees, if their radii differ and they have more nodes than their roots."""
         if len(self.finished) < 2:
             return GROWTH
-        (first, before), (second, after) = self.finished[-2:]
-        if second <= first * (1 + STEP / 2):
+        (first, _, before), (second, _, after) = self.finished[-2:]
+        if second <= first * (1 + STEP / 2) or before < SMALL:
             return GROWTH
         return min(max(math.log(after / before) / (second / upper - first / upper), LEAST_GROWTH), MOST_GROWTH)

@@ -27,6 +27,7 @@ from flowverify.certify.complete.workers import SMALL, count, each, parts
 ROOT_ITERATIONS = 30
 ITERATIONS = 10
 LEAF_ITERATIONS = 50
+LEAF_PACES = 0.15, 2.0, 20.0
 FEW = 24  # unstable neurons
 POLISHING, SMALL = 40, 0.15
 BATCH = 128
@@ -224,25 +225,36 @@ class Tree:
     def _solve_leaves(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
         """Decides nodes without unstable neurons; what is left over when time is up, or None.
 
-        Most need no linear program, only more steps on the multipliers of their splits.
+        Most need no linear program, only more steps on the multipliers of their splits: large ones where the splits
+        contradict each other, for their prices are to grow without limit.
         """
-        nodes = self._improve(nodes, LEAF_ITERATIONS, SMALL)
-        nodes = nodes[self._settle(nodes)]
+        alone = nodes.unlimited()
+        for pace in LEAF_PACES:
+            if len(nodes):
+                alone = self._improve(alone, LEAF_ITERATIONS, pace)
+                undone = self._settle(alone)
+                alone, nodes = alone[undone], nodes[undone]
         for index in range(len(nodes)):
             if stop():
                 return nodes[slice(index, None)]
-            self._solve_leaf(nodes[slice(index, index + 1)])
+            one = slice(index, index + 1)
+            leaf, kept = alone[one], nodes[one]
+            done = self._solve_leaf(leaf)
+            kept.bound = leaf.bound
+            if not done:
+                with self._lock:
+                    self.stuck.append(kept)
+                    self.counts.stuck += 1
         return None
 
-    def _solve_leaf(self, node: Nodes) -> None:
+    def _solve_leaf(self, node: Nodes) -> bool:
+        """Whether the node is done."""
         if not self.ball.is_program:
             node, _ = improve(
                 self.maps, self.ball, len(self.maps.stages) - 1, self.specification, node, 10 * LEAF_ITERATIONS,
                 self.allowance,
             )  # fmt: skip
-            if bool(self._settle(node).any()):
-                self._give_up(node)
-            return
+            return not bool(self._settle(node).any())
         with self._lock:
             if self._leaf is None:
                 self._leaf = LeafProgram(self.maps, self.ball.image, self.ball.feasible)
@@ -250,16 +262,10 @@ class Tree:
         specification = self.specification[node.row[0]]
         bound, point = self._leaf.bound(self.ball, len(self.maps.stages) - 1, specification, node)
         node.bound = node.bound.new_tensor([bound])
-        if not bool(self._settle(node).any()):
-            return
-        if point is not None:
+        undone = bool(self._settle(node).any())
+        if undone and point is not None:
             self.hunt.offer(point)
-        self._give_up(node)
-
-    def _give_up(self, node: Nodes) -> None:
-        with self._lock:
-            self.stuck.append(node)
-            self.counts.stuck += 1
+        return not undone
 
 
 def _dealt(size: int) -> list[Tensor]:
