@@ -12,6 +12,8 @@ from importlib import metadata
 
 import torch
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the latter for a machine that does other work
+
 
 def header(title: str) -> None:
     """Prints the title with date, machine and versions."""

@@ -2,27 +2,24 @@
 
 python -m benchmarks.complete_brackets [--model mnist-fc3] [--images 50] [--seconds 60] [--clock wall]
 
-With ``--clock processor`` seconds are those of the processor, for a machine that does other work: 60 seconds on two
-cores are then 120 on one thread.
+With ``--clock processor`` seconds are those of the processor, of all threads together, for a machine that does other
+work: 60 seconds on two cores are then 120.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
 
 import flowverify as fv
-from benchmarks.common import header
+from benchmarks.common import CLOCKS, header
 from flowverify.attack import make_attack
 from flowverify.certify.complete.certifier import CompleteCertifier, CompleteOptions
 from flowverify.certify.radius import search_radius
 from flowverify.certify.verify import Certifier
 from flowverify.zoo import load_card
-
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def main() -> None:

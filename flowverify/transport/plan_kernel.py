@@ -68,7 +68,7 @@ def maximise_problems(
         for lane in range(used):
             problem = start + lane
             budget = budgets[problem]
-            far, near = np.float64(cost[0, lane]), np.float64(cost[1, lane])
+            far, near = float(cost[0, lane]), float(cost[1, lane])
             kept = near <= budget  # else all of the near side's mass stays where it is
             if not kept:
                 near = 0.0

@@ -45,10 +45,10 @@ def branch(
     count, width = candidates.shape
     able = usable.flatten().nonzero().flatten()
     parents, tried = able // width, candidates.flatten()[able]
-    own = multipliers[parents]
+    inherited = multipliers[parents]
     sides = []
     for active in (True, False):
-        bound = _split(problems, nodes, parents, tried, active).values(own, ROUGH)
+        bound = _split(problems, nodes, parents, tried, active).values(inherited, ROUGH)
         full = bound.new_full((count * width,), -torch.inf)
         full[able] = bound
         sides.append(full.reshape(count, width))

@@ -80,7 +80,7 @@ class Hunt:
                     self._descend(self.image, target)
 
     def offer(self, points: Tensor, *, descend: bool = False) -> bool:
-        """Looks at points (N, C, H, W) or (N, pixels); whether a nearer counterexample came out. One thread at a time."""
+        """Looks at points (N, C, H, W) or (N, pixels), a thread at a time; whether a nearer counterexample came out."""
         with self._lock:
             return self._offer(points, descend)
 

@@ -1,7 +1,7 @@
 """The problem in small, for the steps of a search: float32, and only the pixels near the image's mass.
 
-Nothing here is a bound. What the steps lead to is bounded by :func:`~flowverify.certify.complete.relaxation.lower_bound`
-in float64 on all pixels, for which any multipliers will do.
+Nothing here is a bound. What the steps lead to is bounded in float64 on all pixels, by
+:func:`~flowverify.certify.complete.relaxation.lower_bound`, for which any multipliers will do.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ ITERATIONS = 10
 LEAF_ITERATIONS = 50
 LEAF_PACES = 0.15, 2.0, 20.0
 FEW = 24  # unstable neurons
-POLISHING, SMALL = 40, 0.15
+POLISHING, POLISHING_PACE = 40, 0.15
 BATCH = 128
 TIGHTENED = 6  # neurons of every layer that get new bounds after a split below them
 LIMITED_EVERY = 3  # splits
@@ -220,7 +220,7 @@ class Tree:
             return nodes
         rest = torch.ones(len(nodes), dtype=torch.bool, device=last.device)
         rest[last] = False
-        return join([nodes[rest], self._improve(nodes[last], POLISHING, pace=SMALL)])
+        return join([nodes[rest], self._improve(nodes[last], POLISHING, pace=POLISHING_PACE)])
 
     def _solve_leaves(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
         """Decides nodes without unstable neurons; what is left over when time is up, or None.
