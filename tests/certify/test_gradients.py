@@ -120,7 +120,7 @@ def test_sketch_is_near_the_whole(feasible: bool) -> None:
     problems = Problems.sketched(
         maps, ball, maps.layers, specification, nodes.lower, nodes.upper, nodes.signs, nodes.joint
     )
-    found = problems.values(nodes.multipliers.float(), 1e-6)
+    found = problems.values(nodes.multipliers.to(torch.float32), 1e-6)
     whole = lower_bound(
         maps, ball, maps.layers, specification, nodes.lower, nodes.upper, nodes.multipliers, nodes.joint
     ).value

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from flowverify.certify.complete.schedule import FIRST, GROWTH, LATE, SAFE, Schedule
+from flowverify.certify.complete.schedule import FIRST, GROWTH, LATE, MIDDLE, NEAR, SAFE, Schedule
 
 UPPER, LAST = 1.0, 0.99
 
@@ -28,7 +28,7 @@ def test_goes_as_far_as_the_forecast_allows(cost: float) -> None:
     found = schedule.target(0.85, UPPER, LAST, left)
     forecast = cost * math.exp(GROWTH * (found - 0.85))
     assert 0.85 < found <= LAST
-    assert forecast <= SAFE * left or found == pytest.approx((0.85 + LAST) / 2)
+    assert forecast <= MIDDLE * left * (1 + 1e-9) or found == pytest.approx((0.85 + NEAR) / 2)
     if cost * math.exp(GROWTH * (LAST - 0.85)) <= SAFE * left:
         assert found == LAST
 
@@ -37,8 +37,16 @@ def test_learns_how_trees_grow() -> None:
     slow, fast = Schedule(60.0), Schedule(60.0)
     for schedule, nodes in ((slow, 3000), (fast, 12000)):
         schedule.tell(0.85, 2.0, 2000)
-        schedule.tell(0.9, 4.0, nodes)
+        schedule.tell(0.9, 10.0, nodes)
     assert slow.target(0.9, UPPER, LAST, 54.0) > fast.target(0.9, UPPER, LAST, 54.0)
+
+
+def test_a_bracket_of_five_percent_comes_first() -> None:
+    schedule = Schedule(60.0)
+    schedule.tell(0.85, 3.0, 3000)
+    assert schedule.target(0.85, UPPER, LAST, 57.0) == NEAR
+    schedule.tell(NEAR, 20.0, 30000)
+    assert schedule.target(NEAR, UPPER, LAST, 30.0) == LAST
 
 
 def test_gives_up_what_is_far_and_lowers_what_is_late() -> None:

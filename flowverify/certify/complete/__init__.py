@@ -8,8 +8,10 @@ On the polytope of images (``complete``) the answer is exact, on the L1 ball of 
 exact for that larger set: framework paper (2021), Section 3.2 and Table 1.
 
 From below: the network as matrices (``affine_maps``) and the ball (``balls``); bounds by a Lagrangian dual
-(``relaxation``, ``ascent``), of many neurons at once where the budget is small (``joint``, ``joint_search``); the
-branches of a tree (``nodes``, ``branching``, ``neuron_bounds``, ``leaf``, ``tree``); counterexamples (``hunt``); the
-radius of one image (``radius_search``) and certificates (``certifier``, ``references``). ``program`` and ``milp`` are
+(``relaxation``), raised by steps (``ascent``) along their ``gradients`` on a small copy of the problem (``sketch``); of
+many neurons at once where the budget is small (``joint``, ``joint_search``); the branches of a tree (``nodes``,
+``branching``, ``neuron_bounds``, ``leaf``, ``tree``) and the threads that grow it (``workers``); counterexamples
+(``hunt``); the radius of one image (``schedule``, ``radius_search``) and certificates (``certifier``, ``references``).
+``program`` and ``milp`` are
 the second method, which shares none of this.
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +48,6 @@ class AffineMaps:
     def layers(self) -> int:
         """How many ReLU layers there are."""
         return len(self.stages) - 1
-
-    @cached_property
-    def _single(self) -> list[Tensor]:
-        return [
-            stage.weights[0].float() if 0 in stage.weights else stage.bias.new_zeros(0).float() for stage in self.stages
-        ]
-
-    def single(self, stage: int) -> Tensor:
-        """What a stage reads of the image, (n_k, pixels), in float32."""
-        return self._single[stage]
 
     @property
     def widths(self) -> list[int]:

@@ -22,7 +22,7 @@ SPLIT_STEP = 0.2
 LIMIT_STEP = 0.05
 DECAY = 0.98
 LOOSE, TIGHT = 1e-3, 1e-6  # the ball's tolerance on the way, and of the last bound; all of them are sound
-SURE = 1e-5  # of a bound's terms: what float32 may be off
+SURE = 100  # units in the last place of a bound's terms: what the steps' precision may be off
 FEWER = 0.7  # when so many are left to do, the others are put aside
 
 
@@ -49,6 +49,7 @@ def ascend(
     *,
     enough: float = torch.inf,
     pace: float = 1.0,
+    precise: bool = False,
 ) -> Ascended:
     """Maximises the bounds of :func:`lower_bound` over slopes, and multipliers of splits and joint limits.
 
@@ -56,11 +57,13 @@ def ascend(
         iterations: evaluations of the bound, at least 1.
         enough: a problem whose bound exceeds this is left alone.
         pace: factor of all steps; small ones finish what large ones have begun.
+        precise: steps in float64, for bounds that are to become positive by little.
     """
     multipliers = start
     if stage and iterations > 1 and len(specification):
-        problems = Problems.sketched(maps, ball, stage, specification, lower, upper, signs, joint)
-        multipliers = _climb(problems, start.float(), iterations, enough, pace)
+        kind = torch.float64 if precise else torch.float32
+        problems = Problems.sketched(maps, ball, stage, specification, lower, upper, signs, joint, kind)
+        multipliers = _climb(problems, start.to(kind), iterations, enough, pace)
     bound = lower_bound(
         maps, ball, stage, specification, lower, upper, multipliers, joint, tolerance=TIGHT, point=True
     )  # fmt: skip
@@ -76,7 +79,7 @@ def _climb(problems: Problems, start: Multipliers, iterations: int, enough: floa
     kept, guesses = [v.clone() for v in start.variables], start.guess.clone()
     rows = torch.arange(count, device=device)
     adam = Adam(start, (SLOPE_STEP * pace, SPLIT_STEP * pace, LIMIT_STEP * pace), DECAY)
-    guess = start.guess
+    guess, unsure = start.guess, SURE * torch.finfo(problems.specification.dtype).eps
     for step in range(iterations):
         found = problems.slope(Multipliers.of(adam.values, guess), LOOSE)
         better = found.value > best[rows]
@@ -92,7 +95,7 @@ def _climb(problems: Problems, start: Multipliers, iterations: int, enough: floa
         if step == iterations - 1:
             break
         adam.step(found.gradients, problems.signs, problems.compiled)
-        going = ~(found.value > enough + SURE * found.size)
+        going = ~(found.value > enough + unsure * found.size)
         left = int(going.sum())
         if left == 0:
             break

@@ -57,14 +57,14 @@ class Problems:
         upper: Sequence[Tensor],
         signs: Sequence[Tensor],
         joint: Sequence[JointLimits],
+        kind: torch.dtype = torch.float32,
     ) -> Problems:
-        """On the sketch of maps and ball, in float32; of the layers, those below the stage."""
-        small = sketch_of(maps, ball)
-        lower, upper = ([v.float() for v in group[:stage]] for group in (lower, upper))
-        limits = [own.closed().float() for own in joint[:stage]]
-        if not limits:
-            limits = [JointLimits.none(len(specification), specification.device).float()] * stage
-        return cls(small.maps, small.ball, stage, specification.float(), lower, upper, list(signs[:stage]), limits)
+        """On the sketch of maps and ball, in this precision; of the layers, those below the stage."""
+        small = sketch_of(maps, ball, kind)
+        lower, upper = ([v.to(kind) for v in group[:stage]] for group in (lower, upper))
+        none = JointLimits.none(len(specification), specification.device)
+        limits = [own.closed().to(kind) for own in joint[:stage]] or [none.to(kind)] * stage
+        return cls(small.maps, small.ball, stage, specification.to(kind), lower, upper, list(signs[:stage]), limits)
 
     def __getitem__(self, chosen: Tensor) -> Problems:
         lower, upper, signs = ([v[chosen] for v in group] for group in (self.lower, self.upper, self.signs))

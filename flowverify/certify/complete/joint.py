@@ -57,9 +57,9 @@ class JointLimits:
     def __getitem__(self, chosen: Tensor | slice) -> JointLimits:
         return JointLimits(*(value[chosen] for value in self._all))
 
-    def float(self) -> JointLimits:
-        """In single precision."""
-        return JointLimits(self.members, self.up.float(), self.down.float(), self.largest.float())
+    def to(self, kind: torch.dtype) -> JointLimits:
+        """In this precision."""
+        return JointLimits(self.members, self.up.to(kind), self.down.to(kind), self.largest.to(kind))
 
     def closed(self) -> JointLimits:
         """The same limits with one pattern only, the largest: enough where nothing more is split."""

@@ -101,11 +101,9 @@ def _maximum(
     """Upper bounds over the ball of sums of terms (K, P, m) times the members (K, m) of a layer, (K, P)."""
     kinds, patterns, _ = terms.shape
     if layer == 0:
-        weights = maps.single(0)[members]  # (K, m, pixels)
-        functions = (terms.float() @ weights).flatten(0, 1)
-        # Two roundings of each product, and one of each sum.
-        size = (terms.abs() @ weights.abs().amax(-1, keepdim=True).double()).flatten()
-        error = torch.finfo(weights.dtype).eps / 2 * (terms.shape[-1] + 3) * size
+        # Rounded after the product: torch may have been told to multiply in less than single precision.
+        functions = (terms @ maps.stages[0].weights[0][members]).flatten(0, 1).float()
+        error = torch.finfo(functions.dtype).eps * functions.abs().amax(1).double()
         centre = (maps.stages[0].weights[0] @ ball.flat + maps.stages[0].bias)[members][..., None]
         return ball.greatest_excess(functions, error, LOOSE).reshape(kinds, patterns) + (terms @ centre)[..., 0]
     rows = terms.new_zeros(kinds, patterns, nodes.lower[layer].shape[1])

@@ -180,6 +180,7 @@ def improve(
     iterations: int,
     enough: float = 0.0,
     pace: float = 1.0,
+    precise: bool = False,
 ) -> tuple[Nodes, Tensor]:
     """Raises the bounds of nodes, in place, until they exceed ``enough``; and the points where bounds are attained.
 
@@ -187,7 +188,7 @@ def improve(
     """
     found = ascend(
         maps, ball, stage, specification[nodes.row], nodes.lower, nodes.upper, nodes.signs, nodes.multipliers,
-        iterations, nodes.joint, enough=enough, pace=pace,
+        iterations, nodes.joint, enough=enough, pace=pace, precise=precise,
     )  # fmt: skip
     nodes.multipliers = found.multipliers
     nodes.bound = torch.maximum(nodes.bound, found.value)

@@ -64,9 +64,9 @@ class Multipliers:
         alpha, gamma, theta = (list(variables[kind * layers : (kind + 1) * layers]) for kind in range(3))
         return cls(alpha, gamma, theta, guess)
 
-    def float(self) -> Multipliers:
-        """In single precision, but for the guess."""
-        return Multipliers.of([v.float() for v in self.variables], self.guess)
+    def to(self, kind: torch.dtype) -> Multipliers:
+        """In this precision, but for the guess."""
+        return Multipliers.of([v.to(kind) for v in self.variables], self.guess)
 
     def __getitem__(self, chosen: Tensor | slice) -> Multipliers:
         return Multipliers.of([v[chosen] for v in self.variables], self.guess[chosen])
@@ -161,15 +161,15 @@ def _relax_layer(
     coefficients: Tensor, lower: Tensor, upper: Tensor, multipliers: Multipliers, layer: int, limits: JointLimits | None
 ) -> tuple[Tensor, Tensor]:
     """rho (N, n) and the constants (N,) of a layer with its joint limits; compiled where no gradient is wanted."""
-    alpha, gamma, theta = multipliers.alpha[layer], multipliers.gamma[layer], multipliers.theta[layer]
     limits = JointLimits.none(len(coefficients), coefficients.device) if limits is None else limits
-    if coefficients.device.type != "cpu" or any(v.requires_grad for v in (coefficients, alpha, gamma, theta)):
+    alpha, gamma, theta = (group[layer] for group in (multipliers.alpha, multipliers.gamma, multipliers.theta))
+    theta = theta[:, : limits.groups]
+    if not _compilable(coefficients, alpha, gamma, theta):
         rho, term = relax(coefficients, lower, upper, alpha, gamma, *limits.slopes(theta, coefficients.shape[1]))
         return rho, term - torch.where(theta > 0, theta * limits.limit, 0.0).sum(1)
     from flowverify.certify.complete.relaxation_kernel import relax_rows
 
     wide = [v.expand_as(coefficients).contiguous().numpy() for v in (lower, upper, alpha, gamma)]
-    theta = theta[:, : limits.groups].contiguous()
     sums = limits.members, limits.up, limits.down, limits.limit, theta
     rho, *steeper = (torch.empty_like(coefficients) for _ in range(3))
     term = coefficients.new_zeros(len(coefficients), dtype=torch.float64)
@@ -178,6 +178,11 @@ def _relax_layer(
         *(v.numpy() for v in steeper), term.numpy(),
     )  # fmt: skip
     return rho, term
+
+
+def _compilable(*values: Tensor) -> bool:
+    """Whether the kernels take these: on the CPU, with no gradient wanted."""
+    return all(value.device.type == "cpu" and not value.requires_grad for value in values)
 
 
 def lower_bound(

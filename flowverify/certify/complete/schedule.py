@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 FIRST = 0.85  # of the nearest counterexample: where the first tree stands
 GROWTH = 24.0  # a tree at 1 + x times the radius costs exp(GROWTH x) times as much, until trees have told
 LEAST_GROWTH, MOST_GROWTH = 16.0, 40.0
-SAFE = 0.9  # of the budget left: what a tree that closes the bracket may cost by the forecast
+SAFE = 0.45  # of the budget left: what a tree that closes the bracket may cost by the forecast
 MIDDLE = 0.7  # and one on the way
+NEAR = 0.955  # of the nearest counterexample: a bracket of less than 5%, to be had before the rest is tried
 STEP = 0.02  # radii that are nearer to each other are not worth a tree each
 SMALL = 500  # nodes: smaller trees tell nothing about the growth
 PATIENCE = 0.6  # of the budget left: a tree that has had so much makes room for one at a smaller radius
@@ -37,12 +38,11 @@ class Schedule:
             return FIRST * upper if proven * (1 + STEP) < FIRST * upper < last else last
         radius, cost, _ = self.finished[-1]
         growth = self._growth(upper) / upper
-        if cost * math.exp(growth * (last - radius)) <= SAFE * left:
+        near = min(NEAR * upper, last)
+        if proven >= near * (1 - STEP) or cost * math.exp(growth * (last - radius)) <= SAFE * left:
             return last
         reached = radius + math.log(MIDDLE * left / cost) / growth if left > 0 else radius
-        if reached <= max(proven, radius) * (1 + STEP):
-            reached = (proven + last) / 2
-        return min(reached, last) if reached < last * (1 - STEP) else last
+        return (proven + near) / 2 if reached <= max(proven, radius) * (1 + STEP) else min(reached, near)
 
     def tell(self, radius: float, cost: float, nodes: int) -> None:
         """A tree was finished at this radius."""

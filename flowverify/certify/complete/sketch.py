@@ -1,4 +1,4 @@
-"""The problem in small, for the steps of a search: float32, and only the pixels near the image's mass.
+"""The problem in small, for the steps of a search: mostly in float32, and only the pixels near the image's mass.
 
 Nothing here is a bound. What the steps lead to is bounded in float64 on all pixels, by
 :func:`~flowverify.certify.complete.relaxation.lower_bound`, for which any multipliers will do.
@@ -26,12 +26,12 @@ class Sketch:
     ball: Polytope
 
 
-_sketches: WeakKeyDictionary[Polytope, Sketch] = WeakKeyDictionary()
+_sketches: WeakKeyDictionary[Polytope, dict[torch.dtype, Sketch]] = WeakKeyDictionary()
 
 
-def sketch_of(maps: AffineMaps, ball: Polytope) -> Sketch:
+def sketch_of(maps: AffineMaps, ball: Polytope, kind: torch.dtype = torch.float32) -> Sketch:
     """The sketch of these maps around this ball, made once."""
-    known = _sketches.get(ball)
+    known = _sketches.setdefault(ball, {}).get(kind)
     if known is not None and known.source is maps:
         return known
     rows, columns = _window(ball)
@@ -39,11 +39,11 @@ def sketch_of(maps: AffineMaps, ball: Polytope) -> Sketch:
     window = places[:, rows, columns].flatten()
     stages = []
     for stage in maps.stages:
-        weights = {s: (w[:, window] if s == 0 else w).float().contiguous() for s, w in stage.weights.items()}
-        stages.append(Stage(stage.bias.float(), weights))
-    small = type(ball)(ball.image[:, rows, columns].float().contiguous(), ball.budget, ball.ground, ball.cap)
+        weights = {s: (w[:, window] if s == 0 else w).to(kind).contiguous() for s, w in stage.weights.items()}
+        stages.append(Stage(stage.bias.to(kind), weights))
+    small = type(ball)(ball.image[:, rows, columns].to(kind).contiguous(), ball.budget, ball.ground, ball.cap)
     found = Sketch(maps, AffineMaps(tuple(stages), maps.names, len(window)), small)
-    _sketches[ball] = found
+    _sketches[ball][kind] = found
     return found
 
 

@@ -201,10 +201,11 @@ class Tree:
     def _undone(self, nodes: Nodes) -> Tensor:
         return ~(nodes.bound > self.allowance)  # a NaN proves nothing
 
-    def _improve(self, nodes: Nodes, iterations: int, pace: float = 1.0) -> Nodes:
+    def _improve(self, nodes: Nodes, iterations: int, pace: float = 1.0, precise: bool = False) -> Nodes:
         nodes, points = improve(
-            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes, iterations, self.allowance, pace
-        )
+            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes, iterations, self.allowance,
+            pace, precise,
+        )  # fmt: skip
         descend = self._batches % DESCENT_EVERY == 0
         self.hunt.offer(points[self._undone(nodes)], descend=descend)
         return nodes
@@ -220,7 +221,7 @@ class Tree:
             return nodes
         rest = torch.ones(len(nodes), dtype=torch.bool, device=last.device)
         rest[last] = False
-        return join([nodes[rest], self._improve(nodes[last], POLISHING, pace=POLISHING_PACE)])
+        return join([nodes[rest], self._improve(nodes[last], POLISHING, POLISHING_PACE, True)])
 
     def _solve_leaves(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
         """Decides nodes without unstable neurons; what is left over when time is up, or None.
@@ -231,7 +232,7 @@ class Tree:
         alone = nodes.unlimited()
         for pace in LEAF_PACES:
             if len(nodes):
-                alone = self._improve(alone, LEAF_ITERATIONS, pace)
+                alone = self._improve(alone, LEAF_ITERATIONS, pace, True)
                 undone = self._settle(alone)
                 alone, nodes = alone[undone], nodes[undone]
         for index in range(len(nodes)):
