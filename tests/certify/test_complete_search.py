@@ -93,23 +93,23 @@ class TestBracket:
         assert search.finished
         assert gaps[2] <= 1.0001
 
-    def test_a_tree_that_takes_too_long_makes_room_for_a_smaller_radius(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_tree_that_is_late_goes_on_at_a_smaller_radius(self, monkeypatch: pytest.MonkeyPatch) -> None:
         network, images, labels = digits()
-        planted: list[float] = []
-        real = search_module.RadiusSearch._plant
+        trials: list[tuple[float, float]] = []
+        real = search_module.RadiusSearch._shrink
 
-        def plant(self, radius, stop):  # type: ignore[no-untyped-def]
-            planted.append(radius)
-            real(self, radius, stop)
+        def shrink(self, tree, radius):  # type: ignore[no-untyped-def]
+            trials.append((self._trial, radius))
+            real(self, tree, radius)
 
-        monkeypatch.setattr(search_module.RadiusSearch, "_plant", plant)
+        monkeypatch.setattr(search_module.RadiusSearch, "_shrink", shrink)
         patient = CompleteCertifier(network, options=CompleteOptions(timeout=600)).search(images[:1], labels[:1])[0]
-        assert planted == sorted(planted)
-        planted.clear()
-        monkeypatch.setattr(schedule_module, "PATIENCE", 1e-9)
+        before = len(trials)
+        monkeypatch.setattr(schedule_module, "LATE", (1e-9, 1e-9, 1e-9))
         monkeypatch.setattr(search_module, "EASY", 1)
         hasty = CompleteCertifier(network, options=CompleteOptions(timeout=600)).search(images[:1], labels[:1])[0]
-        assert planted != sorted(planted), "no stage was given up"
+        assert len(trials) > before, "no tree went on at a smaller radius"
+        assert all(new < old for old, new in trials)
         assert hasty.upper_radius is not None and hasty.radius < hasty.upper_radius <= hasty.radius * 1.0101
         assert hasty.radius == pytest.approx(patient.radius, rel=0.01)
 

@@ -16,8 +16,9 @@ def test_without_a_limit_the_bracket_is_closed_at_once() -> None:
 
 
 def test_begins_at_a_smaller_radius_unless_it_is_proven() -> None:
-    assert Schedule(60.0).target(0.5, UPPER, LAST, 60.0) == FIRST * UPPER
-    assert Schedule(60.0).target(0.86, UPPER, LAST, 60.0) == LAST
+    assert Schedule(60.0).target(0.5, UPPER, LAST, 60.0) == 0.5 + FIRST * 0.5
+    assert Schedule(60.0).target(0.2, UPPER, LAST, 60.0) < Schedule(60.0).target(0.5, UPPER, LAST, 60.0)
+    assert Schedule(60.0).target(0.95, UPPER, LAST, 60.0) == LAST
 
 
 @pytest.mark.parametrize("cost", [1e-3, 0.1, 1.0, 5.0, 30.0])
@@ -49,16 +50,17 @@ def test_a_bracket_of_five_percent_comes_first() -> None:
     assert schedule.target(NEAR, UPPER, LAST, 30.0) == LAST
 
 
-def test_gives_up_what_is_far_and_lowers_what_is_late() -> None:
+def test_lowers_what_is_late() -> None:
     schedule = Schedule(100.0)
-    assert schedule.gives_up(0.5, 0.85, 100.0, 30.0)
-    assert not schedule.gives_up(0.5, 0.85, 100.0, 50.0)
-    assert not schedule.gives_up(0.84, 0.85, 100.0, 30.0)
-    assert not schedule.gives_up(0.5, 0.85, math.inf, math.inf)
-    asked = [schedule.lowers(left) for left in range(100, 0, -1)]
-    assert sum(asked) == len(LATE)
-    assert asked.index(True) == pytest.approx(100 * LATE[0], abs=1)
-    assert not Schedule().lowers(math.inf)
+    radius, fell = 0.9, []
+    for left in range(100, 0, -1):
+        lowered = schedule.lowered(0.5, radius, left)
+        if lowered is not None:
+            assert 0.5 < lowered < radius
+            radius = lowered
+            fell.append(100 - left)
+    assert fell == pytest.approx([100 * share for share in LATE], abs=1)
+    assert Schedule().lowered(0.5, 0.9, math.inf) is None
 
 
 def test_always_offers_a_radius_that_is_not_proven() -> None:

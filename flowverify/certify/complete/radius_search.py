@@ -2,8 +2,8 @@
 
 The search climbs towards the nearest counterexample known. Each stage is one tree at a radius between; the last one
 stands just inside the counterexample, so that its proof closes the bracket. A nearer counterexample that a tree comes
-across lowers the radius of that same tree: balls are nested, so nothing that is done is done again. When a tree is
-too large for the budget, the stages before it have left a narrower bracket.
+across lowers the radius of that same tree: balls are nested, so nothing that is done is done again. So does the end of
+the budget, for a tree that would not be done by then.
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ class RadiusSearch:
         self._trial = 0.0
         self._started = False
         self._begun, self._before = math.inf, 0  # what was left, and the nodes so far, when the tree began
-        self._retreat: float | None = None
 
     @property
     def upper_radius(self) -> float:
@@ -204,9 +203,6 @@ class RadiusSearch:
         """The radius of the next stage."""
         upper = min(self.upper_radius, self.limit)
         last = upper if upper == self.limit else upper / (1 + CLOSING * self.tolerance)
-        if self._retreat is not None:
-            following, self._retreat = self._retreat, None
-            return following if self.radius < following < last else last
         return self._schedule.target(self.radius, upper, last, self._left())
 
     def _stage(self, stop: Callable[[], bool]) -> None:
@@ -217,7 +213,7 @@ class RadiusSearch:
         known = self.hunt.radius
 
         def turn() -> bool:
-            return stop() or self.hunt.radius < min(known, self._trial) or self._gives_up() or self._lower(tree)
+            return stop() or self.hunt.radius < min(known, self._trial) or self._lower(tree)
 
         tree.grow(self._watched(turn))
         if tree.proven and self.radius < self._trial < self.hunt.radius:
@@ -229,27 +225,25 @@ class RadiusSearch:
             if self._trial <= self.radius:
                 self._tree = None
             return
-        if not tree.finished and self._gives_up():
-            self._retreat, self._tree = (self.radius + self._trial) / 2, None
-        elif tree.finished:
+        if tree.finished:
             if tree.stuck:
                 # Nothing is open, nothing is proven, no counterexample: a tie to within rounding.
                 self.exhausted = True
             self._tree = None
 
-    def _gives_up(self) -> bool:
-        return self._schedule.gives_up(self.radius, self._trial, self._begun, self._left())
-
     def _lower(self, tree: Tree) -> bool:
-        """Late, the radius of a tree that is not done falls half of the way to what is proven; False, to go on."""
-        if self.hunt.radius > self._trial and self._schedule.lowers(self._left()):
-            self._shrink(tree, (self.radius + self._trial) / 2)
+        """Late, the radius of a tree that is not done falls towards what is proven; False, to go on."""
+        if self.hunt.radius > self._trial:
+            radius = self._schedule.lowered(self.radius, self._trial, self._left())
+            if radius is not None:
+                self._shrink(tree, radius)
         return False
 
     def _shrink(self, tree: Tree, radius: float) -> None:
         self._trial = radius
         ball = self.ball(radius)
-        tree.shrink(ball, neuron_bounds(self.maps, ball))
+        bounds = neuron_bounds(self.maps, ball, iterations=1)
+        tree.shrink(ball, neuron_bounds(self.maps, ball) if _few_unstable(bounds) else bounds)
 
     def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""
@@ -269,10 +263,7 @@ class RadiusSearch:
 
     def _strengthened(self, ball: Polytope, bounds: NeuronBounds, stop: Callable[[], bool]) -> Tree:
         """A tree from better bounds of the neurons, where they pay, with joint limits."""
-        unstable = sum(
-            int(((low < 0) & (high > 0)).sum()) for low, high in zip(bounds.lower[1:], bounds.upper[1:], strict=True)
-        )
-        small = unstable <= MAX_REFINED
+        small = _few_unstable(bounds)
         if small and self.maps.layers > 1:
             left = self._left() * (1 - REFINING_SHARE)
 
@@ -304,3 +295,9 @@ class RadiusSearch:
             return stop()
 
         return watched
+
+
+def _few_unstable(bounds: NeuronBounds) -> bool:
+    """Whether optimised bounds of the neurons above the first layer are worth their time."""
+    above = zip(bounds.lower[1:], bounds.upper[1:], strict=True)
+    return sum(int(((low < 0) & (high > 0)).sum()) for low, high in above) <= MAX_REFINED

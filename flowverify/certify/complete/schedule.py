@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-FIRST = 0.85  # of the nearest counterexample: where the first tree stands
+FIRST = 0.6  # of the way from what the root proves to the nearest counterexample: where the first tree stands
 GROWTH = 24.0  # a tree at 1 + x times the radius costs exp(GROWTH x) times as much, until trees have told
 LEAST_GROWTH, MOST_GROWTH = 16.0, 40.0
 SAFE = 0.45  # of the budget left: what a tree that closes the bracket may cost by the forecast
@@ -17,9 +17,8 @@ MIDDLE = 0.7  # and one on the way
 NEAR = 0.955  # of the nearest counterexample: a bracket of less than 5%, to be had before the rest is tried
 STEP = 0.02  # radii that are nearer to each other are not worth a tree each
 SMALL = 500  # nodes: smaller trees tell nothing about the growth
-PATIENCE = 0.6  # of the budget left: a tree that has had so much makes room for one at a smaller radius
-FAR = 0.92  # of a tree's radius; nearer to what is proven, a tree is kept and its radius lowered instead
-LATE = (0.7, 0.88)  # shares of a budget after which it is
+LATE = (0.6, 0.75, 0.88)  # shares of the budget after which the radius of a tree that is not done falls,
+LOWERED = 0.4  # by this share of the way to what is proven
 
 
 @dataclass
@@ -28,14 +27,15 @@ class Schedule:
 
     budget: float = math.inf
     finished: list[tuple[float, float, int]] = field(default_factory=list)
-    _lowered: int = 0
+    _falls: int = 0
 
     def target(self, proven: float, upper: float, last: float, left: float) -> float:
         """The next radius, at most ``last``, which closes the bracket; ``upper`` is the nearest counterexample's."""
         if left == math.inf or proven >= last * (1 - STEP):
             return last
         if not self.finished:
-            return FIRST * upper if proven * (1 + STEP) < FIRST * upper < last else last
+            first = proven + FIRST * (upper - proven)
+            return first if proven * (1 + STEP) < first < NEAR * upper else last
         radius, cost, _ = self.finished[-1]
         growth = self._growth(upper) / upper
         near = min(NEAR * upper, last)
@@ -48,16 +48,12 @@ class Schedule:
         """A tree was finished at this radius."""
         self.finished.append((radius, max(cost, 1e-9), max(nodes, 1)))
 
-    def gives_up(self, proven: float, radius: float, begun: float, left: float) -> bool:
-        """Whether what is left, of what there was when the tree began, is better spent on a smaller radius."""
-        return proven < FAR * radius and left < (1 - PATIENCE) * begun < math.inf
-
-    def lowers(self, left: float) -> bool:
-        """Whether it is time to lower the radius of the tree that is grown; asked until it says so, once a time."""
-        if self._lowered < len(LATE) and left < (1 - LATE[self._lowered]) * self.budget < math.inf:
-            self._lowered += 1
-            return True
-        return False
+    def lowered(self, proven: float, radius: float, left: float) -> float | None:
+        """A smaller radius for the tree that is grown, when it is time for one: once for each of ``LATE``."""
+        if self._falls >= len(LATE) or not left < (1 - LATE[self._falls]) * self.budget < math.inf:
+            return None
+        self._falls += 1
+        return radius - LOWERED * (radius - proven)
 
     def _growth(self, upper: float) -> float:
         """From the last two trees, if their radii differ and they have more nodes than their roots."""
