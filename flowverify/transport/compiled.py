@@ -188,49 +188,6 @@ def maximise(coefficients: Tensor, images: Tensor, budget: Tensor, bracket: Tens
     return moved
 
 
-class Prepared:
-    """:func:`solve` for one image and budget with l1 ground cost, again and again: what depends on them is kept.
-
-    Nothing is checked. Coefficients that are not finite give an excess without meaning.
-
-    Args:
-        image: (C, H, W), on the CPU, float32 or float64, which is then the dtype of all coefficients.
-        budget: mass times distance.
-    """
-
-    def __init__(self, image: Tensor, budget: float) -> None:
-        self._shape: tuple[int, ...] = tuple(image.shape)
-        self._mass = image.contiguous().reshape(-1).numpy()
-        self._layout = _mass_layout(self._mass.reshape(self._shape))
-        self._budget = float(budget)
-
-    def solve(
-        self, coefficients: Tensor, guess: Tensor | None, tolerance: float, maximiser: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Excess (S,) and multiplier (S,), float64, and maximisers (S, pixels), for coefficients (S, pixels)."""
-        from flowverify.transport import plan_kernel, scan_kernel
-
-        rows = coefficients.contiguous().numpy()
-        count = len(rows)
-        guesses = np.zeros(count) if guess is None else guess.contiguous().numpy()
-        excess, multipliers, brackets = np.empty(count), np.empty(count), np.empty((count, 2))
-        points = np.empty((count if maximiser else 0, self._mass.size), self._mass.dtype)
-        budgets = np.full(count, self._budget) if maximiser else guesses
-
-        def work(first: int, last: int) -> None:
-            scan_kernel.solve_problems(
-                rows, self._mass, *self._layout, self._budget, guesses, tolerance, self._shape, first, last, excess,
-                multipliers, brackets,
-            )  # fmt: skip
-            if maximiser:
-                plan_kernel.maximise_problems(
-                    rows, self._mass, *self._layout, budgets, brackets, self._shape, first, last, points
-                )  # fmt: skip
-
-        share_out(work, count)
-        return torch.from_numpy(excess), torch.from_numpy(multipliers), torch.from_numpy(points) if maximiser else None
-
-
 class _Batch:
     """Problems (images x coefficient vectors) as NumPy arrays, and the threads that work on them."""
 
@@ -264,7 +221,7 @@ class _Batch:
         chunk = max(LANES, -(-self.problems // (jobs_an_image * LANES)) * LANES)  # whole vectors
         jobs: list[tuple[int, tuple[Array, Array, Array], int, int]] = []
         for index in range(images):
-            layout = _mass_layout(self.mass[index].reshape(self.shape))
+            layout = mass_layout(self.mass[index].reshape(self.shape))
             jobs.extend(
                 (index, layout, first, min(first + chunk, self.problems)) for first in range(0, self.problems, chunk)
             )
@@ -277,7 +234,7 @@ class _Batch:
                 outcome.result()
 
 
-def _mass_layout(mass: Array) -> tuple[Array, Array, Array]:
+def mass_layout(mass: Array) -> tuple[Array, Array, Array]:
     """Columns that hold mass, and for each pixel that does its place in the kernel's two layouts."""
     _, height, width = mass.shape
     columns = np.flatnonzero(mass.any(axis=(0, 1)))

@@ -141,3 +141,27 @@ def test_maxima_in_single_precision_are_upper_bounds(feasible: bool, tolerance: 
     found = ball.greatest_excess(single, error, tolerance)
     assert (found >= exact).all()
     assert (found <= exact * (1 + tolerance + 1e-6) + 1e4 * 1e-3 * (1 + budget)).all()
+
+
+@pytest.mark.parametrize("end", ["lower", "upper"])
+def test_a_neuron_without_bounds_proves_nothing(end: str) -> None:
+    problems, multipliers = problems_of("mlp")
+    getattr(problems, end)[0][2, 1] = torch.nan
+    for value in (
+        problems.values(multipliers, 1e-9),
+        problems._traced(multipliers, 1e-9).value,
+        lower_bound(
+            problems.maps, problems.ball, problems.stage, problems.specification, problems.lower, problems.upper,
+            multipliers, problems.joint,
+        ).value,
+    ):  # fmt: skip
+        assert value.isnan().tolist() == [row == 2 for row in range(len(value))]
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_functions_that_are_not_finite_have_no_minimum(what: float, everywhere: bool) -> None:
+    image, budget, _ = reached("mlp", 0.3)
+    functions = torch.randn(3, image.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    functions[1, slice(None) if everywhere else 0] = what
+    assert Polytope(image, budget).minimum(functions).value.isnan().tolist() == [False, True, False]

@@ -12,6 +12,5 @@ From below: the network as matrices (``affine_maps``) and the ball (``balls``); 
 many neurons at once where the budget is small (``joint``, ``joint_search``); the branches of a tree (``nodes``,
 ``branching``, ``neuron_bounds``, ``leaf``, ``tree``) and the threads that grow it (``workers``); counterexamples
 (``hunt``); the radius of one image (``schedule``, ``radius_search``) and certificates (``certifier``, ``references``).
-``program`` and ``milp`` are
-the second method, which shares none of this.
+``program`` and ``milp`` are the second method, which shares none of this.
 """

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.transport.compiled import Prepared
 from flowverify.transport.dilation import lipschitz_constant
+from flowverify.transport.prepared import Prepared
 from flowverify.transport.support import support
 
 
@@ -59,7 +59,9 @@ class Polytope:
         coefficients = coefficients.detach()
         if self._compiled:
             excess, multiplier, nearest = self._solver(coefficients.dtype).solve(-coefficients, guess, tolerance, point)
-            return Minimum(coefficients @ self.flat - excess.to(coefficients.dtype), multiplier, nearest)
+            centre = coefficients @ self.flat  # not finite if any coefficient is not: then the excess says nothing
+            value = torch.where(torch.isfinite(centre), centre - excess.to(centre), torch.nan)
+            return Minimum(value, multiplier, nearest)
         shaped = -coefficients.reshape(-1, *self.image.shape)
         budget = self.image.new_tensor([self.budget])
         start = None if guess is None else guess[None]

@@ -108,10 +108,10 @@ def _maximum(
         return ball.greatest_excess(functions, error, LOOSE).reshape(kinds, patterns) + (terms @ centre)[..., 0]
     rows = terms.new_zeros(kinds, patterns, nodes.lower[layer].shape[1])
     rows = rows.scatter(2, members[:, None].expand_as(terms), -terms).flatten(0, 1)
-    each = owner.repeat_interleave(patterns)
-    lower, upper, signs = ([v[each] for v in group[:layer]] for group in (nodes.lower, nodes.upper, nodes.signs))
-    joint = [limits[each] for limits in nodes.joint[:layer]]
-    multipliers = initial_multipliers(lower, upper, len(each))
-    multipliers.theta = [limits.largest.new_zeros(len(each), limits.groups) for limits in joint]
+    node = owner.repeat_interleave(patterns)
+    lower, upper, signs = ([v[node] for v in group[:layer]] for group in (nodes.lower, nodes.upper, nodes.signs))
+    joint = [limits[node] for limits in nodes.joint[:layer]]
+    multipliers = initial_multipliers(lower, upper, len(node))
+    multipliers.theta = [limits.largest.new_zeros(len(node), limits.groups) for limits in joint]
     found = ascend(maps, ball, layer, rows, lower, upper, signs, multipliers, ITERATIONS, joint)
     return -found.value.reshape(kinds, patterns)

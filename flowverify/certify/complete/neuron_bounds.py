@@ -31,6 +31,12 @@ class NeuronBounds:
     lower: list[Tensor]
     upper: list[Tensor]
 
+    @property
+    def unstable_above(self) -> int:
+        """How many neurons above the first layer have both signs."""
+        above = zip(self.lower[1:], self.upper[1:], strict=True)
+        return sum(int(((low < 0) & (high > 0)).sum()) for low, high in above)
+
 
 def neuron_bounds(
     maps: AffineMaps, ball: Polytope, *, iterations: int = ITERATIONS, stop: Callable[[], bool] = lambda: False

@@ -243,7 +243,7 @@ class RadiusSearch:
         self._trial = radius
         ball = self.ball(radius)
         bounds = neuron_bounds(self.maps, ball, iterations=1)
-        tree.shrink(ball, neuron_bounds(self.maps, ball) if _few_unstable(bounds) else bounds)
+        tree.shrink(ball, neuron_bounds(self.maps, ball) if bounds.unstable_above <= MAX_REFINED else bounds)
 
     def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""
@@ -263,7 +263,7 @@ class RadiusSearch:
 
     def _strengthened(self, ball: Polytope, bounds: NeuronBounds, stop: Callable[[], bool]) -> Tree:
         """A tree from better bounds of the neurons, where they pay, with joint limits."""
-        small = _few_unstable(bounds)
+        small = bounds.unstable_above <= MAX_REFINED
         if small and self.maps.layers > 1:
             left = self._left() * (1 - REFINING_SHARE)
 
@@ -295,9 +295,3 @@ class RadiusSearch:
             return stop()
 
         return watched
-
-
-def _few_unstable(bounds: NeuronBounds) -> bool:
-    """Whether optimised bounds of the neurons above the first layer are worth their time."""
-    above = zip(bounds.lower[1:], bounds.upper[1:], strict=True)
-    return sum(int(((low < 0) & (high > 0)).sum()) for low, high in above) <= MAX_REFINED

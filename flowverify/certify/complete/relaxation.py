@@ -110,7 +110,9 @@ def relax(
     above = torch.where(inactive & ~active, least - rho, most - rho) * upper
     # Where both ends agree, at gamma = 0 or between the lines, the gradient is that of the side to which to go.
     constant = torch.where((below < above) | ((below == above) & active), below, above)
-    return rho, torch.where(unstable & (constant >= 0), 0.0, constant).sum(-1)
+    constant = torch.where(unstable & (constant >= 0), 0.0, constant)
+    # The comparisons pass over what is not a number, and that proves nothing.
+    return rho, torch.where(torch.isnan(lower + upper), torch.nan, constant).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -61,6 +62,8 @@ def relax_rows(
             value = min(below, above)
             if not active and not inactive:
                 value = min(value, zero)
+            if np.isnan(low + high):  # min would pass over it, and what is not a number proves nothing
+                total = np.nan
             total += value
         constant[row] += total
 
