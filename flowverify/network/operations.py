@@ -6,8 +6,11 @@ All dimensions in this file are counted within one sample (dimension 0 is the ch
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,13 +170,160 @@ class Concatenate(nn.Module):
         return f"dim={self.dim}"
 
 
+@dataclass(frozen=True)
+class OperationRecord:
+    """What is known about one canonical operation: the readers, the bounds and the tests all go by these records.
+
+    Attributes:
+        kind: the class, exactly.
+        affine: whether it is an affine function of its inputs, taken jointly.
+        arity: how many inputs it has; 0 for any number from two on.
+        options: the options that are taken as they come.
+        fixed: the options that are taken at one value only; any other one is refused by name.
+        candidates: instances, one a choice of options, some of which take samples of the given shape.
+    """
+
+    kind: type[nn.Module]
+    affine: bool
+    arity: int
+    options: tuple[str, ...]
+    fixed: dict[str, object]
+    candidates: Callable[[tuple[int, ...]], list[nn.Module]]
+
+    @property
+    def name(self) -> str:
+        return self.kind.__name__
+
+    def variants(self, shape: Sequence[int]) -> list[nn.Module]:
+        """Instances for samples of this shape, with every choice of options; weights are torch's random ones."""
+        found = []
+        for operation in self.candidates(tuple(shape)):
+            try:
+                output_shape(operation, [tuple(shape)] * (self.arity or 2))
+            except InvalidInputError:
+                continue
+            found.append(operation)
+        return found
+
+
+def _convolutions(shape: tuple[int, ...]) -> list[nn.Module]:
+    channels = shape[0]
+    chosen: list[dict[str, Any]] = [
+        {"kernel_size": 1}, {"kernel_size": (2, 3)}, {"kernel_size": 3, "bias": False},
+        {"kernel_size": 2, "stride": 2}, {"kernel_size": 2, "stride": (2, 1)},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "padding": 2}, {"kernel_size": (1, 3), "padding": (0, 1)},
+        {"kernel_size": 2, "dilation": 2}, {"kernel_size": 2, "dilation": (1, 2)},
+        {"kernel_size": 2, "dilation": (3, 1)},
+        {"kernel_size": 3, "stride": (1, 3), "padding": (2, 1), "dilation": (2, 1)},
+    ]  # fmt: skip
+    grouped = [{**options, "groups": channels} for options in chosen[3:6]] if channels > 1 else []
+    return [nn.Conv2d(channels, 2 * channels, **options) for options in [*chosen, *grouped]]
+
+
+def _average_pools(shape: tuple[int, ...]) -> list[nn.Module]:
+    chosen: list[dict[str, Any]] = [
+        {"kernel_size": 2}, {"kernel_size": 3, "stride": 2}, {"kernel_size": 2, "stride": 1},
+        {"kernel_size": (1, 2)}, {"kernel_size": (2, 1), "stride": (1, 2)}, {"kernel_size": 2, "stride": 3},
+        {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 2, "padding": (0, 1)},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False},
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 0), "count_include_pad": False},
+    ]  # fmt: skip
+    return [nn.AvgPool2d(**options) for options in chosen]
+
+
+def _maximum_pools(shape: tuple[int, ...]) -> list[nn.Module]:
+    chosen: list[dict[str, Any]] = [
+        {"kernel_size": 2}, {"kernel_size": (1, 2)}, {"kernel_size": 3, "stride": 2}, {"kernel_size": 2, "stride": 1},
+        {"kernel_size": (2, 1), "stride": (2, 2)}, {"kernel_size": 2, "stride": (2, 1)},
+        {"kernel_size": 2, "stride": 3},
+        {"kernel_size": 2, "padding": 1}, {"kernel_size": 3, "stride": 2, "padding": (1, 0)},
+        {"kernel_size": 2, "stride": 2, "dilation": 2}, {"kernel_size": 2, "stride": 1, "dilation": (1, 2)},
+        {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 3},
+    ]  # fmt: skip
+    return [nn.MaxPool2d(**options) for options in chosen]
+
+
+def _scale_shifts(shape: tuple[int, ...]) -> list[nn.Module]:
+    by_first = torch.linspace(-1.5, 2.0, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    full = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+    return [ScaleShift(1.7), ScaleShift(1.0, -0.3), ScaleShift(by_first, 0.2), ScaleShift(-2.0, full), ScaleShift(full)]
+
+
+def _permutations(shape: tuple[int, ...]) -> list[nn.Module]:
+    orders = [order for order in itertools.permutations(range(len(shape))) if order != tuple(range(len(shape)))]
+    return [Permute(order) for order in orders[:5]]
+
+
+def _selections(shape: tuple[int, ...]) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for dim, size in enumerate(shape):
+        found += [Index(dim, slice(0, size, 2)), Index(dim, tuple(reversed(range(size))))]
+        if size > 1:
+            found += [
+                Index(dim, slice(1, None)),
+                Index(dim, slice(-2, None)),
+                Index(dim, slice(0, -1)),
+                Index(dim, (0, -1, 0)),
+            ]
+        if len(shape) > 1:
+            found += [Index(dim, 0), Index(dim, -1)]
+    return found
+
+
+def _reshapes(shape: tuple[int, ...]) -> list[nn.Module]:
+    size = math.prod(shape)
+    shapes = {(1, *shape), tuple(reversed(shape)), (shape[0], size // shape[0]), (size,)} - {shape}
+    return [Reshape(other) for other in sorted(shapes)]
+
+
+def _slopes(shape: tuple[int, ...]) -> list[nn.Module]:
+    return [nn.LeakyReLU(slope) for slope in (0.01, 0.3, 1.0, 2.0, 5.0, -0.5, 0.0)]
+
+
+OPERATIONS: tuple[OperationRecord, ...] = (
+    OperationRecord(
+        nn.Linear, True, 1, ("in_features", "out_features", "bias"), {},
+        lambda shape: [nn.Linear(shape[-1], 3), nn.Linear(shape[-1], 5, bias=False)],
+    ),
+    OperationRecord(
+        nn.Conv2d, True, 1,
+        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+        {"padding_mode": "zeros", "output_padding": (0, 0), "transposed": False}, _convolutions,
+    ),
+    OperationRecord(
+        nn.AvgPool2d, True, 1, ("kernel_size", "stride", "padding", "count_include_pad"),
+        {"ceil_mode": False, "divisor_override": None}, _average_pools,
+    ),
+    OperationRecord(
+        nn.MaxPool2d, False, 1, ("kernel_size", "stride", "padding", "dilation"),
+        {"ceil_mode": False, "return_indices": False}, _maximum_pools,
+    ),
+    OperationRecord(nn.ReLU, False, 1, (), {"inplace": False}, lambda shape: [nn.ReLU()]),
+    OperationRecord(nn.LeakyReLU, False, 1, ("negative_slope",), {"inplace": False}, _slopes),
+    OperationRecord(nn.Sigmoid, False, 1, (), {}, lambda shape: [nn.Sigmoid()]),
+    OperationRecord(nn.Tanh, False, 1, (), {}, lambda shape: [nn.Tanh()]),
+    OperationRecord(nn.Flatten, True, 1, (), {"start_dim": 1, "end_dim": -1}, lambda shape: [nn.Flatten()]),
+    OperationRecord(ScaleShift, True, 1, ("scale", "shift"), {}, _scale_shifts),
+    OperationRecord(Reshape, True, 1, ("shape",), {}, _reshapes),
+    OperationRecord(Permute, True, 1, ("dims",), {}, _permutations),
+    OperationRecord(Index, True, 1, ("dim", "selection"), {}, _selections),
+    OperationRecord(
+        Pad, True, 1, ("amounts",), {},
+        lambda shape: [Pad((1, 0, 0, 0)), Pad((0, 1, 2, 0)), Pad((1, 1, 1, 1)), Pad((0, 0, 1, 3))],
+    ),
+    OperationRecord(Add, True, 0, (), {}, lambda shape: [Add()]),
+    OperationRecord(Subtract, True, 2, (), {}, lambda shape: [Subtract()]),
+    OperationRecord(
+        Concatenate, True, 0, ("dim",), {}, lambda shape: [Concatenate(dim) for dim in range(len(shape))]
+    ),
+)  # fmt: skip
+
+RECORDS: dict[type[nn.Module], OperationRecord] = {record.kind: record for record in OPERATIONS}
+CANONICAL: tuple[type[nn.Module], ...] = tuple(RECORDS)
+AFFINE: tuple[type[nn.Module], ...] = tuple(record.kind for record in OPERATIONS if record.affine)
 WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
-MULTIPLE_INPUTS: tuple[type[nn.Module], ...] = (Add, Subtract, Concatenate)
-AFFINE: tuple[type[nn.Module], ...] = (
-    *WEIGHTED, nn.AvgPool2d, nn.Flatten, ScaleShift, Reshape, Permute, Index, Pad, *MULTIPLE_INPUTS,
-)  # fmt: skip
-CANONICAL: tuple[type[nn.Module], ...] = (*AFFINE, *ACTIVATIONS, nn.MaxPool2d)
 
 
 def is_affine(operation: nn.Module) -> bool:
@@ -198,18 +348,19 @@ def check_operation(operation: nn.Module) -> None:
         UnsupportedOperationError: naming the operation and the option at fault.
     """
     name = operation_name(operation)
-    if type(operation) not in CANONICAL:
+    record = RECORDS.get(type(operation))
+    if record is None:
         known = ", ".join(sorted(kind.__name__ for kind in CANONICAL))
         raise UnsupportedOperationError(f"operation {name} is not supported: expected one of {known}")
+    # torch lists a module's options there: one that a newer release adds is not to be passed over.
+    unknown = set(getattr(operation, "__constants__", ())) - set(record.options) - set(record.fixed)
     faults = {
-        "inplace=True": getattr(operation, "inplace", False),
-        "ceil_mode=True": getattr(operation, "ceil_mode", False),
-        "return_indices=True": getattr(operation, "return_indices", False),
-        "divisor_override": getattr(operation, "divisor_override", None) is not None,
-        "a padding mode other than zeros": getattr(operation, "padding_mode", "zeros") != "zeros",
+        **{
+            f"{option}={getattr(operation, option, value)!r}": getattr(operation, option, value) != value
+            for option, value in record.fixed.items()
+        },
+        **{f"the option {option}, which is not known,": True for option in sorted(unknown)},
         "padding given as a word": isinstance(getattr(operation, "padding", 0), str),
-        "dimensions other than (1, -1)": isinstance(operation, nn.Flatten)
-        and (operation.start_dim, operation.end_dim) != (1, -1),
         "hooks": bool(operation._forward_hooks or operation._forward_pre_hooks),
     }
     for fault, present in faults.items():
