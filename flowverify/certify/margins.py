@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.domain import DomainName, make_domain, sample_images
+from flowverify.certify.domain import Domain, DomainName, make_domain, sample_images
 from flowverify.certify.first_layer import AffineValue
 from flowverify.certify.intervals import Interval, intersect, propagate
-from flowverify.certify.methods import check_bound, check_method
-from flowverify.errors import UnsupportedOperationError
-from flowverify.lirpa.bounded import BoundedNetwork
+from flowverify.certify.methods import BOUNDS, check_bound, check_method
+from flowverify.errors import BoundError, FlowverifyError, UnsupportedOperationError
+from flowverify.lirpa.bounded import BoundedNetwork, handed_over
 from flowverify.lirpa.warm_start import WarmStart
-from flowverify.network import Network
+from flowverify.network import INPUT, Network
+from flowverify.network.lowering import Lowered, lower
 
 CHUNK_ENTRIES = 1 << 25  # images x specifications x widest layer in one backward pass
 
@@ -28,6 +29,10 @@ class MarginBounds:
     topological order, from interval propagation, from CROWN through auto_LiRPA, or the tighter of the two,
     as the recipe of the bound says. CROWN bounds a neuron only if interval propagation has not already
     shown its ReLU to be linear for all images of the batch; the relaxation of such a ReLU is exact.
+
+    auto_LiRPA gets the network rewritten in the operations that it bounds right
+    (:func:`flowverify.lirpa.bounded.handed_over`). A bound that can do without it does so, with a note, where it cannot
+    take the network or fails.
 
     Args:
         network: in canonical form; it is copied.
@@ -43,7 +48,7 @@ class MarginBounds:
         UnknownNameError: an unknown method or bound.
         FoldError: ``domain="flow"`` for a network that cannot be folded.
         InvalidInputError: ``domain="flow"`` with another ground cost than l1.
-        UnsupportedOperationError: auto_LiRPA does not know an operation.
+        UnsupportedOperationError, BoundError: auto_LiRPA does not know an operation, and the bound rests on it alone.
     """
 
     def __init__(
@@ -74,7 +79,7 @@ class MarginBounds:
         if self.network.is_affine:
             frontier.add(self.network.output)
         self._affine = {name: AffineValue(self.network, name, dtype, ground, cap) for name in sorted(frontier)}
-        self._preactivations = [node.inputs[0] for node in self.network.activations]
+        self._preactivations = list(dict.fromkeys(node.inputs[0] for node in self.network.activations))
         self._two_piece = {
             name: all(isinstance(node.operation, nn.ReLU | nn.LeakyReLU) for node in self.network.consumers(name))
             for name in self._preactivations
@@ -83,18 +88,35 @@ class MarginBounds:
         self._optimise_slopes = self.recipe.final_alpha and bool(self._preactivations) and not pools
         if self.recipe.final_alpha and pools:
             self.notes.append("auto_LiRPA cannot optimise slopes through MaxPool2d: the bound is that of crown")
-        self._domain = make_domain(self.network, domain, self.feasible, ground, cap)
-        self._bounded: BoundedNetwork | None = None
-        if self.recipe.intermediate_crown or self.recipe.final_crown:
-            _refuse_overlapping_pools(self.network)
-            sample = sample_images(self.network)
-            values = self.network.values(sample)
-            self._bounded = BoundedNetwork(
-                self._domain.module,
-                self._domain.inputs(sample, None),
-                [values[name] for name in self._preactivations],
-            )
+        self._lowered, self._bounded = Lowered(self.network, ()), None
+        self._domain, self._bounded = self._host(domain, ground, cap)
         self._width = max([self._domain.width, *(math.prod(node.shape) for node in self.network.nodes)])
+
+    def _host(self, domain: DomainName, ground: str, cap: float | None) -> tuple[Domain, BoundedNetwork | None]:
+        """The domain, and the network in it as auto_LiRPA takes it, if the recipe asks for that."""
+        if self.recipe.intermediate_crown or self.recipe.final_crown:
+            try:
+                self._lowered = lower(self.network, handed_over)
+                sample = sample_images(self.network)
+                graph = self._lowered.graph.to(sample)
+                found = make_domain(graph, domain, self.feasible, ground, cap)
+                values = self.network.values(sample)
+                read = [one.of(values[one.source]) for one in self._lowered.preactivations]
+                return found, BoundedNetwork(found.module, found.inputs(sample, None), read)
+            except (UnsupportedOperationError, BoundError) as error:
+                self._without_host(error)
+        return make_domain(self.network, domain, self.feasible, ground, cap), None
+
+    def _without_host(self, error: FlowverifyError) -> None:
+        """Goes on with intervals alone, where the bound has them for its margins.
+
+        Raises:
+            FlowverifyError: the error, where it has not.
+        """
+        if not self.recipe.final_interval:
+            raise type(error)(f"{error}; the bounds ibp and best take this network") from error
+        self.recipe, self._optimise_slopes, self._bounded = BOUNDS["ibp"], False, None
+        self.notes.append(f"bounded by intervals alone: {error}")
 
     def lower_bounds(
         self,
@@ -129,7 +151,12 @@ class MarginBounds:
             if warm_start is not None:
                 warm_start.at(None, rows[part])
             own = None if references is None else references[part].to(images.device)
-            parts.append(self._bound(images[part], specification[part], budget[part], own, warm_start))
+            try:
+                found = self._bound(images[part], specification[part], budget[part], own, warm_start)
+            except BoundError as error:
+                self._without_host(error)
+                found = self._bound(images[part], specification[part], budget[part], own, warm_start)
+            parts.append(found)
         if warm_start is not None:
             warm_start.at(None, rows)
         return torch.cat(parts)
@@ -149,7 +176,7 @@ class MarginBounds:
         if self.recipe.final_interval:
             margins.append(self._interval_margins(images, budget, specification, intervals))
         if self.recipe.final_crown:
-            known = [intervals[name] for name in self._preactivations]
+            known = self._known(intervals)
             margins.append(self._crown(None, specification, known, inputs, perturbation, warm_start)[0])
             if self._optimise_slopes:
                 assert self._bounded is not None
@@ -163,10 +190,18 @@ class MarginBounds:
                         learning_rate=self.alpha_learning_rate,
                     )
                 )
-        return torch.stack(margins).amax(0)
+        # What is not a number bounds nothing, and takes nothing from the other bounds.
+        return torch.stack(margins).nan_to_num(nan=-torch.inf).amax(0)
+
+    def _known(self, intervals: dict[str, Interval]) -> list[Interval | None]:
+        """The intervals of what the activations of the rewritten network read, as far as there are any."""
+        return [
+            (one.of(intervals[one.source][0]), one.of(intervals[one.source][1])) if one.source in intervals else None
+            for one in self._lowered.preactivations
+        ]
 
     def preactivation_bounds(self, images: Tensor, budget: Tensor) -> list[Interval]:
-        """Lower and upper bounds (B, *shape) of what each activation reads, in topological order.
+        """Lower and upper bounds (B, *shape) of what each activation reads, in the order of the activations.
 
         Args:
             images: (B, C, H, W); budget: radius times mass of each, (B,).
@@ -175,7 +210,7 @@ class MarginBounds:
         inputs = self._domain.inputs(images, None)
         perturbation = self._domain.perturbation(images, None, budget, self.tolerance, None)
         intervals = self._intervals(images, budget, inputs, perturbation, None)
-        return [intervals[name] for name in self._preactivations]
+        return [intervals[node.inputs[0]] for node in self.network.activations]
 
     def _intervals(
         self,
@@ -216,12 +251,16 @@ class MarginBounds:
         chosen = open_entries.any(0).nonzero().flatten()
         if not chosen.numel():
             return lower, upper
-        index = self._preactivations.index(name)
-        known = [intervals[other] for other in self._preactivations[:index]]
-        identity = torch.zeros(chosen.numel(), flat_lower.shape[1], dtype=lower.dtype, device=lower.device)
-        identity[torch.arange(chosen.numel()), chosen] = 1
-        specification = identity.expand(lower.shape[0], *identity.shape)
-        crown = self._crown(index, specification, known, inputs, perturbation, warm_start)
+        index, places = self._places(name, chosen)
+        chosen = chosen[places >= 0]
+        if not chosen.numel():
+            return lower, upper
+        width = self._lowered.preactivations[index].of(lower[:1]).numel()
+        units = torch.zeros(chosen.numel(), width, dtype=lower.dtype, device=lower.device)
+        units[torch.arange(chosen.numel()), places[places >= 0]] = 1
+        specification = units.expand(lower.shape[0], *units.shape)
+        crown = self._crown(index, specification, self._known(intervals), inputs, perturbation, warm_start)
+        crown = _numbers(crown[0], -torch.inf), _numbers(crown[1], torch.inf)
         if self.recipe.intermediate_interval:
             crown = intersect(crown, (flat_lower[:, chosen], flat_upper[:, chosen]))
         # What is settled for one image stays as it is, so that no image's bounds depend on the rest of its batch.
@@ -230,11 +269,32 @@ class MarginBounds:
         flat_upper[:, chosen] = torch.where(own, crown[1], flat_upper[:, chosen])
         return flat_lower.reshape(lower.shape), flat_upper.reshape(upper.shape)
 
+    def _places(self, name: str, chosen: Tensor) -> tuple[int, Tensor]:
+        """Where entries of a value stand in what an activation of the rewritten network reads: which one, and at which
+        positions (-1: nowhere, such as pixels that no window of a pool reaches).
+        """
+        reading = [k for k, one in enumerate(self._lowered.preactivations) if one.source == name]
+        whole = [k for k in reading if self._lowered.preactivations[k].windows is None]
+        if whole or not reading:
+            return (whole or [0])[0], chosen if whole else torch.full_like(chosen, -1)
+        windows = self._lowered.preactivations[reading[0]].windows
+        assert windows is not None
+        pixels = math.prod(self._shape(name)[-2:])
+        first = torch.full((pixels,), -1, dtype=chosen.dtype)
+        flat = windows.flatten().flip(0)
+        first[flat] = torch.arange(flat.numel(), dtype=chosen.dtype).flip(0)
+        first = first.to(chosen.device)
+        within = first[chosen % pixels]
+        return reading[0], torch.where(within < 0, -1, chosen // pixels * flat.numel() + within)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.network.input_shape if name == INPUT else self.network.node(name).shape
+
     def _crown(
         self,
         node: int | None,
         specification: Tensor,
-        known: Sequence[Interval],
+        known: Sequence[Interval | None],
         inputs: Sequence[Tensor],
         perturbation: object,
         warm_start: WarmStart | None,
@@ -289,14 +349,8 @@ class MarginBounds:
         return (weights @ centre[..., None] - weights.abs() @ radius[..., None]).squeeze(-1) + constant
 
 
-def _refuse_overlapping_pools(network: Network) -> None:
-    for node in network.nodes:
-        operation = node.operation
-        if isinstance(operation, nn.MaxPool2d) and operation.stride != operation.kernel_size:
-            raise UnsupportedOperationError(
-                f"layer {node.name!r}: auto_LiRPA bounds MaxPool2d only with stride equal to kernel size, given stride "
-                f"{operation.stride} and kernel size {operation.kernel_size}; the bound ibp takes any"
-            )
+def _numbers(values: Tensor, otherwise: float) -> Tensor:
+    return values.masked_fill(torch.isnan(values), otherwise)
 
 
 def margin_specification(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ def largest_change(graph: Graph, change: Tensor) -> Tensor:
     """A bound on the change of every output, for a change of the input of at most ``change`` in every entry.
 
     Args:
-        graph: of the operations of :func:`flowverify.export.lowering.lower`.
+        graph: of the operations of :func:`flowverify.network.lowering.lower`.
         change: (B, *input_shape), nonnegative.
     """
     absolute = copy.deepcopy(graph)
@@ -42,7 +42,7 @@ def rounding_change(graph: Graph, centres: Tensor, reach: Tensor, flows: int) ->
     behind them |W'v' - Wv| <= |W'| |v' - v| + |W' - W| |v|.
 
     Args:
-        graph: float64, of the operations of :func:`~flowverify.export.lowering.lower`; only Linear reads the input.
+        graph: float64, of the operations of :func:`~flowverify.network.lowering.lower`; only Linear reads the input.
         centres: (B, inputs) and reach (B,), one row for each ball.
     """
     change: dict[str, Tensor] = {}

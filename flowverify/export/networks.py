@@ -16,9 +16,9 @@ from flowverify.errors import InvalidInputError
 from flowverify.export.deviation import largest_change, rounding_change
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
-from flowverify.export.lowering import lower
 from flowverify.export.rounding import FloatArray, scalar_up, tensor_up
 from flowverify.network import INPUT, Add, Graph, Network, Node, Reshape, affine_rows, fold
+from flowverify.network.lowering import lower
 
 SLACK = 1e-3  # relative: what float64 arithmetic itself may add to a bound on rounding
 
@@ -63,14 +63,14 @@ def take_apart(network: Network) -> Parts:
 
     Raises:
         FoldError, UnsupportedOperationError: as :func:`flowverify.network.fold` and
-            :func:`flowverify.export.lowering.lower`.
+            :func:`flowverify.network.lowering.lower`.
         InvalidInputError: a network of one class.
     """
     if network.num_classes < 2:
         raise InvalidInputError("network with 1 class: expected at least 2, or there is nothing to verify")
     folded = fold(network, "dense")
     weight, bias = affine_rows(folded.prefix, folded.prefix.output)
-    return Parts(weight, bias, lower(folded.remainder), network.num_classes)
+    return Parts(weight, bias, lower(folded.remainder).graph, network.num_classes)
 
 
 def build(

@@ -60,7 +60,7 @@ def write_program(graph: Graph, intervals: Mapping[str, Interval]) -> Program:
     Marabou's own linear relaxation has no such line; without it, it would have to split on every ReLU.
 
     Args:
-        graph: float64, of the operations of :func:`flowverify.export.lowering.lower`.
+        graph: float64, of the operations of :func:`flowverify.network.lowering.lower`.
         intervals: of values by name, (1, *shape) each; of "input" and of what ReLUs read at least.
     """
     size = int(np.prod(graph.input_shape))

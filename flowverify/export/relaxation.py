@@ -36,7 +36,7 @@ def linear_lower_bounds(
     The claim holds for every input for which the inputs of the ReLUs are in ``intervals``.
 
     Args:
-        graph: float64, of the operations of :func:`flowverify.export.lowering.lower`.
+        graph: float64, of the operations of :func:`flowverify.network.lowering.lower`.
         name: a node of the graph, or "input".
         rows: (S, entries of the value).
         intervals: of the values that ReLUs before ``name`` read, (1, *shape) each.

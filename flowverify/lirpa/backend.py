@@ -98,13 +98,51 @@ def _concretize_first_layers(bounded_module: Any) -> None:
     bounded_module.check_IBP_first_linear = check_first_linear
 
 
+def _contiguous_transposes(bound_transpose: Any) -> None:
+    """Hands on coefficients whose entries lie in order: other operations take views of them."""
+    original = bound_transpose.bound_backward
+
+    def bound_backward(self: Any, last_lower: Any, last_upper: Any, *inputs: Any, **keywords: Any) -> Any:
+        pairs, lower_constant, upper_constant = original(self, last_lower, last_upper, *inputs, **keywords)
+        ordered = [tuple(None if part is None else part.contiguous() for part in pair) for pair in pairs]
+        return ordered, lower_constant, upper_constant
+
+    bound_transpose.bound_backward = bound_backward
+
+
+def _guard_tangents(bound_activation: Any) -> None:
+    """Takes the values at the ends for bounds of an increasing function where its tangents are not to be trusted.
+
+    Tables of tangents end at +-500, and what is beyond is cut off before chords are drawn; intervals shorter than 1e-6
+    get the slope of one end for a chord.
+    """
+    original = bound_activation.bound_relax
+
+    def bound_relax(self: Any, x: Any, *arguments: Any, **keywords: Any) -> Any:
+        result = original(self, x, *arguments, **keywords)
+        lower, upper = x.lower, x.upper
+        # Anything that is not inside for certain, NaN among it.
+        trusted = (lower > -TANGENT_LIMIT) & (upper < TANGENT_LIMIT) & (upper - lower > SHORTEST_CHORD)
+        if getattr(self, "lw", None) is not None and not bool(trusted.all()):
+            zero = torch.zeros_like(lower)
+            self.lw, self.uw = torch.where(trusted, self.lw, zero), torch.where(trusted, self.uw, zero)
+            self.lb = torch.where(trusted, self.lb, self.forward(lower))
+            self.ub = torch.where(trusted, self.ub, self.forward(upper))
+        return result
+
+    bound_activation.bound_relax = bound_relax
+
+
+TANGENT_LIMIT = 499.0
+SHORTEST_CHORD = 1e-5
+
 try:
     # auto_LiRPA sets warning filters for the whole process as it is imported, and then provokes warnings.
     with warnings.catch_warnings(record=True):
         _restore_removed_names()
         import auto_LiRPA
         from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
-        from auto_LiRPA.bound_ops import BoundLeakyRelu, BoundMaxPool, BoundRelu, BoundSigmoid, BoundTanh
+        from auto_LiRPA.bound_ops import BoundMaxPool, BoundRelu, BoundSigmoid, BoundTanh, BoundTranspose
         from auto_LiRPA.linear_bound import LinearBound
         from auto_LiRPA.patches import Patches, patches_to_matrix
         from auto_LiRPA.utils import eyeC
@@ -113,6 +151,9 @@ except (ImportError, AttributeError) as error:
 
 _accept_remove_duplicate(BoundedModule)
 _concretize_first_layers(BoundedModule)
+_contiguous_transposes(BoundTranspose)
+_guard_tangents(BoundSigmoid)  # before its base class: each then has a method of its own
+_guard_tangents(BoundTanh)
 
 VERSION = str(getattr(auto_LiRPA, "__version__", "unknown"))
 _COMPUTE_BOUNDS = inspect.signature(BoundedModule.compute_bounds).parameters
@@ -132,7 +173,7 @@ BOUND_OPTIONS: dict[str, Any] = {
     "conv_mode": "matrix",
 }
 
-ACTIVATIONS = (BoundRelu, BoundLeakyRelu, BoundSigmoid, BoundTanh, BoundMaxPool)
+ACTIVATIONS = (BoundRelu, BoundSigmoid, BoundTanh, BoundMaxPool)
 
 __all__ = [
     "ACTIVATIONS",

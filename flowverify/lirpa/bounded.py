@@ -21,11 +21,31 @@ from flowverify.lirpa.backend import (
     BoundedTensor,
     PerturbationLpNorm,
 )
-from flowverify.network import Graph, ScaleShift
+from flowverify.network import Add, Concatenate, Graph, Permute, Reshape, ScaleShift, Subtract, operation_name
 
 Interval = tuple[Tensor, Tensor]
 
-__all__ = ["BoundedNetwork", "Interval", "l1_ball"]
+__all__ = ["BoundedNetwork", "Interval", "handed_over", "l1_ball"]
+
+_HANDED_OVER = (
+    nn.Linear, nn.Conv2d, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Flatten,
+    Reshape, Permute, ScaleShift, Add, Subtract, Concatenate,
+)  # fmt: skip
+
+
+def handed_over(operation: nn.Module) -> bool:
+    """Whether auto_LiRPA gets an operation, which it bounds right with these options (design fact F12).
+
+    Not among them: average pooling, which it pulls back by interpolation, wrong where windows overlap, leave gaps or
+    reach into padding; maximum pooling of any but windows side by side; dilated convolutions; LeakyReLU, whose chord
+    it takes for an upper bound whatever the slope; entries picked twice, of which it forgets one.
+    """
+    if isinstance(operation, nn.Conv2d):
+        return tuple(operation.dilation) == (1, 1)
+    if isinstance(operation, nn.MaxPool2d):
+        size = operation.kernel_size
+        return isinstance(size, tuple) and size[1] == 1 and operation.stride == size and operation.padding == 0
+    return isinstance(operation, _HANDED_OVER)
 
 
 def l1_ball(budget: Tensor) -> Any:
@@ -45,11 +65,17 @@ class BoundedNetwork:
             order of evaluation. They identify the nodes of auto_LiRPA's graph, and are compared with its own.
 
     Raises:
-        UnsupportedOperationError: auto_LiRPA does not know an operation.
+        UnsupportedOperationError: an operation that is not :func:`handed_over`, or that auto_LiRPA does not know.
         BoundError: its graph does not compute the same values.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preactivations: Sequence[Tensor]) -> None:
+        for graph in module.modules():
+            for node in graph.nodes if isinstance(graph, Graph) else ():
+                if not handed_over(node.operation):
+                    raise UnsupportedOperationError(
+                        f"node {node.name!r} ({operation_name(node.operation)}): not handed over to auto_LiRPA"
+                    )
         try:
             # auto_LiRPA 0.3 makes the look-up tables of tanh and sigmoid here, in torch's default precision.
             with _quiet(), _default_dtype(inputs[0].dtype):
@@ -62,26 +88,23 @@ class BoundedNetwork:
             raise UnsupportedOperationError(f"auto_LiRPA cannot take this network: {_first_line(error)}") from error
         except Exception as error:
             raise BoundError(f"auto_LiRPA failed to trace the network: {_first_line(error)}") from error
-        activations = [node for node in self._module._modules.values() if isinstance(node, ACTIVATIONS)]
-        self.names: list[str] = [node.inputs[0].name for node in activations]
-        self._shapes: list[torch.Size] = []
-        if len(activations) != len(preactivations):
-            raise BoundError(
-                f"auto_LiRPA sees {len(activations)} activations in the network, expected {len(preactivations)}"
-            )
-        for node, expected in zip(activations, preactivations, strict=True):
-            value = self._module.get_forward_value(node.inputs[0])
+        read = [node.inputs[0] for node in self._module._modules.values() if isinstance(node, ACTIVATIONS)]
+        self.names: list[str] = [node.name for node in read]
+        self._shapes: list[torch.Size] = [expected.shape[1:] for expected in preactivations]
+        if len(read) != len(preactivations):
+            raise BoundError(f"auto_LiRPA sees {len(read)} activations in the network, expected {len(preactivations)}")
+        for node, expected in zip(read, preactivations, strict=True):
+            value = self._module.get_forward_value(node)
             scale = float(expected.abs().max()) + 1e-30
             if value.shape != expected.shape or not torch.allclose(value, expected, rtol=0, atol=1e-4 * scale):
-                raise BoundError(f"auto_LiRPA's value at node {node.inputs[0].name!r} is not the network's")
-            self._shapes.append(expected.shape[1:])
+                raise BoundError(f"auto_LiRPA's value at node {node.name!r} is not the network's")
 
     def crown(
         self,
         inputs: Sequence[Tensor],
         perturbation: Any,
         specification: Tensor,
-        intervals: Sequence[Interval],
+        intervals: Sequence[Interval | None],
         *,
         node: int | None = None,
         lower: bool = True,
@@ -92,7 +115,8 @@ class BoundedNetwork:
         Args:
             inputs: as for the module; the first one is perturbed.
             specification: (B, S, size of the node), possibly an expanded view.
-            intervals: of the inputs of the activations before the node, in order.
+            intervals: of what each activation reads, in the order of the constructor's; None where it is not known,
+                which must not be below the node.
             node: the index of the activation whose input is bounded; None for the output.
         """
         name = None
@@ -106,7 +130,7 @@ class BoundedNetwork:
         inputs: Sequence[Tensor],
         perturbation: Any,
         specification: Tensor,
-        intervals: Sequence[Interval],
+        intervals: Sequence[Interval | None],
         *,
         iterations: int,
         learning_rate: float,
@@ -131,13 +155,17 @@ class BoundedNetwork:
         inputs: Sequence[Tensor],
         perturbation: Any,
         specification: Tensor,
-        intervals: Sequence[Interval],
+        intervals: Sequence[Interval | None],
         name: str | None,
         lower: bool,
         upper: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         arguments = (BoundedTensor(inputs[0], perturbation), *inputs[1:])
-        known = {key: list(interval) for key, interval in zip(self.names, intervals, strict=False)}
+        known = {
+            key: list(interval)
+            for key, interval in zip(self.names, intervals, strict=True)
+            if interval is not None and key != name
+        }
         gradients = contextlib.nullcontext() if method == "CROWN-Optimized" else torch.no_grad()
         try:
             with gradients, _quiet(), _default_dtype(inputs[0].dtype):

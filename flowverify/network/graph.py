@@ -37,7 +37,7 @@ class Graph(nn.Module):
         UnsupportedOperationError: an operation is not canonical.
         InvalidInputError: a name is used twice, a node reads a value that is not there yet, a value is
             never read, shapes do not match, a weight is NaN or infinite, weights have several
-            precisions, or the value of one sample depends on another sample of the batch.
+            precisions, values overflow, or the value of one sample depends on another sample of the batch.
     """
 
     def __init__(self, input_shape: Sequence[int], nodes: Sequence[Node]) -> None:
@@ -98,6 +98,10 @@ class Graph(nn.Module):
         with torch.no_grad():
             together, alone = self.values(batch), [self.values(batch[k : k + 1]) for k in range(2)]
         for name, value in together.items():
+            if not bool(torch.isfinite(value).all()):
+                raise InvalidInputError(
+                    f"node {name!r}: given weights with which values of images in [0, 1] overflow, expected finite ones"
+                )
             separate = torch.cat([values[name] for values in alone])
             scale = float(value.abs().max())
             if separate.shape != value.shape or not torch.allclose(separate, value, rtol=0, atol=1e-4 * scale + 1e-30):

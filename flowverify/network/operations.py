@@ -391,6 +391,8 @@ def output_shape(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> tup
             f"{name}: given {_shapes_text(shapes)}, expected a non-empty result with the batch first, "
             f"got {tuple(result.shape)} for a batch of 2"
         )
+    if not bool(torch.isfinite(result).all()) and isinstance(operation, nn.MaxPool2d):
+        raise InvalidInputError(f"{name}: given {_shapes_text(shapes)}: a window lies in the padding as a whole")
     return tuple(int(size) for size in result.shape[1:])
 
 

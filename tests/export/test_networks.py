@@ -8,11 +8,11 @@ from torch import nn
 
 import flowverify as fv
 from flowverify.errors import UnsupportedOperationError
-from flowverify.export.lowering import lower
 from flowverify.export.networks import penalty_terms
 from flowverify.export.plan import Request, plan
 from flowverify.export.rounding import decimal, round_down, round_up
 from flowverify.network import Add, Concatenate, Graph, Network, Node, ScaleShift, onnx_model, write_onnx
+from flowverify.network.lowering import lower
 from flowverify.transport.distance import channel_masses
 from flowverify.transport.inverse import flow_by_transport
 from tests.contracts import samples
@@ -166,7 +166,7 @@ class TestLowering:
     @pytest.mark.parametrize("make", [convolutional, branching])
     def test_same_function_with_few_operations(self, make):
         graph = make().double()
-        lowered = lower(graph)
+        lowered = lower(graph).graph
         values = torch.randn(20, *graph.input_shape, dtype=torch.float64)
         torch.testing.assert_close(lowered(values), graph(values), rtol=1e-12, atol=1e-12)
         operations = {node.op_type for node in onnx_model(lowered).graph.node}
