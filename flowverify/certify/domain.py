@@ -97,7 +97,7 @@ class FlowDomain:
             tolerance = EXACT_MASS_TOLERANCE if images.dtype == torch.float64 else FLOAT32_MASS_TOLERANCE
             flow = flow_by_tree(references.double(), images.double(), mass_tolerance=tolerance).to(images)
             references = references.to(images)
-        return (self.folded.encode(flow), self.folded.offset(references))
+        return (self.folded.encode(flow), self.folded.offset(references).contiguous())  # auto_LiRPA takes views
 
     def perturbation(
         self,

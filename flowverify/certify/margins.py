@@ -97,15 +97,18 @@ class MarginBounds:
         if self.recipe.intermediate_crown or self.recipe.final_crown:
             try:
                 self._lowered = lower(self.network, handed_over)
-                sample = sample_images(self.network)
-                graph = self._lowered.graph.to(sample)
+                graph = self._lowered.graph.to(sample_images(self.network))
                 found = make_domain(graph, domain, self.feasible, ground, cap)
-                values = self.network.values(sample)
-                read = [one.of(values[one.source]) for one in self._lowered.preactivations]
-                return found, BoundedNetwork(found.module, found.inputs(sample, None), read)
+                return found, self._hosted(found)
             except (UnsupportedOperationError, BoundError) as error:
                 self._without_host(error)
         return make_domain(self.network, domain, self.feasible, ground, cap), None
+
+    def _hosted(self, domain: Domain) -> BoundedNetwork:
+        sample = sample_images(self.network)
+        values = self.network.values(sample)
+        read = [one.of(values[one.source]) for one in self._lowered.preactivations]
+        return BoundedNetwork(domain.module, domain.inputs(sample, None), read)
 
     def _without_host(self, error: FlowverifyError) -> None:
         """Goes on with intervals alone, where the bound has them for its margins.
@@ -179,19 +182,23 @@ class MarginBounds:
             known = self._known(intervals)
             margins.append(self._crown(None, specification, known, inputs, perturbation, warm_start)[0])
             if self._optimise_slopes:
-                assert self._bounded is not None
-                margins.append(
-                    self._bounded.alpha_crown(
-                        inputs,
-                        perturbation,
-                        specification,
-                        known,
-                        iterations=self.alpha_iterations,
-                        learning_rate=self.alpha_learning_rate,
-                    )
-                )
+                margins += self._optimised(specification, known, inputs, perturbation)
         # What is not a number bounds nothing, and takes nothing from the other bounds.
         return torch.stack(margins).nan_to_num(nan=-torch.inf).amax(0)
+
+    def _optimised(
+        self, specification: Tensor, known: Sequence[Interval | None], inputs: Sequence[Tensor], perturbation: object
+    ) -> list[Tensor]:
+        """The margins by optimised slopes; none, with a note, where auto_LiRPA cannot optimise them."""
+        assert self._bounded is not None
+        steps = {"iterations": self.alpha_iterations, "learning_rate": self.alpha_learning_rate}
+        try:
+            return [self._bounded.alpha_crown(inputs, perturbation, specification, known, **steps)]
+        except BoundError as error:
+            self._optimise_slopes = False
+            self.notes.append(f"slopes are not optimised: {error}")
+            self._bounded = self._hosted(self._domain)  # a failed call leaves the old one unusable
+            return []
 
     def _known(self, intervals: dict[str, Interval]) -> list[Interval | None]:
         """The intervals of what the activations of the rewritten network read, as far as there are any."""

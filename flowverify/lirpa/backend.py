@@ -98,16 +98,18 @@ def _concretize_first_layers(bounded_module: Any) -> None:
     bounded_module.check_IBP_first_linear = check_first_linear
 
 
-def _contiguous_transposes(bound_transpose: Any) -> None:
-    """Hands on coefficients whose entries lie in order: other operations take views of them."""
-    original = bound_transpose.bound_backward
+def _contiguous(operation: Any) -> None:
+    """Keeps coefficients in order before and after an operation's backward pass: it, or what follows, takes views."""
+    original = operation.bound_backward
+
+    def in_order(part: Any) -> Any:
+        return part.contiguous() if isinstance(part, torch.Tensor) else part
 
     def bound_backward(self: Any, last_lower: Any, last_upper: Any, *inputs: Any, **keywords: Any) -> Any:
-        pairs, lower_constant, upper_constant = original(self, last_lower, last_upper, *inputs, **keywords)
-        ordered = [tuple(None if part is None else part.contiguous() for part in pair) for pair in pairs]
-        return ordered, lower_constant, upper_constant
+        pairs, *constants = original(self, in_order(last_lower), in_order(last_upper), *inputs, **keywords)
+        return [tuple(in_order(part) for part in pair) for pair in pairs], *constants
 
-    bound_transpose.bound_backward = bound_backward
+    operation.bound_backward = bound_backward
 
 
 def _guard_tangents(bound_activation: Any) -> None:
@@ -151,7 +153,8 @@ except (ImportError, AttributeError) as error:
 
 _accept_remove_duplicate(BoundedModule)
 _concretize_first_layers(BoundedModule)
-_contiguous_transposes(BoundTranspose)
+_contiguous(BoundMaxPool)
+_contiguous(BoundTranspose)
 _guard_tangents(BoundSigmoid)  # before its base class: each then has a method of its own
 _guard_tangents(BoundTanh)
 

@@ -78,9 +78,9 @@ class BoundedNetwork:
                     )
         try:
             # auto_LiRPA 0.3 makes the look-up tables of tanh and sigmoid here, in torch's default precision.
-            with _quiet(), _default_dtype(inputs[0].dtype):
+            with quiet(), _default_dtype(inputs[0].dtype):
                 self._module = BoundedModule(
-                    _with_batch_axes(module), tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
+                    with_batch_axes(module), tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
                 )
                 self._module.eval()
                 self._module(*inputs)
@@ -168,7 +168,7 @@ class BoundedNetwork:
         }
         gradients = contextlib.nullcontext() if method == "CROWN-Optimized" else torch.no_grad()
         try:
-            with gradients, _quiet(), _default_dtype(inputs[0].dtype):
+            with gradients, quiet(), _default_dtype(inputs[0].dtype):
                 bounds = self._module.compute_bounds(
                     x=arguments,
                     C=specification,
@@ -192,7 +192,7 @@ class BoundedNetwork:
         return tuple(None if bound is None else bound.reshape(batch, -1) for bound in bounds[:2])  # type: ignore[return-value]
 
 
-def _with_batch_axes(module: nn.Module) -> nn.Module:
+def with_batch_axes(module: nn.Module) -> nn.Module:
     """A copy whose elementwise constants have a batch axis of 1: auto_LiRPA 0.3 cannot broadcast without."""
     module = copy.deepcopy(module)
     for graph in module.modules():
@@ -213,7 +213,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """auto_LiRPA prints progress and divides by zero on purpose; neither belongs in a program's output."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

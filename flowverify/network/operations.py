@@ -252,23 +252,16 @@ def _scale_shifts(shape: tuple[int, ...]) -> list[nn.Module]:
 
 def _permutations(shape: tuple[int, ...]) -> list[nn.Module]:
     orders = [order for order in itertools.permutations(range(len(shape))) if order != tuple(range(len(shape)))]
-    return [Permute(order) for order in orders[:5]]
+    return [Permute(order) for order in orders[1:4] or orders]
 
 
 def _selections(shape: tuple[int, ...]) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for dim, size in enumerate(shape):
-        found += [Index(dim, slice(0, size, 2)), Index(dim, tuple(reversed(range(size))))]
-        if size > 1:
-            found += [
-                Index(dim, slice(1, None)),
-                Index(dim, slice(-2, None)),
-                Index(dim, slice(0, -1)),
-                Index(dim, (0, -1, 0)),
-            ]
-        if len(shape) > 1:
-            found += [Index(dim, 0), Index(dim, -1)]
-    return found
+    chosen: list[int | slice | tuple[int, ...]] = [
+        slice(1, None), slice(0, None, 2), (-1, 0), slice(-2, None), (0, -1, 0), slice(0, -1), 0, -1
+    ]  # fmt: skip
+    if len(shape) == 1:
+        chosen = [selection for selection in chosen if not isinstance(selection, int)]
+    return [Index(number % len(shape), selection) for number, selection in enumerate(chosen)]
 
 
 def _reshapes(shape: tuple[int, ...]) -> list[nn.Module]:
