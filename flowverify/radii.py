@@ -79,4 +79,4 @@ def median_text(ends: Sequence[Ends], about: str) -> str:
 def upper_text(ends: Sequence[Ends]) -> str:
     """Such as "0.0655 at most"."""
     upper = median_upper(ends)
-    return f"{upper:.4f} at most" if math.isfinite(upper) else "no upper end for half of the images"
+    return f"{upper:.4f} at most" if math.isfinite(upper) else "no upper end for half of them or more"

@@ -205,6 +205,6 @@ def _summary(results: list[tuple[list[int], AttackResult]], seconds: float, name
     if right and isfinite(middle := median(right)):
         parts.append(f"median radius {middle:.4f} pixels ({name}) over images classified right")
     elif right:
-        parts.append("no median radius: found for less than half of the images classified right")
+        parts.append("no median radius: nothing found for half of the images classified right, or more")
     parts.append(f"{seconds:.1f} s, {1000 * seconds / total:.1f} ms an image")
     return "; ".join(parts)
