@@ -69,11 +69,8 @@ def main() -> None:
         every = [ends_of(one.to_json()) for one in found]
         right = [ends_of(one.to_json()) for one in found if one.verdict != "misclassified"]
         both = bracketed(right)
-        print(
-            f"{start}| {median_certified(every):.4f} | {f'{median_upper(every):.4f}' if both else ''} | {seconds:.3f} | "
-            f"{count_closed(right) if both else ''} |",
-            flush=True,
-        )
+        upper, closed = (f"{median_upper(every):.4f}", count_closed(right)) if both else ("", "")
+        print(f"{start}| {median_certified(every):.4f} | {upper} | {seconds:.3f} | {closed} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ class TestReport:
         assert "small <suite>" in page.text and "two methods & an attack" in page.text and "<b> 6" in page.text
         assert "fail ended with exit code 1" in page.text and "never worse" in page.text
         assert "Worst cases to first order of digits-fc3" in page.text and "search (W1, l1)." in page.text
-        assert "certified (W1, l1); 10 images" in page.text  # a claim's radii, over pairs that are classified right
+        assert "certified (W1, l1); 11 images" in page.text  # a claim's radii, over pairs that are classified right
 
     def test_csv_and_latex(self, page, finished):
         out = finished[0] / "out"
