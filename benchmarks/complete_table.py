@@ -10,9 +10,9 @@ import argparse
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.certify.complete.certifier import CompleteOptions
+from flowverify.certify.ends import CLOSED, bracketed, count_closed, ends_of, median_certified, median_upper
 from flowverify.certify.make import make_certifier
 from flowverify.errors import InvalidInputError
-from flowverify.radii import CLOSED, bracketed, count_closed, ends_of, median_certified, median_upper
 from flowverify.zoo import load_card
 
 ROWS = (  # feasibility, references, complete certifier; the method's name

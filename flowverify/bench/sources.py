@@ -99,7 +99,7 @@ def short(model: str) -> str:
 
 
 def short_data(data: Mapping[str, Any]) -> str:
-    """The name of a data set in pictures, as long as it takes to tell it from others: "mnist test", "/own.npz"."""
+    """The name of a data set in pictures, as long as it takes to tell it from others, such as "mnist test"."""
     whole = data["name"].endswith(".npz")  # whatever the split
     return " ".join(filter(None, [data["name"], None if whole else data["split"], data["folder"]]))
 

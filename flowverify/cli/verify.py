@@ -212,7 +212,7 @@ def _print_table(results: Sequence[Result], name: str, *, everything: bool) -> N
 
 
 def _summary(results: Sequence[Result], seconds: float, name: str, *, searched: bool) -> str:
-    from flowverify.radii import CLOSED, bracketed, count_closed, ends_of, median_text
+    from flowverify.certify.ends import CLOSED, bracketed, count_closed, ends_of, median_text
 
     if not results:
         return "no image was finished"

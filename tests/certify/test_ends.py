@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowverify.certify.complete.certifier import TOLERANCE
-from flowverify.radii import CLOSED, Ends, bracketed, count_closed, ends_of, median_certified, median_text, median_upper
+from flowverify.certify.ends import (
+    CLOSED,
+    Ends,
+    bracketed,
+    count_closed,
+    ends_of,
+    median_certified,
+    median_text,
+    median_upper,
+)
 
 RADIUS = st.floats(0, 10)
 ENDS = st.tuples(RADIUS, RADIUS).map(lambda pair: Ends(min(pair), max(pair)))
