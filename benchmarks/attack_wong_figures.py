@@ -39,7 +39,7 @@ def attack(name: str, network: nn.Module, data: Dataset, window: int = 5) -> dic
     )
     scheduled = torch.where(found.found, scheduled, torch.inf)
     print(f"{name:40} by schedule {accuracies(scheduled)}   ({taken[0] / len(data):.2f} s an image)", flush=True)
-    print(f"{'':40} by exact W1 {accuracies(found.radius)}", flush=True)
+    print(f"{'':40} by W1, l2   {accuracies(found.radius)}", flush=True)
     return {"schedule": scheduled, "exact": found.radius}
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         curves["threshold"] = attack("threshold before the network", Binarised(binarised, steepness=10.0), data)
         with stopwatch() as taken:
             found = MinimalRadius(Binarised(binarised, steepness=10.0)).minimise(data.images, data.labels, "l2")
-        print(f"{'threshold, minimal-radius attack':40} by exact W1 {accuracies(found.radius)}   "
+        print(f"{'threshold, minimal-radius attack':40} by W1, l2   {accuracies(found.radius)}   "
               f"({taken[0] / len(data):.2f} s an image)")  # fmt: skip
     if "7" in options.figure:
         for window in (3, 5, 7):
@@ -96,7 +96,7 @@ def draw(curves: dict[str, dict[str, Tensor]], path: str) -> None:
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("schedule", "exact"), strict=True):
         for name, radii in curves.items():
             axes.plot(grid, [float((radii[kind] > radius).double().mean()) for radius in grid], label=name)
-        axes.set_xlabel(f"radius (pixels), by {'the schedule' if kind == 'schedule' else 'exact W1'}")
+        axes.set_xlabel(f"radius (pixels), by {'the schedule' if kind == 'schedule' else 'exact distance: W1, l2'}")
         axes.legend()
     figure.savefig(path, dpi=100)
 

@@ -6,11 +6,11 @@ python -m benchmarks.complete_table [--model digits-fc3] [--images 100] [--secon
 from __future__ import annotations
 
 import argparse
-import statistics
 
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.certify.complete.certifier import CompleteOptions
+from flowverify.certify.ends import CLOSED, bracketed, count_closed, ends_of, median_certified, median_upper
 from flowverify.certify.make import make_certifier
 from flowverify.errors import InvalidInputError
 from flowverify.zoo import load_card
@@ -40,9 +40,11 @@ def main() -> None:
     images, labels = data.images[: options.images], data.labels[: options.images]
     header(
         f"Table 1: {options.model}, first {len(images)} test images, {options.references} references, "
-        f"{options.seconds:g} s an image ({options.clock} time)"
+        f"{options.seconds:g} s an image ({options.clock} time); radii: W1, l1, misclassified images count as 0"
     )
-    print("| feasibility | references | complete certifier | method | median radius | at most | s an image | closed |")
+    print(
+        f"| feasibility | references | complete certifier | method | median radius | at most | s an image | {CLOSED} |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     clock = CLOCKS[options.clock]
     limits = CompleteOptions(timeout=options.seconds, clock=clock)
@@ -64,15 +66,11 @@ def main() -> None:
         begin = clock()
         found = certifier.search(images, labels)
         seconds = (clock() - begin) / len(found)
-        uppers = [one.upper_radius for one in found if one.upper_radius is not None]
-        upper = f"{statistics.median(uppers):.4f}" if uppers else ""
-        right = [one for one in found if one.verdict != "misclassified"]
-        closed = sum(one.upper_radius is not None and one.upper_radius <= one.radius * 1.0101 for one in right)
-        print(
-            f"{start}| {statistics.median(one.radius for one in found):.4f} | {upper} | {seconds:.3f} | "
-            f"{f'{closed} of {len(right)}' if uppers else ''} |",
-            flush=True,
-        )
+        every = [ends_of(one.to_json()) for one in found]
+        right = [ends_of(one.to_json()) for one in found if one.verdict != "misclassified"]
+        both = bracketed(right)
+        upper, closed = (f"{median_upper(every):.4f}", count_closed(right)) if both else ("", "")
+        print(f"{start}| {median_certified(every):.4f} | {upper} | {seconds:.3f} | {closed} |", flush=True)
 
 
 if __name__ == "__main__":

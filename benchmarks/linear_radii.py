@@ -97,7 +97,11 @@ def draw(radii: dict[str, LinearRadius], spaces: HalfSpaces, path: Path) -> None
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.suptitle("Nearest images on the decision boundary of a linear classifier (radius in pixels)", fontsize=10)
+    figure.suptitle(
+        "Nearest images on the decision boundary of a linear classifier\n"
+        "(radius in pixels: W1, l1; for L2 the L2 norm of the flow)",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=90)
     print(f"wrote {path}")
 

@@ -34,7 +34,7 @@ def draw(found: ReferenceMaximum, path: Path) -> None:
     boxes, points = figure.subplots(1, 2, width_ratios=(1, 1.6))
     maximum = found.radii.amax(0)
     boxes.boxplot([*found.radii.numpy(), maximum.numpy()], tick_labels=[f"R{k + 1}" for k in range(6)] + ["max"])
-    boxes.set_ylabel("certified radius (pixels)")
+    boxes.set_ylabel("certified radius (pixels; W1, l1)")
     order = maximum.argsort()
     for name, row in zip(found.names, found.radii, strict=True):
         points.plot(row[order], ".", markersize=5, label=name)

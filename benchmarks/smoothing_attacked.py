@@ -30,7 +30,7 @@ from flowverify.smoothing import Noise, SmoothedClassifier
 from flowverify.smoothing.attack import attack_smoothed
 
 RADII = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 1.83)
-Curves = dict[str, tuple[list[float], list[float]]]  # by the schedule and by exact W1
+Curves = dict[str, tuple[list[float], list[float]]]  # by the schedule and by exact W1, l2
 
 
 def plain(name: str, data: Dataset) -> tuple[list[float], list[float]]:
@@ -80,7 +80,7 @@ def main() -> None:
             print(f"{name:24} no such model here")
             continue
         print(f"{name:24} by schedule     {line(curves[name][0])}   ({time.perf_counter() - begin:.0f} s)")
-        print(f"{'':24} by exact W1     {line(curves[name][1])}", flush=True)
+        print(f"{'':24} by W1, l2       {line(curves[name][1])}", flush=True)
     if options.picture:
         draw(curves, options.picture)
 
@@ -92,7 +92,7 @@ def draw(curves: Curves, path: str) -> None:
     axes, grid = figure.subplots(), torch.linspace(0, 2, 201).tolist()
     for name, (scheduled, _) in curves.items():
         axes.plot(grid, [sum(radius > at for radius in scheduled) / len(scheduled) for at in grid], label=name)
-    axes.set_xlabel("radius of the attack (pixels)")
+    axes.set_xlabel("radius of the attack's schedule (pixels)")
     axes.set_ylabel("accuracy")
     axes.legend()
     figure.savefig(path, dpi=100)

@@ -30,6 +30,7 @@ from flowverify.errors import DataError, DependencyError, InvalidInputError, Unk
 
 DATASETS = ("digits", "mnist", "cifar10-sample")
 SPLITS = ("train", "test")
+HELD_OUT = "held-out"  # what training keeps back of data without splits
 
 _MNIST_KINDS = {"images": ("images-idx3-ubyte", 3), "labels": ("labels-idx1-ubyte", 1)}
 _MNIST_SHA256 = {
@@ -122,7 +123,7 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
     """
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
-    if isinstance(name, Path) or name.endswith(".npz"):
+    if is_npz(name):
         return _read_npz(Path(name), Path(name).stem, split)
     if name == "digits":
         return _digits(split)
@@ -131,6 +132,11 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
     if name == "cifar10-sample":
         return _cifar10_sample(split, _data_folder("cifar10_sample", data_dir))
     raise UnknownNameError("data set", name, (*DATASETS, "PATH.npz"))
+
+
+def is_npz(name: str | Path) -> bool:
+    """Whether :func:`load_dataset` takes this for the path of a file, which has no splits."""
+    return isinstance(name, Path) or name.endswith(".npz")
 
 
 def parse_index(text: str, length: int) -> range | list[int]:

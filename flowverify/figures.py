@@ -1,8 +1,8 @@
-"""Pictures of certificates: an image, the worst that its ball holds, and the flow between the two.
+"""Pictures of certificates: an image, the worst that its ball holds to first order, and the flow between the two.
 
-The worst case is nu*, the image of the ball that minimises f_y - f_t as linearised at the image, t the
+The worst case to first order is nu*, the image of the ball that minimises f_y - f_t as linearised at the image, t the
 runner-up: what a gradient step on the network would pick, found exactly by the support function (design fact
-F4). The network's own minimum over the ball may lie elsewhere.
+F4). The network's own minimum over the ball may lie elsewhere, and every picture says so.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowverify.certify.certificate import Certificate
+from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.grid import Grid
 from flowverify.network import Network
-from flowverify.threat import check_images
+from flowverify.threat import check_images, distance_name
+from flowverify.transport.distance import EXACT_MASS_TOLERANCE, wasserstein_distance
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.inverse import minimal_flow
 from flowverify.transport.moves import best_moves
@@ -41,7 +42,10 @@ class WorstCase:
         image: (C, H, W).
         worst: nu*, of the same mass, within the radius for the ground cost.
         flow: a shortest flow from image to worst, (edges,): image + A flow = worst.
-        distance: of the normalised images, l1 ground cost, in pixels.
+        ground: the ground cost of the ball.
+        distance: of the normalised images for this ground cost, by an exact solver, in pixels.
+        flow_length: ||flow||_1 of the normalised images: W1 with l1 ground cost, in pixels.
+        exact: whether nu* is the minimiser to first order; with a cap it is nearly that.
         label, rival: y and t.
         margins: f_y - f_t at the image and at the worst case.
         predicted: the network's class of the worst case.
@@ -50,7 +54,10 @@ class WorstCase:
     image: Tensor
     worst: Tensor
     flow: Tensor
+    ground: str
     distance: float
+    flow_length: float
+    exact: bool
     label: int
     rival: int
     margins: tuple[float, float]
@@ -65,7 +72,9 @@ def worst_cases(
     ground: str = "l1",
     cap: float | None = None,
 ) -> list[WorstCase]:
-    """The worst case of each image (B, C, H, W) in the ball of its radius, in pixels; with a cap, nearly the worst.
+    """The worst case to first order of each image (B, C, H, W) in the ball of its radius, in pixels.
+
+    With a cap it is nearly the worst to first order.
 
     Raises:
         InvalidInputError: an image is not valid, numbers differ, or a radius is negative or not finite.
@@ -82,14 +91,18 @@ def worst_cases(
     budget = parse_ground(ground).budget(torch.tensor(list(radii), dtype=torch.float64)) * images.flatten(1).sum(1)
     worst = best_moves(-gradient, images, budget=budget, ground=ground, cap=cap).image
     after = double(worst)
-    flows = minimal_flow(images, worst, mass_tolerance=1e-9)
+    flows = minimal_flow(images, worst, mass_tolerance=EXACT_MASS_TOLERANCE)
+    distances = wasserstein_distance(images, worst, ground, mass_tolerance=EXACT_MASS_TOLERANCE)
     before, behind = _margins(logits.detach(), target, rivals), _margins(after, target, rivals)
     return [
         WorstCase(
             image=images[k],
             worst=worst[k],
             flow=flows[k],
-            distance=float(flows[k].abs().sum() / images[k].sum()),
+            ground=ground,
+            distance=float(distances[k]),
+            flow_length=_flow_length(images[k], flows[k]),
+            exact=cap is None,
             label=int(target[k]),
             rival=int(rivals[k]),
             margins=(float(before[k]), float(behind[k])),
@@ -152,24 +165,39 @@ def _margins(logits: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
 
 
 def _draw_case(row: Any, case: WorstCase, certificate: Certificate) -> None:
-    kind = "certified radius" if certificate.verdict == "certified" else "radius"
+    certified = certificate.verdict is Verdict.CERTIFIED
+    kind = "certified radius" if certified else f"{certificate.verdict}, not certified, at radius"
     row.suptitle(
         f"label {case.label}, predicted {certificate.prediction}: {kind} {certificate.radius:.4f} pixels "
-        f"({certificate.method}, {certificate.ground} ground cost)",
+        f"({distance_name(certificate.ground, certificate.cap)}; {certificate.method})",
         fontweight="bold",
     )
     before, behind, flow = row.subplots(1, 3)
     brightest = max(float(case.image.max()), float(case.worst.max()))
     shown = _show(before, case.image, brightest)
-    before.set_title(f"image: f{case.label} - f{case.rival} = {case.margins[0]:.2f}", fontsize=10)
+    before.set_title(f"image\nf{case.label} - f{case.rival} = {case.margins[0]:.2f}", fontsize=10)
     _show(behind, case.worst, brightest)
     behind.set_title(
-        f"worst case nu*, predicted {case.predicted}: f{case.label} - f{case.rival} = {case.margins[1]:.2f}",
+        f"{'' if case.exact else 'nearly '}worst case to first order, nu*\n"
+        f"predicted {case.predicted}, f{case.label} - f{case.rival} = {case.margins[1]:.2f}",
         fontsize=10,
     )
     if shown is not None:
         row.colorbar(shown, ax=[before, behind], shrink=0.8, label="pixel")
-    _draw_flow(row, flow, case)
+    _draw_flow(row, flow, case.image, case.worst, case.flow)
+    flow.set_title(_distance_title(case), fontsize=10)
+
+
+def _distance_title(case: WorstCase) -> str:
+    """The distance for the ball's own ground cost, and the length of the arrows' flow where that is another."""
+    moved = f"{distance_name(case.ground)} = {case.distance:.4f} pixels"
+    if parse_ground(case.ground).name == "l1":
+        return f"from image to nu*: {moved}\n({case.distance:.1%} of the mass by one pixel)"
+    return f"from image to nu*: {moved}\narrows: flow of length {case.flow_length:.4f} ({distance_name('l1')})"
+
+
+def _flow_length(image: Tensor, flow: Tensor) -> float:
+    return float(flow.abs().sum() / image.sum())
 
 
 def _show(axes: Axes, image: Tensor, brightest: float) -> Any:
@@ -181,19 +209,19 @@ def _show(axes: Axes, image: Tensor, brightest: float) -> Any:
     return axes.imshow(image.sum(0).numpy(), cmap="gray", vmin=0, vmax=brightest)
 
 
-def _draw_flow(row: Any, axes: Axes, case: WorstCase) -> None:
-    """nu* - mu in colours, and an arrow over every edge that mass flows along."""
-    change = (case.worst - case.image).sum(0)
+def _draw_flow(row: Any, axes: Axes, image: Tensor, changed: Tensor, flow: Tensor) -> None:
+    """The change in colours, and an arrow over every edge that mass flows along."""
+    change = (changed - image).sum(0)
     largest = max(float(change.abs().max()), 1e-12)
     shown = axes.imshow(change.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.75)
     row.colorbar(shown, ax=axes, shrink=0.8, label="change of the pixel")
-    ink = case.image.sum(0)
+    ink = image.sum(0)
     if min(ink.shape) >= 16:  # on a coarser grid the outline says less than the pixels do
         axes.contour(ink.numpy(), levels=[0.3 * float(ink.max())], colors="0.55", linewidths=1)
     axes.set_xticks([])
     axes.set_yticks([])
     longest = max(1.0, max(ink.shape) / ARROWS_ACROSS)
-    right, down = (part.sum(0) for part in Grid.of(case.image).split(case.flow))
+    right, down = (part.sum(0) for part in Grid.of(image).split(flow))
     starts: list[tuple[float, float]] = []
     arrows: list[tuple[float, float]] = []
     most = max(float(right.abs().max()) if right.numel() else 0.0, float(down.abs().max()) if down.numel() else 0.0)
@@ -213,7 +241,6 @@ def _draw_flow(row: Any, axes: Axes, case: WorstCase) -> None:
             x, y, u, v, angles="xy", scale_units="xy", scale=1, units="xy", width=0.1 * longest, headwidth=4,
             headlength=4, headaxislength=3.5, minshaft=1, color="black",
         )  # fmt: skip
-    axes.set_title(f"flow: W1 = {case.distance:.4f} pixels ({case.distance:.1%} of the mass by one)", fontsize=10)
 
 
 def draw_adversarial(images: Tensor, adversarial: Tensor, titles: Sequence[str], paths: Sequence[str | Path]) -> None:
@@ -222,7 +249,8 @@ def draw_adversarial(images: Tensor, adversarial: Tensor, titles: Sequence[str],
     Args:
         images, adversarial: (B, C, H, W), of equal masses per channel to a relative 1e-9; a shortest flow (l1 ground
             cost) from one to the other gives the arrows.
-        titles, paths: of each picture.
+        titles: of each picture, with the distance between the images and its ground cost.
+        paths: of each picture.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -236,7 +264,7 @@ def draw_adversarial(images: Tensor, adversarial: Tensor, titles: Sequence[str],
     from matplotlib.figure import Figure
 
     clean, found = (part.detach().double().cpu() for part in (images, adversarial))
-    for k, flow in enumerate(minimal_flow(clean, found, mass_tolerance=1e-9)):
+    for k, flow in enumerate(minimal_flow(clean, found, mass_tolerance=EXACT_MASS_TOLERANCE)):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         row = figure.subfigures(1, 1, squeeze=False)[0, 0]
@@ -249,7 +277,7 @@ def draw_adversarial(images: Tensor, adversarial: Tensor, titles: Sequence[str],
         behind.set_title("adversarial", fontsize=10)
         if shown is not None:
             row.colorbar(shown, ax=[before, behind], shrink=0.8, label="pixel")
-        distance = float(flow.abs().sum() / clean[k].sum())
-        _draw_flow(row, arrows, WorstCase(clean[k], found[k], flow, distance, 0, 0, (0.0, 0.0), 0))
-        arrows.set_title(f"difference and flow (length {distance:.4f} pixels, l1)", fontsize=10)
+        _draw_flow(row, arrows, clean[k], found[k], flow)
+        length = _flow_length(clean[k], flow)
+        arrows.set_title(f"difference\narrows: flow of length {length:.4f} pixels ({distance_name('l1')})", fontsize=10)
         figure.savefig(paths[k], format="png", dpi=80)

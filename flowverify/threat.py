@@ -124,6 +124,16 @@ class WassersteinBall:
         return inside
 
 
+def distance_name(ground: str, cap: float | None = None) -> str:
+    """What radii and distances are shown with: "W1, l2"; "W2, l2^2" for a power; "W1, l1, cap 1" for capped balls.
+
+    Raises:
+        UnknownNameError, InvalidInputError: see :func:`flowverify.transport.ground.parse_ground`.
+    """
+    cost = parse_ground(ground)
+    return f"W{cost.power:.12g}, {cost.name}" + ("" if cap is None else f", cap {cap:g}")
+
+
 def check_cap(images: Tensor, cap: float | None) -> None:
     """Raises InvalidInputError if an image (B, C, H, W) has a pixel above the cap."""
     if cap is not None and images.numel():

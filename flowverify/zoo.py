@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from flowverify.data import HELD_OUT
 from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
 from flowverify.network import Network, load_network, write_onnx
 
@@ -36,13 +37,16 @@ class Card:
         name: what :func:`load_model` takes.
         input_shape: (C, H, W) of the unnormalised images in [0, 1] that the network takes.
         parameters: how many weights and biases there are.
-        clean_accuracy: the share of the whole test split of ``dataset`` classified right, in [0, 1].
+        clean_accuracy: the share of ``clean_images`` images of ``dataset`` that are classified right, in [0, 1]; none
+            of them was trained on.
+        clean_split: ``test`` for those of the test split, ``held-out`` for those that
+            :func:`flowverify.training.splits.load_splits` kept back of data without one.
         file: the ONNX file, beside the card; ``sha256`` is the hexadecimal digest of its bytes.
         command: the command that trains it.
         recipe: the full recipe, with the ``seed``.
         trained_with: versions of what trained it.
         certified: radii certified on the test split, for models that were trained for them: ``method``,
-            ``bound``, ``ground``, ``images`` (how many, from the first), ``clean_accuracy`` and
+            ``bound``, ``ground``, ``images`` (how many, from the first; never missing), ``clean_accuracy`` and
             ``median_radius`` on them, ``certified_at`` (shares of them by radius), and the ``command``.
     """
 
@@ -54,6 +58,8 @@ class Card:
     classes: int
     parameters: int
     clean_accuracy: float
+    clean_images: int
+    clean_split: str
     file: str
     sha256: str
     command: str
@@ -62,6 +68,11 @@ class Card:
     trained_with: Mapping[str, str]
     license: str
     certified: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accuracy_text(self) -> str:
+        """The clean accuracy with what it was measured on, such as "97.40% of 539 test images"."""
+        return f"{self.clean_accuracy:.2%} of {self.clean_images:,} {self.clean_split} images"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -150,9 +161,11 @@ def record_certified(name: str, directory: str | Path, certified: Mapping[str, A
     """Replaces the field ``certified`` of the card ``NAME.json`` in ``directory`` and returns the card.
 
     Raises:
+        InvalidInputError: ``certified`` does not say on how many images it was measured.
         ModelFileError: there is no such card, or it cannot be written.
     """
     path = Path(directory) / f"{name}.json"
+    _check_certified(certified)
     card = dataclasses.replace(_read_card(path), certified=dict(certified))
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as scratch:
@@ -210,9 +223,20 @@ def _parse_card(values: Mapping[str, Any]) -> Card:
     shape = values["input_shape"]
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise InvalidInputError(f"card field input_shape is {shape}, expected three integers >= 1")
+    if isinstance(values["clean_images"], bool) or values["clean_images"] < 1:
+        raise InvalidInputError(f"card field clean_images is {values['clean_images']}, expected an integer >= 1")
+    if values["clean_split"] not in ("test", HELD_OUT):
+        raise InvalidInputError(f"card field clean_split is {values['clean_split']!r}, expected test or {HELD_OUT}")
+    _check_certified(values.get("certified", {}))
     if Path(values["file"]).name != values["file"]:
         raise InvalidInputError(f"card field file is {values['file']!r}, expected a file beside the card")
     return Card(**{**values, "input_shape": tuple(shape)})
+
+
+def _check_certified(certified: Mapping[str, Any]) -> None:
+    images = certified.get("images")
+    if certified and (not isinstance(images, int) or isinstance(images, bool) or images < 1):
+        raise InvalidInputError(f"card field certified has images {images!r}, expected how many, an integer >= 1")
 
 
 def _checked_file(card: Card, folder: Path) -> Path:

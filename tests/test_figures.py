@@ -1,5 +1,6 @@
-"""Worst cases lie in their balls and are as bad as they say; pictures are PNG files of them."""
+"""Worst cases lie in their balls and are as bad as they say; pictures are PNG files of them that say what they show."""
 
+import re
 import struct
 import sys
 
@@ -10,7 +11,7 @@ from torch import nn
 import flowverify as fv
 from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.errors import DependencyError, InvalidInputError
-from flowverify.figures import draw_worst_cases, worst_cases
+from flowverify.figures import draw_adversarial, draw_worst_cases, worst_cases
 from flowverify.grid import Grid
 from flowverify.network import from_torch
 
@@ -23,8 +24,33 @@ def digits():
     return fv.load_model("digits-fc3"), data.images, data.labels.tolist()
 
 
-def certificate(label: int, radius: float) -> Certificate:
-    return Certificate(Verdict.CERTIFIED, label, label, "fine-tuned", "best", "l1", radius, 1.0, 0.1)
+def certificate(
+    label: int, radius: float, ground: str = "l1", cap: float | None = None, verdict: Verdict = Verdict.CERTIFIED
+) -> Certificate:
+    return Certificate(verdict, label, label, "fine-tuned", "best", ground, radius, 1.0, 0.1, cap=cap)
+
+
+@pytest.fixture
+def diagonal():
+    """f_0 - f_1 = x_00 - x_11 on four pixels falls most by moves along the diagonal, of length 2 (l1), sqrt 2 (l2)."""
+    layer = nn.Linear(4, 2, bias=False)
+    layer.load_state_dict({"weight": torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])})
+    return from_torch(nn.Sequential(nn.Flatten(), layer), (1, 2, 2)), torch.tensor([[[[0.7, 0.1], [0.1, 0.1]]]])
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """All text of pictures that are drawn, instead of the files."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    found = []
+
+    def collect(figure, *_, **__):
+        found.extend(text.get_text() for text in figure.findobj(Text) if text.get_text())
+
+    monkeypatch.setattr(Figure, "savefig", collect)
+    return found
 
 
 def test_worst_cases_lie_on_the_border_of_their_balls(digits):
@@ -73,6 +99,62 @@ def test_draws_a_png(tmp_path, shape):
     width, height = struct.unpack(">II", content[16:24])
     assert width > 600 and height > 300
     assert [case.label for case in cases] == [0, 2]
+
+
+@pytest.mark.parametrize("ground", ["l1", "l2", "l2^2", "l1^1.5", "local:3", "local:3:l1"])
+def test_distance_is_for_the_ground_cost_of_the_ball(digits, ground):
+    network, images, labels = digits
+    for case in worst_cases(network, images, labels, [0.2] * 3, ground):
+        ball = fv.WassersteinBall(case.distance, ground)
+        assert bool(ball.contains(case.image[None], case.worst[None])[0])
+        assert not bool(ball.with_radius(0.999 * case.distance).contains(case.image[None], case.worst[None])[0])
+        assert case.distance <= 0.2 * (1 + 1e-9)
+
+
+def test_an_l2_radius_is_not_drawn_beside_an_l1_length(diagonal, titles):
+    network, image = diagonal
+    (case,) = draw_worst_cases(network, image, [certificate(0, 0.188, "l2")], "none.png")
+    assert case.distance == pytest.approx(0.188) and case.flow_length == pytest.approx(0.188 * 2**0.5)
+    (first,) = [title for title in titles if "radius" in title]
+    assert "certified radius 0.1880 pixels (W1, l2; fine-tuned)" in first
+    (last,) = [title for title in titles if "nu*:" in title]
+    assert "W1, l2 = 0.1880 pixels" in last and "0.2659 (W1, l1)" in last
+
+
+@pytest.mark.parametrize(
+    ("ground", "cap", "name"),
+    [
+        ("l1", None, "W1, l1;"),
+        ("l2^2", None, "W2, l2^2;"),
+        ("l1^1.5", None, "W1.5, l1^1.5;"),
+        ("l1", 1.0, "W1, l1, cap 1;"),
+    ],
+)
+def test_every_distance_in_a_picture_has_its_ground_cost(diagonal, titles, ground, cap, name):
+    draw_worst_cases(*diagonal, [certificate(0, 0.1, ground, cap)], "none.png")
+    assert any(name in title for title in titles if "radius" in title)
+    assert not [title for title in titles if re.search(r"W[\d.]* *=", title)]
+    lengths = [title for title in titles if "pixels" in title]
+    assert len(lengths) == 2 and all(re.search(r"W[\d.]+, (l1|l2|local)", title) for title in lengths)
+
+
+def test_pictures_say_what_is_only_to_first_order_and_what_is_not_certified(diagonal, titles):
+    draw_worst_cases(*diagonal, [certificate(0, 0.1)], "none.png")
+    (plain,) = [title for title in titles if "worst case" in title]
+    assert plain.startswith("worst case to first order")
+    titles.clear()
+    draw_worst_cases(*diagonal, [certificate(0, 0.1, cap=1.0, verdict=Verdict.UNKNOWN)], "none.png")
+    (capped,) = [title for title in titles if "worst case" in title]
+    assert capped.startswith("nearly worst case to first order")
+    (first,) = [title for title in titles if "label" in title]
+    assert "unknown, not certified, at radius" in first and "certified radius" not in first
+
+
+def test_lengths_of_flows_under_adversarial_images_are_labelled(diagonal, titles):
+    image = diagonal[1].double()
+    moved = image + torch.tensor([[[[-0.1, 0.0], [0.0, 0.1]]]], dtype=torch.float64)
+    draw_adversarial(image, moved, ["W1, l2 = 0.1414 pixels"], ["none.png"])
+    assert "difference\narrows: flow of length 0.2000 pixels (W1, l1)" in titles
 
 
 def test_bad_input(tmp_path, digits, monkeypatch):

@@ -62,3 +62,10 @@ def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (ROOT / target).is_file()
     assert (ROOT / "docs" / "worst-case.png").stat().st_size < 200_000
+
+
+def test_the_picture_is_said_to_be_first_order_with_its_distance():
+    before, _, after = TEXT.partition("(docs/worst-case.png)")
+    assert "first order" in before.splitlines()[-1]
+    caption = " ".join(after.strip().split("\n\n")[0].split())
+    assert "to first order; the worst of the ball may be another" in caption and "W1 with l1 ground cost" in caption

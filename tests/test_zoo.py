@@ -41,6 +41,9 @@ class TestEveryCard:
     def test_accuracy_is_what_the_card_says(self, card: Card) -> None:
         data = every_tenth(card.dataset)
         assert accuracy(load_model(card.name), data) == pytest.approx(card.clean_accuracy, abs=0.015)
+        assert (card.clean_images, card.clean_split) == (len(load_dataset(card.dataset)), "test")
+        # Among so many images, the share is a whole number of them.
+        assert card.clean_accuracy * card.clean_images == pytest.approx(round(card.clean_accuracy * card.clean_images))
 
     def test_network_is_what_the_card_says(self, card: Card) -> None:
         model = load_model(card.name, card.input_shape)
@@ -70,9 +73,12 @@ def test_median_radius_is_what_the_card_says(card: Card) -> None:
 def test_certified_radii_are_recorded(tmp_path: Path) -> None:
     shutil.copy(models_folder() / "digits-fc3.json", tmp_path)
     before = json.loads((tmp_path / "digits-fc3.json").read_text())
-    card = record_certified("digits-fc3", tmp_path, {"median_radius": 0.5})
-    assert card.certified == {"median_radius": 0.5}
-    assert json.loads((tmp_path / "digits-fc3.json").read_text()) == {**before, "certified": {"median_radius": 0.5}}
+    certified = {"median_radius": 0.5, "images": 20}
+    card = record_certified("digits-fc3", tmp_path, certified)
+    assert card.certified == certified
+    assert json.loads((tmp_path / "digits-fc3.json").read_text()) == {**before, "certified": certified}
+    with pytest.raises(InvalidInputError, match="certified has images None, expected how many"):
+        record_certified("digits-fc3", tmp_path, {"median_radius": 0.5})
     with pytest.raises(ModelFileError, match=r"absent\.json: cannot be read"):
         record_certified("absent", tmp_path, {})
 
@@ -106,12 +112,23 @@ class TestChecks:
             ({"input_shape": [1, 8]}, "expected three integers >= 1"),
             ({"file": "../other.onnx"}, "expected a file beside the card"),
             ({"name": "other"}, "card name is 'other', expected 'digits-fc3'"),
+            ({"clean_images": 0}, "clean_images is 0, expected an integer >= 1"),
+            ({"clean_images": True}, "clean_images is True, expected an integer >= 1"),
+            ({"clean_split": "train"}, "clean_split is 'train', expected test or held-out"),
+            ({"certified": {"clean_accuracy": 0.9}}, "certified has images None, expected how many"),
         ],
     )
     def test_malformed_card_is_refused(self, folder: Path, change: dict[str, object], message: str) -> None:
         path = folder / "digits-fc3.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         with pytest.raises(ModelFileError, match=message):
+            load_card("digits-fc3")
+
+    @pytest.mark.parametrize("field", ["clean_images", "clean_split"])
+    def test_an_accuracy_of_unknown_images_is_refused(self, folder: Path, field: str) -> None:
+        path = folder / "digits-fc3.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+        with pytest.raises(ModelFileError, match=rf"card lacks \['{field}'\]"):
             load_card("digits-fc3")
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "digits-fc3"}'])
@@ -163,6 +180,8 @@ FIELDS: dict[str, Any] = {
     "input_shape": (1, 8, 8),
     "classes": 10,
     "clean_accuracy": 0.1,
+    "clean_images": 539,
+    "clean_split": "test",
     "command": "none",
     "seed": 0,
     "recipe": {},

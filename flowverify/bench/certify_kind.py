@@ -41,7 +41,7 @@ class Certify(Kind):
         ways = []
         for method in methods:
             exact = method in LINEAR_METHODS or method in COMPLETE_METHODS
-            for bound in ["exact"] if exact else bounds:
+            for bound in [_decided_by(method, images.grounds, cap)] if exact else bounds:
                 own = {"method": method, "bound": bound, "references": references, "domain": domain, "cap": cap}
                 if method in COMPLETE_METHODS:
                     own["seconds"] = seconds
@@ -70,6 +70,14 @@ class Certify(Kind):
         ball = WassersteinBall(0.0 if radius is None else radius, settings["ground"], settings.get("cap"))
         certifier.prepare(ball.ground, ball.cap)
         return _Certification(certifier, data, ball, searching=radius is None)
+
+
+def _decided_by(method: str, grounds: Sequence[str], cap: float | None) -> str:
+    """What stands for a bound in the names of methods that take none; "exact" only where every certificate is."""
+    if method in COMPLETE_METHODS:
+        return "highs" if method == "milp" else "branch-and-bound"
+    exact = cap is None and (method == "linear" or set(grounds) == {"l1"})
+    return "exact" if exact else "lower-bound"
 
 
 class _Certification(Prepared):

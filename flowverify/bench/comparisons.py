@@ -37,7 +37,7 @@ def _ratio(first: float, second: float) -> float:
 
 
 def _paired(of: TaskRecords, over: TaskRecords) -> list[tuple[float, float]]:
-    """Radii of the images that both classify right and that neither failed on."""
+    """Radii of the images that both classify right, and on which no attack failed."""
     known = {record["index"]: record for record in over.correct}
     pairs = [
         (radius_of(of.task, record), radius_of(over.task, known[record["index"]]))
@@ -69,6 +69,7 @@ TWO: dict[str, Callable[[TaskRecords, TaskRecords], float]] = {
         [float(first >= second) for first, second in _paired(of, over)] or [math.nan]
     ),
 }
+PAIRED = ("ratio of mean radii", "median ratio of radii", "largest ratio of radii", "share of radii not below")
 NUMBER = "median radius over number"
 MEASURES = (*ONE, *TWO, NUMBER)
 
@@ -105,6 +106,22 @@ def measured(comparison: Comparison, tasks: Mapping[str, TaskRecords]) -> float:
         return ONE[comparison.measure](of)
     over = tasks[str(comparison.over)]
     return TWO[comparison.measure](of, over) if over.records else math.nan
+
+
+def evidence(comparison: Comparison, tasks: Mapping[str, TaskRecords]) -> str:
+    """What our number is about: certified radii or those of attacks, both ends where there are two, which distances."""
+    if "radi" not in comparison.measure:
+        return ""
+    named = [comparison.of] if not isinstance(comparison.over, str) else [comparison.of, comparison.over]
+    involved = [tasks[name] for name in named if tasks[name].records]
+    parts = []
+    for one in involved:
+        kind = "of attacks" if one.task.kind == "attack" else "certified"
+        parts.append(one.median_text() if one.bracketed else f"{kind} ({one.distance})")
+    text = " over ".join(parts if len(set(parts)) > 1 else parts[:1])
+    if comparison.measure in PAIRED and len(involved) == 2:
+        text += f"; {len(_paired(*involved))} images"
+    return text
 
 
 def _task(fields: Fields, key: str, pattern: str, tasks: Sequence[Task]) -> str:

@@ -1,11 +1,15 @@
-"""The pictures of a report, as SVG: certified accuracy, radii, time against radius; and worst cases, as PNG."""
+"""The pictures of a report, as SVG: certified accuracy, radii, time against radius; and worst cases, as PNG.
+
+Radii for different ground costs, caps or data sets are different numbers: each such threat has axes of its own.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,90 +19,140 @@ from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.figures import draw_worst_cases, require_matplotlib
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PICTURED = 3  # worst cases of each model
 SHOWN_POINTS = 2000  # of a scatter plot, so that the page stays small
+COLOURS = 10
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
+MARKERS = ("o", "s", "^", "D", "v", "*")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a legend; its points are joined by steps, or by straight lines with a mark on each."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    steps: bool = True
 
 
 def certified_accuracy(tasks: Sequence[TaskRecords]) -> bytes | None:
-    """The share of all images with a certificate at each radius; attacks give shares that cannot be passed."""
+    """The share of all images with a certificate at each radius; upper ends give shares that cannot be passed."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = _figure(len(tasks))
-    axes = figure.subplots()
-    drawn = False
-    points: dict[tuple[Any, ...], list[tuple[float, float, str]]] = {}
+    def draw(axes: Axes, curves: Sequence[Curve]) -> None:
+        for number, curve in enumerate(curves):
+            x, y = zip(*curve.points, strict=True)
+            colour, dash, _ = style(number)
+            if curve.steps:
+                axes.step(x, y, where="post", color=colour, linestyle=dash, label=curve.label)
+            else:
+                axes.plot(x, y, marker="o", color=colour, linestyle=dash, label=curve.label)
+        axes.set(ylabel='images certified\n("at most": not refuted)', ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(alpha=0.3)
+
+    return _panels({title: accuracy_curves(group) for title, group in by_threat(tasks).items()}, draw)
+
+
+def accuracy_curves(tasks: Sequence[TaskRecords]) -> list[Curve]:
+    """The curves of tasks that share a threat: one for each searching task, two where it has upper ends as well."""
+    curves = []
+    decided: dict[tuple[Any, ...], list[tuple[float, float, str]]] = {}
     for one in tasks:
         if not one.records:
             continue
+        images = f"{len(one.records)} images"
         if one.searched:
-            known = sorted(one.radii())
-            last = len(one.records)
-            steps = [0.0, *known]
-            shares = [len(known) / last, *[(len(known) - k - 1) / last for k in range(len(known))]]
-            finite = [(x, y) for x, y in zip(steps, shares, strict=True) if math.isfinite(x)]
-            style = "--" if one.task.kind == "attack" else "-"
-            axes.step(*zip(*finite, strict=True), where="post", linestyle=style, label=one.task.name)
-            drawn = True
+            if one.task.kind == "certify":
+                points = _shares([ends.certified for ends in one.ends()], len(one.records))
+                curves.append(Curve(f"{one.task.name} ({images})", points))
+            if one.task.kind == "attack" or one.bracketed:
+                points = _shares([ends.upper for ends in one.ends()], len(one.records))
+                curves.append(Curve(f"{one.task.name}: at most ({images})", points))
         elif one.task.kind == "certify":
-            settings = one.task.settings
-            same = tuple(
-                settings.get(key) for key in ("model", "method", "bound", "ground", "cap", "references", "domain")
-            )
-            points.setdefault(same, []).append((settings["radius"], one.share_certified(), one.task.name))
-    for group in points.values():
-        ordered = sorted(group)
-        label = ordered[0][2].rpartition("/")[0]
-        axes.plot([one[0] for one in ordered], [one[1] for one in ordered], "o:", label=label)
-        drawn = True
-    if not drawn:
-        return None
-    axes.set(xlabel="radius (pixels)", ylabel="images certified", ylim=(0, 1.02))
-    axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.3)
-    _legend(figure)
-    return _svg(figure)
+            name = one.task.name.rpartition("/")[0]
+            point = (one.task.settings["radius"], one.share_certified(), f"{name} ({images})")
+            decided.setdefault((name, one.task.positions), []).append(point)
+    curves += [Curve(points[0][2], [(x, y) for x, y, _ in sorted(points)], steps=False) for points in decided.values()]
+    return curves
+
+
+def _shares(radii: Sequence[float], images: int) -> list[tuple[float, float]]:
+    """The share of all images whose radius is at least as large as each of them."""
+    known = sorted(radii)
+    shares = [len(known) / images, *[(len(known) - k - 1) / images for k in range(len(known))]]
+    return [(x, y) for x, y in zip([0.0, *known], shares, strict=True) if math.isfinite(x)]
 
 
 def radius_boxes(tasks: Sequence[TaskRecords]) -> bytes | None:
-    """Median, quartiles, and 5% to 95% of the radii of each searching task."""
-    shown = [(one.task.name, [r for r in one.radii() if math.isfinite(r)]) for one in tasks if one.searched]
-    shown = [(name, radii) for name, radii in shown if radii]
-    if not shown:
-        return None
-    figure = _figure(len(shown), height=0.9 + 0.42 * len(shown))
-    axes = figure.subplots()
-    names, radii = zip(*reversed(shown), strict=True)
-    axes.boxplot(radii, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
-    axes.set_yticks(range(1, len(names) + 1), names)
-    axes.set_xlabel("radius (pixels); box: quartiles, whiskers: 5% to 95%")
-    axes.set_xlim(left=0)
-    axes.grid(axis="x", alpha=0.3)
-    return _svg(figure)
+    """Median, quartiles, and 5% to 95% of the radii of each searching task, and of its upper ends."""
+
+    def draw(axes: Axes, boxes: Sequence[tuple[str, list[float]]]) -> None:
+        names, radii = zip(*reversed(boxes), strict=True)
+        axes.boxplot(radii, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
+        axes.set_yticks(range(1, len(names) + 1), names)
+        axes.grid(axis="x", alpha=0.3)
+
+    def boxes_of(group: Sequence[TaskRecords]) -> list[tuple[str, list[float]]]:
+        boxes = []
+        for one in group:
+            if one.searched and one.task.kind == "certify":
+                boxes.append((one.task.name, [ends.certified for ends in one.ends()]))
+            if one.searched and (one.task.kind == "attack" or one.bracketed):
+                upper = [ends.upper for ends in one.ends() if math.isfinite(ends.upper)]
+                unknown = len(one.ends()) - len(upper)
+                boxes.append((f"{one.task.name}: at most" + (f"\n(none for {unknown})" if unknown else ""), upper))
+        return [(name, radii) for name, radii in boxes if radii]
+
+    boxes = {title: boxes_of(group) for title, group in by_threat(tasks).items()}
+    return _panels(boxes, draw, below="; box: quartiles, whiskers: 5% to 95%", height=0.9, each=0.42, legend=False)
 
 
 def time_against_radius(tasks: Sequence[TaskRecords]) -> bytes | None:
     """Seconds of each image against its radius; images of one chunk share its time equally."""
-    figure = _figure(len(tasks))
-    axes = figure.subplots()
-    drawn = False
+
+    def draw(axes: Axes, clouds: Sequence[Curve]) -> None:
+        for number, cloud in enumerate(clouds):
+            colour, _, marker = style(number)
+            axes.plot(
+                *zip(*cloud.points, strict=True), linestyle="", marker=marker, color=colour, markersize=3.5, alpha=0.6,
+                label=cloud.label, rasterized=True,
+            )  # fmt: skip
+        axes.set(ylabel="seconds an image", yscale="log")
+        axes.grid(alpha=0.3)
+
+    def clouds_of(group: Sequence[TaskRecords]) -> list[Curve]:
+        clouds = []
+        for one in group:
+            if not one.searched:
+                continue
+            pairs = [(radius_of(one.task, r), r["seconds"]) for r in one.correct if r["verdict"] not in FAILURES]
+            pairs = [(radius, seconds) for radius, seconds in pairs if math.isfinite(radius) and seconds > 0]
+            pairs = pairs[:: max(1, math.ceil(len(pairs) * len(tasks) / SHOWN_POINTS))]
+            if pairs:
+                kind = ": at most" if one.task.kind == "attack" else ""
+                clouds.append(Curve(f"{one.task.name}{kind}", pairs))
+        return clouds
+
+    return _panels({title: clouds_of(group) for title, group in by_threat(tasks).items()}, draw)
+
+
+def by_threat(tasks: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
+    """Tasks that may share axes, by what their radii are: the distance, the cap, and the data set."""
+    found: dict[tuple[str, str], list[TaskRecords]] = {}
     for one in tasks:
-        if not one.searched:
-            continue
-        pairs = [(radius_of(one.task, r), r["seconds"]) for r in one.correct if r["verdict"] not in FAILURES]
-        pairs = [(radius, seconds) for radius, seconds in pairs if math.isfinite(radius) and seconds > 0]
-        pairs = pairs[:: max(1, math.ceil(len(pairs) * len(tasks) / SHOWN_POINTS))]
-        if pairs:
-            axes.plot(*zip(*pairs, strict=True), ".", markersize=5, alpha=0.6, label=one.task.name, rasterized=True)
-            drawn = True
-    if not drawn:
-        return None
-    axes.set(xlabel="radius (pixels)", ylabel="seconds an image", yscale="log")
-    axes.grid(alpha=0.3)
-    _legend(figure)
-    return _svg(figure)
+        if one.task.kind in ("certify", "attack"):
+            found.setdefault((one.distance, sources.short_data(one.task.settings["data"])), []).append(one)
+    return {f"{distance}; {data}": group for (distance, data), group in found.items()}
+
+
+def style(number: int) -> tuple[str, Any, str]:
+    """Colour, dash and marker of a curve; no two of the first 60 have the same, whether dashed or marked."""
+    turn = (number // COLOURS) % len(DASHES)
+    return f"C{number % COLOURS}", DASHES[turn], MARKERS[turn]
 
 
 def gallery(one: TaskRecords) -> bytes:
@@ -142,18 +196,41 @@ def pictured(one: TaskRecords) -> list[dict[str, Any]]:
     return [record for record in one.records if record["verdict"] == "certified" and record["radius"] > 0]
 
 
-def _figure(entries: int, height: float = 4.2) -> Figure:
+def _panels(
+    drawn: Mapping[str, Sequence[Any]],
+    draw: Callable[[Axes, Any], None],
+    *,
+    below: str = "",
+    height: float = 4.2,
+    each: float = 0.16,
+    legend: bool = True,
+) -> bytes | None:
+    """Axes one above the other, for each title with anything to draw; None for none.
+
+    Args:
+        below: what the label of the radii says besides their distance.
+        height, each: of axes, and of each thing on them, in inches.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, height + (0.16 * entries if height == 4.2 else 0)), layout="constrained")
+    shown = {title: things for title, things in drawn.items() if things}
+    if not shown:
+        return None
+    heights = [height + each * len(things) for things in shown.values()]
+    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
     FigureCanvasSVG(figure)
-    return figure
-
-
-def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    parts = figure.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (title, things) in zip(parts, shown.items(), strict=True):
+        axes = part.subplots()
+        draw(axes, things)
+        distance = title.partition(";")[0]
+        axes.set(title=title, xlabel=f"radius (pixels; {distance}){below}")
+        axes.set_xlim(left=0)
+        if legend:
+            part.legend(loc="outside lower center", fontsize=8, frameon=False)
+    return _svg(figure)
 
 
 def _svg(figure: Figure) -> bytes:

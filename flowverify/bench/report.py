@@ -26,14 +26,19 @@ img { max-width: 100%; height: auto; } pre { background: #f5f5f5; padding: .8rem
 .note { color: #555; max-width: 52rem; }
 """
 RADII = (
-    "Radii are distances of normalised images in pixels: 0.1 moves a tenth of the mass by one pixel. Medians and "
+    "Radii are distances of normalised images in pixels, each for the distance that it is shown with: W1 with the "
+    "ground cost that follows, where 0.1 moves a tenth of the mass by one pixel, or W_p for a power. Medians and "
     "quartiles are over the images that are classified right; an image without a certificate counts as 0, and one "
-    "that an attack finds nothing for as infinite. Certified accuracy counts all images. The time of an image is "
-    "its share of the chunk that it was computed in, without preparation."
+    "without an upper end, or that an attack finds nothing for, as infinite (inf). The exact radius lies between the "
+    "certified one and the one at most; quartiles are those of certified radii, of attacks those of the radii found. "
+    "For vanilla methods the upper end is that of the L1 ball of flows, whose images may have negative pixels. "
+    "Certified accuracy counts all images. The time of an image is its share of the chunk that it was computed in, "
+    "without preparation."
 )
 WORST = (
-    "From left to right: the image; the image in its certified ball that lowers the margin most, to first order; "
-    "their difference under the flow between them. Images of the smallest, the median and the largest radius."
+    "From left to right: the image; the image in its certified ball that lowers the margin most to first order, which "
+    "need not be the worst in the ball; their difference under the shortest flow between them. Images of the smallest, "
+    "the median and the largest radius."
 )
 
 
@@ -113,19 +118,19 @@ def _pictures(tasks: Sequence[TaskRecords]) -> list[str]:
 
 
 def _galleries(tasks: Sequence[TaskRecords]) -> list[str]:
-    """Worst cases for each model: of the last of its tasks that has any, searching ones first."""
+    """Worst cases to first order for each model: of the last of its tasks that has any, searching ones first."""
     chosen: dict[str, TaskRecords] = {}
     for one in sorted(tasks, key=lambda one: one.searched):
         if plots.pictured(one):
             chosen[one.task.settings["model"]] = one
     parts = []
     for model, one in chosen.items():
-        title = f"Worst cases of {sources.short(model)}"
+        title = f"Worst cases to first order of {sources.short(model)}"
         try:
             content = _image(plots.gallery(one), "png", title)
         except FlowverifyError as error:  # the records may have come from elsewhere, without model and data
             content = f"<p>not drawn: {html.escape(str(error))}</p>"
-        caption = f"{html.escape(one.task.name)}. {WORST}"
+        caption = f"{html.escape(f'{one.task.name} ({one.distance})')}. {WORST}"
         parts.append(f'<h2>{html.escape(title)}</h2>\n<p class="note">{caption}</p>\n{content}')
     return parts
 

@@ -98,6 +98,12 @@ def short(model: str) -> str:
     return Path(model).stem if model.endswith(".onnx") else model
 
 
+def short_data(data: Mapping[str, Any]) -> str:
+    """The name of a data set in pictures, as long as it takes to tell it from others, such as "mnist test"."""
+    whole = data["name"].endswith(".npz")  # whatever the split
+    return " ".join(filter(None, [data["name"], None if whole else data["split"], data["folder"]]))
+
+
 def resolved(path: str, folder: str) -> Path:
     return (Path(folder) / path).resolve()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
+from typing import Any
 
 from flowverify.bench.tasks import Record, Task
+from flowverify.certify.ends import CLOSED, Ends, bracketed, count_closed, ends_of, median_text, upper_text
+from flowverify.threat import distance_name
 
 FAILURES = ("error", "timeout")
 ON_WORD = "on the verifier's word"  # the evidence of a record that an outside verifier answers for
@@ -40,6 +43,28 @@ class TaskRecords:
         """
         return [radius_of(self.task, record) for record in self.correct]
 
+    def ends(self) -> list[Ends]:
+        """What is known from both sides of the radii of images classified right; attacks give the upper end only."""
+        return [ends_of(record) for record in self.correct]
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether it certifies radii and gives upper ends too."""
+        return self.task.kind == "certify" and self.searched and bracketed(self.ends())
+
+    @property
+    def distance(self) -> str:
+        """Of which distance its radii are, and with which cap: "W1, l2"; "" where it has none."""
+        return distance_of(self.task.settings)
+
+    def median_text(self) -> str:
+        """The median radius in words: both ends where both are known, with how many brackets are closed."""
+        about = f"{self.distance}; over images classified right"
+        if self.task.kind == "attack":
+            return f"median radius {upper_text(self.ends())} ({about})"
+        closed = f", {CLOSED}: {count_closed(self.ends())}" if self.bracketed else ""
+        return median_text(self.ends(), about) + closed
+
     def seconds(self) -> list[float]:
         """Of the images that have a result."""
         return [record["seconds"] for record in self.records if record["verdict"] not in FAILURES]
@@ -68,10 +93,14 @@ class TaskRecords:
 
 def radius_of(task: Task, record: Record) -> float:
     """See :meth:`TaskRecords.radii`."""
-    if task.kind == "attack":
-        found = record.get("upper_radius")
-        return math.inf if found is None else float(found)
-    return float(record["radius"] or 0.0) if record["verdict"] == "certified" else 0.0
+    ends = ends_of(record)
+    return ends.upper if task.kind == "attack" else ends.certified
+
+
+def distance_of(settings: Mapping[str, Any]) -> str:
+    """See :attr:`TaskRecords.distance`."""
+    ground = settings.get("ground")
+    return "" if ground is None else distance_name(ground, settings.get("cap"))
 
 
 def by_task(tasks: Iterable[Task], records: Iterable[Record]) -> list[TaskRecords]:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowverify.bench.comparisons import Comparison, measured
+from flowverify.bench.comparisons import Comparison, evidence, measured
 from flowverify.bench.statistics import CERTIFIED_ON_WORD, TaskRecords, quantiles
 from flowverify.bench.tasks import Record
+from flowverify.certify.ends import CLOSED, count_closed, median_upper
 
 VERDICTS = ("certified", CERTIFIED_ON_WORD, "falsified", "unknown", "misclassified", "timeout", "error")
 _LATEX = {
@@ -78,19 +79,29 @@ def summary(tasks: Sequence[TaskRecords]) -> Table:
     """One row a task."""
     foreign = any(CERTIFIED_ON_WORD in one.counts() for one in tasks)
     verdicts = tuple(verdict for verdict in VERDICTS if foreign or verdict != CERTIFIED_ON_WORD)
-    columns = ("task", "images", *verdicts, "median radius", "quartiles", "ms an image", "peak MiB")
-    return Table("Tasks", columns, [_summary_row(one, verdicts) for one in tasks])
+    above = any(one.bracketed or (one.searched and one.task.kind == "attack") for one in tasks)
+    upper = ("median at most", CLOSED) if above else ()
+    columns = (
+        "task", "images", *verdicts, "distance", "median certified radius", *upper, "quartiles", "ms an image",
+        "peak MiB",
+    )  # fmt: skip
+    return Table("Tasks", columns, [_summary_row(one, verdicts, above) for one in tasks], left=("distance",))
 
 
-def _summary_row(one: TaskRecords, verdicts: Sequence[str]) -> tuple[str, ...]:
+def _summary_row(one: TaskRecords, verdicts: Sequence[str], above: bool) -> tuple[str, ...]:
+    """A median of what was found by an attack is an upper end, and stands in another column than certified ones."""
     counts = one.counts()
     low, middle, high = quantiles(one.radii(), (0.25, 0.5, 0.75)) if one.searched else (math.nan,) * 3
     memory = one.peak_memory()
+    attack = one.task.kind == "attack"
+    upper = middle if attack else median_upper(one.ends()) if one.bracketed else math.nan
     return (
         one.task.name,
         f"{len(one.records)} of {len(one.task.positions)}",
         *(str(counts[verdict]) for verdict in verdicts),
-        number(middle),
+        one.distance,
+        "" if attack else number(middle),
+        *((number(upper), count_closed(one.ends()) if one.bracketed else "") if above else ()),
         f"{number(low)} to {number(high)}" if one.searched and one.records else "",
         number(1000 * one.mean_seconds()),
         "" if memory is None else f"{memory:.0f}",
@@ -103,9 +114,10 @@ def claims(comparisons: Sequence[Comparison], tasks: Sequence[TaskRecords]) -> T
     rows = []
     for one in comparisons:
         over = "" if one.over is None else f" over {one.over}"
-        rows.append((one.claim, one.source, one.paper, number(measured(one, named)), f"{one.measure}: {one.of}{over}"))
-    columns = ("claim", "source", "paper", "ours", "measured as")
-    return Table("Ours beside the paper's", columns, rows, left=("source", "measured as"))
+        means = f"{one.measure}: {one.of}{over}"
+        rows.append((one.claim, one.source, one.paper, number(measured(one, named)), means, evidence(one, named)))
+    columns = ("claim", "source", "paper", "ours", "measured as", "of which radii")
+    return Table("Ours beside the paper's", columns, rows, left=("source", "measured as", "of which radii"))
 
 
 def failures(tasks: Sequence[TaskRecords]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -64,12 +65,13 @@ def attack(
     """Attack images with Wasserstein perturbations.
 
     Every radius printed is the exact distance of an image that was found and checked: an upper bound of what can be
-    certified. Radii are distances of normalised images in pixels. Exit code 2: bad input.
+    certified. Radii are W1 of normalised images for the ground cost, in pixels (for a power P, W_P). Exit code 2: bad
+    input.
     """
     from flowverify.attack import Binarised, make_attack
     from flowverify.attack.make import check_attack
     from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall
+    from flowverify.threat import WassersteinBall, distance_name
 
     check_attack(method)
     ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
@@ -106,8 +108,9 @@ def attack(
         except KeyboardInterrupt:
             interrupted = True
     if not json:
-        _print_table(results)
-        typer.echo(_summary(results, perf_counter() - start))
+        name = distance_name(ball.ground, ball.cap)
+        _print_table(results, name)
+        typer.echo(_summary(results, perf_counter() - start, name))
     if interrupted:
         done = sum(len(part) for part, _ in results)
         print_error(f"interrupted after {done} of {len(positions)} images")
@@ -150,6 +153,7 @@ def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path
     import numpy as np
 
     from flowverify.figures import draw_adversarial
+    from flowverify.threat import distance_name
 
     rows = [row for row in range(len(positions)) if found.outcome[row] == "found"]
     if not rows:
@@ -157,8 +161,8 @@ def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path
     clean = data[[positions[row] for row in rows]].images
     names = [folder / f"{positions[row]:05d}" for row in rows]
     titles = [
-        f"image {positions[row]}, label {int(found.label[row])}, now {int(found.prediction[row])}: W1 = "
-        f"{float(found.radius[row]):.4f} pixels ({found.attack}, {found.ground} ground cost)"
+        f"image {positions[row]}, label {int(found.label[row])}, now {int(found.prediction[row])}: "
+        f"{distance_name(found.ground)} = {float(found.radius[row]):.4f} pixels ({found.attack})"
         for row in rows
     ]
     exact = found.images[rows].cpu()
@@ -168,8 +172,8 @@ def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path
     draw_adversarial(clean.double(), exact, titles, [name.with_suffix(".png") for name in names])
 
 
-def _print_table(results: list[tuple[list[int], AttackResult]]) -> None:
-    rows = table("image", "label", "predicted", "outcome", "radius (pixels)", "ms", left=("outcome",))
+def _print_table(results: list[tuple[list[int], AttackResult]], name: str) -> None:
+    rows = table("image", "label", "predicted", "outcome", f"radius (pixels)\n{name}", "ms", left=("outcome",))
     lines = [
         (
             str(position),
@@ -189,7 +193,7 @@ def _print_table(results: list[tuple[list[int], AttackResult]]) -> None:
         typer.echo(f"{len(lines) - SHORT_TABLE} more images; --json or --save gives all")
 
 
-def _summary(results: list[tuple[list[int], AttackResult]], seconds: float) -> str:
+def _summary(results: list[tuple[list[int], AttackResult]], seconds: float, name: str) -> str:
     outcomes = Counter(word for _, found in results for word in found.outcome)
     total = sum(outcomes.values())
     if not total:
@@ -198,8 +202,9 @@ def _summary(results: list[tuple[list[int], AttackResult]], seconds: float) -> s
     right = [radius for radius in radii if radius > 0]
     parts = [f"{outcomes['found']} of {total} found"]
     parts += [f"{count} {word}" for word, count in sorted(outcomes.items()) if word != "found"]
-    middle = median(right) if right else float("inf")
-    if middle < float("inf"):
-        parts.append(f"median radius {middle:.4f} pixels over images classified right")
+    if right and isfinite(middle := median(right)):
+        parts.append(f"median radius {middle:.4f} pixels ({name}) over images classified right")
+    elif right:
+        parts.append("no median radius: nothing found for half of the images classified right, or more")
     parts.append(f"{seconds:.1f} s, {1000 * seconds / total:.1f} ms an image")
     return "; ".join(parts)

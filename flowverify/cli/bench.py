@@ -120,21 +120,23 @@ class _Display:
 
 
 def _summarise(suite: Suite, store: Store, done: RunReport) -> None:
-    from flowverify.bench.comparisons import measured
+    from flowverify.bench.comparisons import evidence, measured
     from flowverify.bench.statistics import by_task
 
     tasks = by_task(suite.tasks, store.records.values())
     for one in tasks:
         parts = [f"{count} {verdict}" for verdict, count in sorted(one.counts().items())]
         if one.searched and one.records:
-            parts.append(f"median radius {one.median_radius():.4f} pixels")
+            parts.append(one.median_text())
         if one.seconds():
             parts.append(f"{1000 * one.mean_seconds():.1f} ms an image")
         typer.echo(f"{one.task.name}: {', '.join(parts) or 'no record'}")
     named = {one.task.name: one for one in tasks}
     for comparison in suite.comparisons:
+        about = evidence(comparison, named)
         typer.echo(
             f"{comparison.claim}: {measured(comparison, named):.4g}; paper: {comparison.paper} ({comparison.source})"
+            + (f"; {about}" if about else "")
         )
     times = done.times
     typer.echo(

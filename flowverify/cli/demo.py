@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowverify.certify.certificate import Certificate
 
 MODEL, DATASET = "digits-fc3", "digits"
+GROUND = "l1"
 PICTURED = 3
 
 
@@ -26,7 +27,7 @@ def demo(
     bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
     picture: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
 ) -> None:
-    """Certify the first images of digits with both methods and draw worst cases."""
+    """Certify the first images of digits with both methods and draw their worst cases, to first order."""
     from flowverify.certify.methods import check_bound
     from flowverify.data import load_dataset
     from flowverify.zoo import load_card, load_model
@@ -39,31 +40,32 @@ def demo(
     from flowverify.certify.radius import search_radius
     from flowverify.certify.verify import Certifier
     from flowverify.figures import draw_worst_cases
+    from flowverify.threat import distance_name
 
     typer.echo(
-        f"{MODEL} ({card.description}; clean accuracy {card.clean_accuracy:.1%}), first {len(data)} test images of "
+        f"{MODEL} ({card.description}; clean accuracy {card.accuracy_text}), first {len(data)} test images of "
         f"{DATASET}, bound {bound}"
     )
     found: dict[str, list[Certificate]] = {}
     seconds: dict[str, float] = {}
     for method in ("vanilla", "fine-tuned"):
         certifier = Certifier(network, method, bound)
-        search_radius(certifier, data.images[:1], data.labels[:1])  # compiles and traces, once a process
+        search_radius(certifier, data.images[:1], data.labels[:1], GROUND)  # compiles and traces, once a process
         start = perf_counter()
-        found[method] = search_radius(certifier, data.images, data.labels)
+        found[method] = search_radius(certifier, data.images, data.labels, GROUND)
         seconds[method] = perf_counter() - start
-    _print(found)
+    name = distance_name(GROUND)
+    _print(found, name)
+    medians: dict[str, float] = {}
     for method, certificates in found.items():
         right = [one.radius for one in certificates if one.verdict is not Verdict.MISCLASSIFIED]
+        medians[method] = median(right or [0.0])
         typer.echo(
-            f"{method}: median radius {median(right or [0.0]):.4f} pixels over the {len(right)} of {len(data)} images "
-            f"classified right; {seconds[method]:.2f} s"
+            f"{method}: median radius {medians[method]:.4f} pixels ({name}) over the {len(right)} of {len(data)} "
+            f"images classified right; {seconds[method]:.2f} s"
         )
-    vanilla, tuned = (
-        median([one.radius for one in found[method] if one.radius > 0] or [0.0]) for method in ("vanilla", "fine-tuned")
-    )
-    if vanilla:
-        typer.echo(f"ratio of the medians: {tuned / vanilla:.2f}")
+    if medians["vanilla"]:
+        typer.echo(f"ratio of the medians: {medians['fine-tuned'] / medians['vanilla']:.2f}")
     best = _most_robust(found["fine-tuned"])
     if best:
         draw_worst_cases(network, data.images[best], [found["fine-tuned"][index] for index in best], picture)
@@ -80,9 +82,9 @@ def _most_robust(certificates: list[Certificate]) -> list[int]:
     return list(first_of_label.values())[:PICTURED]
 
 
-def _print(found: dict[str, list[Certificate]]) -> None:
+def _print(found: dict[str, list[Certificate]], name: str) -> None:
     rows = table(
-        "image", "label", "predicted", "verdict", "vanilla (pixels)", "fine-tuned (pixels)", "ratio",
+        "image", "label", "predicted", "verdict", f"vanilla (pixels)\n{name}", f"fine-tuned (pixels)\n{name}", "ratio",
         left=("verdict",),
     )  # fmt: skip
     for index, (vanilla, tuned) in enumerate(zip(found["vanilla"], found["fine-tuned"], strict=True)):

@@ -108,6 +108,7 @@ def _collect(model: str, folder: Path, results: Path, *, json: bool) -> None:
     from flowverify.certify.certificate import Verdict
     from flowverify.export.folder import load_arrays
     from flowverify.export.results import collect
+    from flowverify.threat import distance_name
 
     shape = load_arrays(folder)["images"].shape[1:]
     network = _load(model, (int(shape[0]), int(shape[1]), int(shape[2])))
@@ -118,7 +119,8 @@ def _collect(model: str, folder: Path, results: Path, *, json: bool) -> None:
             typer.echo(json_line({"index": index, **certificate.to_json()}))
         else:
             note = f" ({certificate.note})" if certificate.note else ""
-            typer.echo(f"image {index}, radius {certificate.radius:g}: {certificate.verdict}{note}")
+            radius = f"radius {certificate.radius:g} pixels ({distance_name(certificate.ground, certificate.cap)})"
+            typer.echo(f"image {index}, {radius}: {certificate.verdict}{note}")
         sys.stdout.flush()
     if any(certificate.verdict is Verdict.ERROR for _, certificate in found):
         raise typer.Exit(FAILED)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import typer
 
 from flowverify.cli.options import Json
 from flowverify.cli.report import json_line, output, table, user_errors
+
+if TYPE_CHECKING:
+    from flowverify.zoo import Card
 
 
 @user_errors
@@ -21,17 +25,30 @@ def models(json: Json = False) -> None:
             typer.echo(json_line(dataclasses.asdict(card)))
         return
     rows = table(
-        "model", "data set", "input", "weights", "clean accuracy", "median radius", left=("model", "data set", "input")
-    )
+        "model", "data set", "input", "weights", "clean accuracy", "median certified radius (pixels)",
+        left=("model", "data set", "input"),
+    )  # fmt: skip
     for card in cards:
         rows.add_row(
             card.name,
             card.dataset,
             "x".join(map(str, card.input_shape)),
             f"{card.parameters:,}",
-            f"{card.clean_accuracy:.2%}",
-            f"{card.certified['median_radius']:.3f}" if "median_radius" in card.certified else "",
+            card.accuracy_text,
+            _median(card),
         )
     output().print(rows)
+    typer.echo("medians are over the first test images, so many as said, of which misclassified ones count as 0")
     for card in cards:
         typer.echo(f"{card.name}: {card.description}; made by `{card.command}`")
+
+
+def _median(card: Card) -> str:
+    """The median radius with its distance, and over how many images."""
+    from flowverify.threat import distance_name
+
+    found = card.certified
+    if "median_radius" not in found:
+        return ""
+    name = distance_name(found.get("ground", "l1"))
+    return f"{found['median_radius']:.3f} ({name}) of {found['images']:,} test images"

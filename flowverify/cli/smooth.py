@@ -131,10 +131,14 @@ def certify(
     json: Json = False,
     save: Save = None,
 ) -> None:
-    """Certify radii of the smoothed classifier: of W1 on normalised images, in pixels, each right with 1 - alpha."""
+    """Certify radii of the smoothed classifier, each right with probability 1 - alpha (with splitting, certain).
+
+    Radii are W1 of normalised images for the ground cost, in pixels (for a power P, W_P).
+    """
     from flowverify.smoothing import SmoothedClassifier, SplitClassifier, Splitting
     from flowverify.smoothing.certificates import check_certificate
     from flowverify.smoothing.statistics import check_alpha, check_samples
+    from flowverify.threat import distance_name
     from flowverify.transport.ground import check_ground
 
     check_samples("n0", n0)
@@ -166,16 +170,18 @@ def certify(
 
     records = job.run(work, json)
     if not json:
-        columns = ("image", "label", "predicted", "verdict", "radius (pixels)", "probability")
+        name = distance_name(ground)
+        columns = ("image", "label", "predicted", "verdict", f"radius (pixels)\n{name}", "probability")
         job.print_table(records, columns, lambda r: (
             str(r["index"]), str(r["label"]), str(r["prediction"]), r["verdict"], f"{r['radius']:.4f}",
             f"{r['probability']:.4f}",
         ))  # fmt: skip
         verdicts = Counter(record["verdict"] for record in records)
         middle = median([record["radius"] for record in records]) if records else 0.0
-        parts = [f"{verdicts.pop('certified', 0)} of {len(records)} certified"]
+        sure = "for certain" if isinstance(chosen, Splitting) else f"each with probability {1 - alpha:g}"
+        parts = [f"{verdicts.pop('certified', 0)} of {len(records)} certified, {sure}"]
         parts += [f"{count} {verdict}" for verdict, count in sorted(verdicts.items())]
-        parts.append(f"median radius {middle:.4f} pixels (0 where none is certified)")
+        parts.append(f"median radius {middle:.4f} pixels ({name}; 0 where none is certified)")
         job.finish("; ".join(parts))
     job.end()
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -85,17 +84,20 @@ def verify(
     device: Device = "cpu",
     json: Json = False,
     save: Annotated[Path | None, typer.Option(help="Also write the JSON lines to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw worst cases of the first images as this .png.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the first images and their worst cases, to first order, as this .png.")
+    ] = None,
     all_rows: Annotated[bool, typer.Option("--all", help=f"Print every row, not {SHORT_TABLE} at most.")] = False,
 ) -> None:
     """Certify images against Wasserstein perturbations.
 
-    Radii are distances of normalised images in pixels: 0.1 moves a tenth of the mass by one pixel. Exit
-    code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error"; 2: bad input.
+    Radii are W1 of normalised images for the ground cost, in pixels: 0.1 moves a tenth of the mass by one pixel (for
+    a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
+    2: bad input.
     """
     from flowverify.certify.methods import check_bound
     from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall
+    from flowverify.threat import WassersteinBall, distance_name
 
     check_bound(bound)
     check_domain(domain)
@@ -148,8 +150,9 @@ def verify(
             interrupted = True
     seconds = perf_counter() - start
     if not json:
-        _print_table(results, everything=all_rows)
-        typer.echo(_summary(results, seconds, searched=ball is None))
+        name = distance_name(asked.ground, asked.cap)
+        _print_table(results, name, everything=all_rows)
+        typer.echo(_summary(results, seconds, name, searched=ball is None))
     if witnesses is not None:
         write_witnesses(witnesses, results)
     if picture is not None and not interrupted:
@@ -187,10 +190,10 @@ def _emit(batch: Sequence[Result], json: bool, file: TextIO | None) -> None:
     sys.stdout.flush()
 
 
-def _print_table(results: Sequence[Result], *, everything: bool) -> None:
+def _print_table(results: Sequence[Result], name: str, *, everything: bool) -> None:
     upper = any(certificate.upper_radius is not None for _, certificate in results)
-    last = ("at most", "margin", "ms") if upper else ("margin", "ms")
-    rows = table("image", "label", "predicted", "verdict", "radius (pixels)", *last, left=("verdict",))
+    last = (f"at most\n{name}", "margin", "ms") if upper else ("margin", "ms")
+    rows = table("image", "label", "predicted", "verdict", f"radius (pixels)\n{name}", *last, left=("verdict",))
     shown = results if everything else results[:SHORT_TABLE]
     for position, certificate in shown:
         rows.add_row(
@@ -208,18 +211,24 @@ def _print_table(results: Sequence[Result], *, everything: bool) -> None:
         typer.echo(f"{len(results) - len(shown)} more images; --all prints them")
 
 
-def _summary(results: Sequence[Result], seconds: float, *, searched: bool) -> str:
+def _summary(results: Sequence[Result], seconds: float, name: str, *, searched: bool) -> str:
+    from flowverify.certify.ends import CLOSED, bracketed, count_closed, ends_of, median_text
+
     if not results:
         return "no image was finished"
     counts = Counter(str(certificate.verdict) for _, certificate in results)
     parts = [f"{counts.pop('certified', 0)} of {len(results)} certified"]
     parts += [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
     if searched:
-        middle = median(certificate.radius for _, certificate in results)
-        parts.append(f"median radius {middle:.4f} pixels (0 where none is certified)")
+        parts.append(median_text([ends_of(one.to_json()) for _, one in results], f"{name}; 0 where none is certified"))
+        right = [ends_of(one.to_json()) for _, one in results if one.verdict is not Verdict.MISCLASSIFIED]
+        if bracketed(right):
+            parts.append(f"{CLOSED}: {count_closed(right)} classified right")
     parts.append(f"{seconds:.1f} s, {len(results) / seconds:.1f} images/s")
-    notes = {c.note for _, c in results if c.note and c.verdict is not Verdict.ERROR}
-    return "; ".join(parts) + "".join(f"\nnote: {note}" for note in sorted(notes))
+    notes = Counter(c.note for _, c in results if c.note and c.verdict is not Verdict.ERROR)
+    return "; ".join(parts) + "".join(
+        f"\nnote, {count} of {len(results)}: {note}" for note, count in sorted(notes.items())
+    )
 
 
 def _draw(network: Network, data: Dataset, results: Sequence[Result], picture: Path) -> None:
@@ -231,8 +240,10 @@ def _draw(network: Network, data: Dataset, results: Sequence[Result], picture: P
         if certificate.radius > 0 and certificate.verdict in (Verdict.CERTIFIED, Verdict.UNKNOWN)
     ][:PICTURED]
     if not chosen:
-        print_error(f"no picture {picture}: no image was classified right and has a radius above 0")
+        counts = Counter(str(certificate.verdict) for _, certificate in results)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+        print_error(f"no picture {picture}: no image is certified or unknown at a radius above 0 ({found})")
         return
     images = data[[position for position, _ in chosen]]
     draw_worst_cases(network, images.images, [certificate for _, certificate in chosen], picture)
-    typer.echo(f"wrote {picture}", err=True)
+    typer.echo(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}", err=True)

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from flowverify.data import Dataset, load_dataset
-from flowverify.errors import DataError, InvalidInputError
+from flowverify.data import Dataset
+from flowverify.errors import InvalidInputError
 from flowverify.network import Network
 from flowverify.training.architectures import build_architecture
 from flowverify.training.checkpoint import load_checkpoint, save_checkpoint, write_metrics
 from flowverify.training.losses import BatchLoss, build_loss
 from flowverify.training.recipe import Recipe
 from flowverify.training.session import EpochReport, Session
+from flowverify.training.splits import load_splits
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,11 @@ def train(
         InvalidInputError: the device is not there, the loss became infinite or NaN, the network does not fit
             the data, or the checkpoint is that of another recipe or of other data.
         ModelFileError: the checkpoint cannot be read or written.
-        DataError: a split is empty; or see :func:`flowverify.data.load_dataset`.
+        DataError: see :func:`flowverify.training.splits.load_splits`.
     """
     target = _check_device(device)
     loss = batch_loss if batch_loss is not None else build_loss(recipe.loss, recipe.loss_options)
-    training = load_dataset(recipe.dataset, "train", data_dir)
-    test = load_dataset(recipe.dataset, "test", data_dir)
-    for data in (training, test):
-        if not len(data):
-            raise DataError(f"{data.name}: no images in the {data.split} split, expected at least one")
+    training, test = load_splits(recipe.dataset, data_dir)
     classes = int(max(training.labels.max(), test.labels.max())) + 1
     digest = training_digest(training) if checkpoint is not None else ""
     saved = None if checkpoint is None else load_checkpoint(Path(checkpoint), recipe, digest)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from flowverify.data import load_dataset
 from flowverify.errors import InvalidInputError
 from flowverify.training.loop import train, training_digest
 from flowverify.training.recipe import RECIPES, Recipe
 from flowverify.training.recipe_file import read_recipe
 from flowverify.training.session import EpochReport, accuracy
+from flowverify.training.splits import load_splits
 from flowverify.zoo import Card, check_model_name, save_model
 
 _LICENSE = "Apache-2.0"
@@ -40,14 +40,14 @@ def train_and_save(
     Args:
         recipe: a recipe, the name of a shipped one, or a file (:func:`flowverify.training.read_recipe`).
         out_dir: created if need be; files of the same name in it are replaced.
-        data_dir: see :func:`flowverify.data.load_dataset`.
+        data_dir: see :func:`flowverify.training.splits.load_splits`.
         seed: replaces the recipe's.
         on_epoch, on_step: see :func:`flowverify.training.train`.
 
     Raises:
         UnknownNameError: no recipe has this name.
         InvalidInputError: see :func:`flowverify.training.train`.
-        DataError: see :func:`flowverify.data.load_dataset`.
+        DataError: see :func:`flowverify.training.splits.load_splits`.
         ModelFileError: ``out_dir`` cannot be written to, or the checkpoint in it cannot be read.
     """
     shipped = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
@@ -64,7 +64,7 @@ def train_and_save(
         metrics=Path(out_dir) / f"{chosen.name}.metrics.jsonl",
         on_step=on_step,
     ).network
-    test = load_dataset(chosen.dataset, "test", data_dir)
+    training, test = load_splits(chosen.dataset, data_dir)
     card = save_model(
         network,
         out_dir,
@@ -75,6 +75,8 @@ def train_and_save(
         input_shape=test.input_shape,
         classes=network.num_classes,
         clean_accuracy=accuracy(network, test),
+        clean_images=len(test),
+        clean_split=test.split,
         command=_command(chosen, recipe, shipped),
         seed=chosen.seed,
         recipe=chosen.to_dict(),
@@ -83,7 +85,7 @@ def train_and_save(
             "torch": str(torch.__version__),
             "numpy": version("numpy"),
             "machine": platform.machine(),
-            "training_data_sha256": training_digest(load_dataset(chosen.dataset, "train", data_dir)),
+            "training_data_sha256": training_digest(training),
         },
         license=_LICENSE,
     )

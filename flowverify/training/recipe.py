@@ -20,7 +20,8 @@ class Recipe:
 
     Attributes:
         name: the model's name.
-        dataset: a name known to :func:`flowverify.data.load_dataset`, or the path of an ``.npz``.
+        dataset: a name known to :func:`flowverify.data.load_dataset`, or the path of an ``.npz``, of which a part is
+            held out (:func:`flowverify.training.splits.load_splits`).
         architecture: a name known to :func:`flowverify.training.build_architecture`.
         hidden: its hidden sizes.
         optimizer: ``adam`` or ``sgd`` (with ``momentum``; for adam it must be 0).

@@ -24,9 +24,9 @@ class EpochReport:
     """What one epoch measured.
 
     ``epoch`` counts from 1. ``loss`` and ``train_accuracy`` are means over the epoch's batches while the
-    weights moved, so are ``metrics`` (the loss's own); ``test_accuracy`` is that of the clean test images
-    after the epoch. Accuracies are shares in [0, 1]. ``seconds`` and ``processor_seconds`` are those of the
-    epoch's steps, without the test.
+    weights moved, so are ``metrics`` (the loss's own); ``test_accuracy`` is that of the clean images of
+    ``test_split`` (``test`` or ``held-out``), on which nothing is trained, after the epoch. Accuracies are shares in
+    [0, 1]. ``seconds`` and ``processor_seconds`` are those of the epoch's steps, without the test.
     """
 
     epoch: int
@@ -37,6 +37,7 @@ class EpochReport:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     processor_seconds: float = 0.0
+    test_split: str = "test"
 
 
 class Session:
@@ -92,7 +93,9 @@ class Session:
             )
         loss, train_accuracy = means.pop("loss"), means.pop("train_accuracy")
         test_accuracy = accuracy(self.network, self.test)
-        report = EpochReport(number + 1, recipe.epochs, loss, train_accuracy, test_accuracy, means, elapsed, used)
+        report = EpochReport(
+            number + 1, recipe.epochs, loss, train_accuracy, test_accuracy, means, elapsed, used, self.test.split
+        )
         self.history.append(report)
         return report
 

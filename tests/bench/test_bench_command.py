@@ -248,6 +248,8 @@ class TestReport:
         assert f"{middle:.4g}" in page.text
         assert "small <suite>" in page.text and "two methods & an attack" in page.text and "<b> 6" in page.text
         assert "fail ended with exit code 1" in page.text and "never worse" in page.text
+        assert "Worst cases to first order of digits-fc3" in page.text and "search (W1, l1)." in page.text
+        assert "certified (W1, l1); 11 images" in page.text  # a claim's radii, over pairs that are classified right
 
     def test_csv_and_latex(self, page, finished):
         out = finished[0] / "out"
@@ -262,7 +264,7 @@ class TestReport:
         assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
         for line in latex.splitlines():
             if line.endswith(r"\\"):
-                assert line.count("&") - line.count(r"\&") in (12, 4)
+                assert line.count("&") - line.count(r"\&") in (15, 5, 4)
 
     def test_an_unfinished_run(self, finished, tmp_path):
         for name in ("suite.json", "records.jsonl"):

@@ -64,18 +64,18 @@ def test_killed_process_resumes_to_the_same_file(tmp_path: Path) -> None:
     folders = [tmp_path / "killed", tmp_path / "whole"]
     command = [sys.executable, "-m", "flowverify", "train", "--recipe", str(source), "--out", str(folders[0])]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    checkpoint = folders[0] / "mine.checkpoint.pt"
+    checkpoint, metrics = folders[0] / "mine.checkpoint.pt", folders[0] / "mine.metrics.jsonl"
     limit = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < limit:
+    while not metrics.exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and checkpoint.exists()
-    before = len((folders[0] / "mine.metrics.jsonl").read_text().splitlines())
+    before = len(metrics.read_text().splitlines())
     assert before < 60 and not (folders[0] / "mine.onnx").exists()
     for folder in folders:
         train_and_save(source, folder)
     assert (folders[0] / "mine.onnx").read_bytes() == (folders[1] / "mine.onnx").read_bytes()
-    assert len((folders[0] / "mine.metrics.jsonl").read_text().splitlines()) == 60
+    assert len(metrics.read_text().splitlines()) == 60
     assert not checkpoint.exists()
 
 
