@@ -191,14 +191,21 @@ class MarginBounds:
     ) -> list[Tensor]:
         """The margins by optimised slopes; none, with a note, where auto_LiRPA cannot optimise them."""
         assert self._bounded is not None
-        steps = {"iterations": self.alpha_iterations, "learning_rate": self.alpha_learning_rate}
         try:
-            return [self._bounded.alpha_crown(inputs, perturbation, specification, known, **steps)]
+            found = self._bounded.alpha_crown(
+                inputs,
+                perturbation,
+                specification,
+                known,
+                iterations=self.alpha_iterations,
+                learning_rate=self.alpha_learning_rate,
+            )
         except BoundError as error:
             self._optimise_slopes = False
             self.notes.append(f"slopes are not optimised: {error}")
             self._bounded = self._hosted(self._domain)  # a failed call leaves the old one unusable
             return []
+        return [found]
 
     def _known(self, intervals: dict[str, Interval]) -> list[Interval | None]:
         """The intervals of what the activations of the rewritten network read, as far as there are any."""

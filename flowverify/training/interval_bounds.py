@@ -134,7 +134,7 @@ class TrainableBounds:
         """Rows (R, pixels) and bias (R,) of a value that is affine in the image, differentiable in the weights."""
         node = self.network.node(name) if name != "input" else None
         flattened = all(isinstance(other.operation, nn.Flatten) for other in self._prefix if other is not node)
-        if node is not None and isinstance(node.operation, nn.Linear) and flattened:
+        if node is not None and isinstance(node.operation, nn.Linear) and flattened and len(node.shape) == 1:
             weight, bias = node.operation.weight, node.operation.bias
             return weight, weight.new_zeros(len(weight)) if bias is None else bias
         shape = self.network.input_shape
