@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flowverify.errors import FlowverifyError, InvalidInputError, UnsupportedOperationError
-from flowverify.network.aten import HANDLERS, RESHAPES
+from flowverify.network.aten import HANDLERS, RESHAPES, Handler
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
 from flowverify.network.operations import first_line
@@ -24,6 +24,10 @@ _SIMPLE = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity,
 )  # fmt: skip
 _CREATIONS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+# Of an operator: where and how its result is kept, and what acts in training alone.
+_WITHOUT_EFFECT = (
+    "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "momentum", "cudnn_enabled", "p"
+)  # fmt: skip
 _SYMBOLIC_SAFE = ("sym_size", "slice", "zeros", "ones", "new_zeros", "new_ones", "expand", *RESHAPES)
 
 
@@ -227,7 +231,8 @@ class _Lowering:
             for parameter in node.target._schema.arguments
         }
         bound.update(zip(bound, arguments, strict=False))
-        return HANDLERS[name](self.builder, bound, node.name)
+        defaults = {parameter.name: parameter.default_value for parameter in node.target._schema.arguments}
+        return _handled(HANDLERS[name], self.builder, Given(bound), defaults, node.name)
 
     def _check(self, node: fx.Node, result: Any) -> None:
         """The result must have the traced shape, with the batch (size 1 in constants) first or absent."""
@@ -247,6 +252,38 @@ class _Lowering:
         if any(symbolic[1:]) or (symbolic and symbolic[0] and str(traced.shape[0]) != self.batch):
             raise UnsupportedOperationError("an operation that mixes or moves the batch dimension is not supported")
         return bool(symbolic and symbolic[0])
+
+
+class Given(dict[str, Any]):
+    """The arguments of an operator, which remembers those that were looked at."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(arguments)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name)
+
+
+def _handled(handler: Handler, builder: Builder, given: Given, defaults: dict[str, Any], label: str) -> Any:
+    """The handler's result.
+
+    Raises:
+        UnsupportedOperationError: an argument that the handler did not look at has another value than its default.
+    """
+    result = handler(builder, given, label)
+    for name, default in defaults.items():
+        if name not in given.read and name not in _WITHOUT_EFFECT and given.get(name) != default:
+            raise UnsupportedOperationError(f"the argument {name}={given.get(name)!r} is not supported")
+    return result
 
 
 def _constant_result(target: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
