@@ -35,6 +35,7 @@ TIGHTENED = 6  # neurons of every layer that get new bounds after a split below 
 LIMITED_EVERY = 3  # splits
 FIRST_LIMITS, UPPER_LIMITS = (5, 6), (4, 8)  # joint limits of the first layer and of those above: groups, members
 DESCENT_EVERY = 16  # batches
+TIED = 10.0  # allowances: a bound that is lower is not zero to within rounding
 
 
 @dataclass
@@ -96,6 +97,11 @@ class Tree:
     @property
     def proven(self) -> bool:
         return self.finished and not self.stuck
+
+    @property
+    def tied(self) -> bool:
+        """Whether what is stuck is so for a margin of zero to within rounding."""
+        return all(float(node.bound.min()) >= -TIED * self.allowance for node in self.stuck)
 
     @property
     def worst(self) -> float:
