@@ -161,7 +161,7 @@ class Tree:
 
     def _process(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
         """The children of these nodes that stay open, and decided nodes that wait; None if there are none."""
-        can = torch.cat(nodes.unstable(), 1).any(1)
+        can = nodes.open_neurons() > 0
         waiting = self._solve_leaves(nodes[~can], stop) if not bool(can.all()) else None
         if not bool(can.any()):
             return waiting
@@ -221,7 +221,7 @@ class Tree:
 
         Without it the search is slow where the margin is nearly zero, next to the nearest counterexample.
         """
-        few = torch.cat(nodes.unstable(), 1).sum(1) <= FEW
+        few = nodes.open_neurons() <= FEW
         last = (few & self._undone(nodes)).nonzero().flatten()
         if not len(last):
             return nodes
