@@ -142,8 +142,8 @@ class MilpCertifier(BaseCertifier):
                 point, centre = torch.from_numpy(found.image).to(image), image.flatten()
                 hunt.offer(torch.stack([point, centre + (1 + 1e-6) * (point - centre)]), descend=True)
         radius, margin = 0.0, None
-        nearest = min(least, hunt.radius)
-        for trial in ([limit] if nearest >= limit else []) + [share * nearest for share in INSIDE]:
+        nearest, farthest = min(least, hunt.radius), min(hunt.radius, limit)
+        for trial in _trials(nearest, limit) + (_trials(farthest, limit) if nearest < farthest else []):
             margin = self._proven(program, image, int(label), trial, left)
             if margin is not None:
                 radius = trial
@@ -151,7 +151,11 @@ class MilpCertifier(BaseCertifier):
         verdict = Verdict.TIMEOUT if _over(left) else Verdict.UNKNOWN
         if margin is not None and (radius > 0 or limit == 0):
             verdict = Verdict.CERTIFIED
-        return self._certified(hunt, label, prediction, verdict, radius, margin, self.options.clock() - begin)
+        seconds, note = self.options.clock() - begin, ""
+        if radius < limit and not hunt.radius <= radius * (1 + self.options.tolerance):
+            why = f"the nearest image by HiGHS, at radius {nearest:.6g}, is a tie to within its tolerances"
+            note = f"bracket not closed: {'out of budget' if _over(left) else why}"
+        return self._certified(hunt, label, prediction, verdict, radius, margin, seconds, note)
 
     def _proven(
         self, program: NetworkProgram, image: Tensor, label: int, radius: float, left: Callable[[], float | None]
@@ -181,10 +185,18 @@ class MilpCertifier(BaseCertifier):
         radius: float,
         margin: float | None,
         seconds: float,
+        note: str = "",
     ) -> Certificate:
         upper = hunt.radius if math.isfinite(hunt.radius) else None
-        found = self.certificate(label, prediction, verdict, "l1", radius, seconds, margin=margin, upper_radius=upper)
+        found = self.certificate(
+            label, prediction, verdict, "l1", radius, seconds, margin=margin, upper_radius=upper, note=note
+        )  # fmt: skip
         return replace(found, witness=hunt.witness)
+
+
+def _trials(radius: float, limit: float) -> list[float]:
+    """Radii to prove, up to a distance that HiGHS or a counterexample gives; all of the limit, which nothing is beyond."""
+    return ([limit] if radius >= limit else []) + [share * radius for share in INSIDE if radius > 0]
 
 
 def _over(left: Callable[[], float | None]) -> bool:

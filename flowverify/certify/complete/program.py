@@ -39,6 +39,7 @@ UNIT = 2.0**-53
 REACH = 8.0  # times mass and budget: what the terms of a linear function's maximum over the ball come to
 GAIN = 2.0  # of a ReLU's relaxation, in what rounding its lines may lose
 FEW = 32  # roundings of an operation beside its sums
+LEAST_SCALE = 1e-9  # of a row's largest coefficient
 TINY = 1e-290  # above what underflow loses
 INFLATED = 1 + 1e-6  # the magnitudes that gamma is multiplied by are rounded themselves
 
@@ -225,7 +226,10 @@ class NetworkProgram:
     def least_budget(self, label: int, other: int, budget: float, seconds: float | None) -> Optimum:
         """min cost, at most ``budget``, of an image with f_label - f_other <= 0."""
         objective, spent = self.margin(label, other), self._spent()
-        reached = objective.cost, -objective.constant / objective.size
+        # The image itself misses this row by the constant, which is to be more than a tolerance.
+        constant = objective.constant / objective.size
+        scale = float(_power(np.array(min(1.0, max(constant, LEAST_SCALE)))))
+        reached = objective.cost / scale, -constant / scale
         found = self._solve(spent, [(spent, budget / self.unit), reached], seconds)
         return Optimum(
             found.bound * self.unit, found.value * self.unit, found.image, found.timeout, found.infeasible
