@@ -84,7 +84,8 @@ def test_json_and_nothing_else(tmp_path: Path) -> None:
     write_onnx(linear, path)
     ways = [(str(path), "linear"), (str(path), "linear-lp"), (str(path), "milp"), ("digits-fc3", "fine-tuned"),
             ("digits-fc3", "complete"), ("digits-fc3", "milp")]  # fmt: skip
-    calls = [[m, "--dataset", "digits", "--index", "0", "--radius", "0.02", "--method", way, "--json"] for m, way in ways]
+    which = ["--dataset", "digits", "--index", "0", "--radius", "0.02", "--json"]
+    calls = [[model, *which, "--method", way] for model, way in ways]
     code = (
         "import sys, json\nfrom flowverify.cli import app\n"
         f"for call in {calls!r}:\n    app(['verify', *call], standalone_mode=False)\n"

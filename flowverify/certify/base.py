@@ -140,7 +140,14 @@ class BaseCertifier(ABC):
 
             def nothing(verdict: Verdict, note: str = "") -> Certificate:
                 return self.certificate(
-                    label, prediction, verdict, ball.ground, radius, 0.0, cap=ball.cap, note=note  # noqa: B023
+                    label,
+                    prediction,
+                    verdict,
+                    ball.ground,
+                    radius,
+                    0.0,
+                    cap=ball.cap,
+                    note=note,  # noqa: B023
                 )
 
             if not bool(correct):

@@ -210,6 +210,8 @@ def _found(search: RadiusSearch) -> Finding:
 
 def _undecided(search: RadiusSearch) -> str:
     """Why a search has ended between what is proven and the nearest counterexample."""
+    if not math.isfinite(search.undecided):
+        return "a tie to within rounding at the image itself"
     if search.tie:
         return f"from radius {search.undecided:.6g} on, a tie to within rounding"
     return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"

@@ -106,7 +106,7 @@ class MilpCertifier(BaseCertifier):
                 break
             found = program.least_margin(int(label), other, budget, _share(left))
             if found.infeasible:
-                raise SolverError("mixed-integer program: HiGHS finds no image in the ball, which the image itself is in")
+                raise SolverError("mixed-integer program: HiGHS finds the ball empty, which has the image itself")
             if found.image is not None:
                 hunt.offer(torch.from_numpy(found.image).to(image)[None])
             if hunt.radius <= radius:
@@ -195,7 +195,7 @@ class MilpCertifier(BaseCertifier):
 
 
 def _trials(radius: float, limit: float) -> list[float]:
-    """Radii to prove, up to a distance that HiGHS or a counterexample gives; all of the limit, which nothing is beyond."""
+    """Radii to prove, up to the distance of a nearest image; the limit itself, which nothing is beyond."""
     return ([limit] if radius >= limit else []) + [share * radius for share in INSIDE if radius > 0]
 
 

@@ -4,8 +4,8 @@ Flows p, q >= 0 give the image mu + A (p - q) >= 0 at the cost sum(p + q). A ReL
 has a binary s: a >= 0, a >= z, a <= u s, a <= z - l (1 - s) (Tjeng et al. 2019, arXiv:1711.07356). What the network
 computes is read from its own operations, one matrix each, so that nothing is shared with branch and bound.
 
-Solvers' tolerances are absolute, so that all is scaled to be of order one: flows by the budget, the value of a neuron by
-its bound, every row and the objective by its largest coefficient. Factors are powers of two: scaling rounds nothing.
+Solvers' tolerances are absolute, so that all is scaled to be of order one: flows by the budget, the value of a neuron
+by its bound, every row and the objective by its largest coefficient. Factors are powers of two: nothing is rounded.
 
 What is written down is in floating point, and the network is not: beside each value stands by how much it may be off
 anywhere on the program (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and rows give way by it.
@@ -123,18 +123,18 @@ class NetworkProgram:
         self._blocks: list[Any] = []
         self._right: list[Array] = []
         self._upper, self._integer = [np.full(self.flows, self.total)], [np.zeros(self.flows)]
-        self._neurons: list[Array] = []
-        self._places: list[Array] = []
+        self._neurons: list[NDArray[np.intp]] = []
+        self._places: list[NDArray[np.intp]] = []
         self._scales: list[Array] = []
         with np.errstate(all="ignore"):
             self._build(bounds)
         self.upper, self.integer = np.concatenate(self._upper), np.concatenate(self._integer)
         wide = [sparse.hstack([b, sparse.csr_array((b.shape[0], self._columns - b.shape[1]))]) for b in self._blocks]
         self.system, self.right = sparse.vstack(wide).tocsr(), np.concatenate(self._right)
-        self.neurons = np.concatenate([np.zeros((0, 2), dtype=int), *self._neurons])
-        self.rows = np.concatenate([np.zeros((0, 3), dtype=int), *self._places])
+        self.neurons = np.concatenate([np.zeros((0, 2), dtype=np.intp), *self._neurons])
+        self.rows = np.concatenate([np.zeros((0, 3), dtype=np.intp), *self._places])
         self.scales = np.concatenate([np.zeros((0, 4)), *self._scales])
-        if not (np.isfinite(self.system.data).all() and np.isfinite(self.right).all() and np.isfinite(self.upper).all()):
+        if not all(np.isfinite(numbers).all() for numbers in (self.system.data, self.right, self.upper)):
             raise SolverError("mixed-integer program: bounds of neurons or weights are not finite in float64")
 
     def _build(self, bounds: Sequence[Interval]) -> None:
@@ -156,8 +156,8 @@ class NetworkProgram:
                 values[node.name] = self._relu(values[node.inputs[0]], low, high)
             elif is_affine(node.operation):
                 shapes = [self._precise.input_shape if n == INPUT else self._precise.node(n).shape for n in node.inputs]
-                matrices = _matrices(without.operation, shapes)
-                values[node.name] = _affine(matrices, _at_zero(node.operation, shapes), [values[n] for n in node.inputs])
+                matrices, bias = _matrices(without.operation, shapes), _at_zero(node.operation, shapes)
+                values[node.name] = _affine(matrices, bias, [values[n] for n in node.inputs])
             else:
                 raise UnsupportedOperationError(
                     f"complete certification: layer {node.name!r} is {operation_name(node.operation)}; expected affine "
@@ -165,14 +165,14 @@ class NetworkProgram:
                 )
         self._logits = values[self._precise.output]
 
-    def _add(self, block: Any, right: Array) -> Array:
+    def _add(self, block: Any, right: Array) -> NDArray[np.intp]:
         """Adds rows; their indices."""
         self._blocks.append(sparse.csr_array(block))
         self._right.append(right)
         self._count += len(right)
         return np.arange(self._count - len(right), self._count)
 
-    def _add_scaled(self, block: Any, right: Array) -> tuple[Array, Array]:
+    def _add_scaled(self, block: Any, right: Array) -> tuple[NDArray[np.intp], Array]:
         """Adds rows, each divided by its largest coefficient; indices and divisors."""
         block, largest = sparse.coo_array(block), np.zeros(len(right))
         np.maximum.at(largest, block.row, np.abs(block.data))
@@ -196,11 +196,11 @@ class NetworkProgram:
         gap, zero = sparse.csr_array((size, first - width)), sparse.csr_array((size, size))
         inputs, none = sparse.hstack([own, gap]).tocsr(), sparse.csr_array((size, first))
         output, upper, lower = (sparse.diags_array(v).tocsr() for v in (unit, high[open_], low[open_]))
-        lost = FEW * UNIT * np.abs(low[open_])
+        below = error + FEW * UNIT * np.abs(low[open_]) + shift - low[open_]
         added = [
             self._add_scaled(sparse.hstack([inputs, -output, zero]), error - shift),  # z - a <= 0
             self._add_scaled(sparse.hstack([none, output, -upper]), np.zeros(size)),  # a - u s <= 0
-            self._add_scaled(sparse.hstack([-inputs, output, -lower]), error + lost + shift - low[open_]),  # a - z - l s <= -l
+            self._add_scaled(sparse.hstack([-inputs, output, -lower]), below),  # a - z - l s <= -l
         ]
         columns = first + np.arange(size)
         self._neurons.append(np.stack([columns, columns + size], 1))

@@ -35,7 +35,7 @@ TIGHTENED = 6  # neurons of every layer that get new bounds after a split below 
 LIMITED_EVERY = 3  # splits
 FIRST_LIMITS, UPPER_LIMITS = (5, 6), (4, 8)  # joint limits of the first layer and of those above: groups, members
 DESCENT_EVERY = 16  # batches
-TIED = 10.0  # allowances: a bound that is lower is not zero to within rounding
+TIED = 1e-8  # of the largest logit at the image: a bound that is below zero by more is not zero to within rounding
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Tree:
     @property
     def tied(self) -> bool:
         """Whether what is stuck is so for a margin of zero to within rounding."""
-        return all(float(node.bound.min()) >= -TIED * self.allowance for node in self.stuck)
+        return all(float(node.bound.min()) >= -TIED * self.hunt.largest for node in self.stuck)
 
     @property
     def worst(self) -> float:
