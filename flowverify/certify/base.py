@@ -136,27 +136,18 @@ class BaseCertifier(ABC):
         if not len(images):
             return result
         radius = 0.0 if searching else ball.radius
+
+        def nothing(label: Tensor, prediction: Tensor, verdict: Verdict, note: str = "") -> Certificate:
+            return self.certificate(label, prediction, verdict, ball.ground, radius, 0.0, cap=ball.cap, note=note)
+
         for image, label, prediction, correct in zip(images, labels, *self.clean(images, labels), strict=True):
-
-            def nothing(verdict: Verdict, note: str = "") -> Certificate:
-                return self.certificate(
-                    label,
-                    prediction,
-                    verdict,
-                    ball.ground,
-                    radius,
-                    0.0,
-                    cap=ball.cap,
-                    note=note,  # noqa: B023
-                )
-
             if not bool(correct):
-                result.append(nothing(Verdict.MISCLASSIFIED))
+                result.append(nothing(label, prediction, Verdict.MISCLASSIFIED))
                 continue
             try:
                 result.append(one(image.double(), label, prediction))
             except SolverError as error:
-                result.append(nothing(Verdict.ERROR, str(error)))
+                result.append(nothing(label, prediction, Verdict.ERROR, str(error)))
             except Interrupted as stopped:
                 raise Interrupted([*result, *stopped.certificates]) from None
             except KeyboardInterrupt:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from flowverify.certify.base import ROUNDING, BaseCertifier
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
 from flowverify.certify.complete.affine_maps import affine_maps
+from flowverify.certify.complete.budget import Budget, Progress
 from flowverify.certify.complete.hunt import Adversary, Hunt
 from flowverify.certify.complete.least_margin import LeastMargin, least_margin
-from flowverify.certify.complete.radius_search import Budget, Progress, RadiusSearch
+from flowverify.certify.complete.radius_search import RadiusSearch
 from flowverify.certify.margins import margin_specification
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.threat import WassersteinBall

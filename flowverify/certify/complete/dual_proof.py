@@ -19,7 +19,8 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
-from flowverify.certify.complete.program import TINY, Array, NetworkProgram, Objective, gamma
+from flowverify.certify.complete.program import NetworkProgram, Objective
+from flowverify.certify.complete.program_values import TINY, Array, gamma
 from flowverify.quiet import quiet
 
 TOLERANCE = 1e-10

@@ -20,34 +20,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from flowverify.certify.complete.affine_maps import drop_biases
+from flowverify.certify.complete.program_values import (
+    FEW,
+    TINY,
+    UNIT,
+    Array,
+    Value,
+    affine_value,
+    at_zero,
+    gamma,
+    matrices_of,
+)
 from flowverify.certify.intervals import Interval
 from flowverify.errors import SolverError, UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
 from flowverify.network.graph import INPUT
 from flowverify.quiet import quiet
 
-Array = NDArray[np.float64]
-
-UNIT = 2.0**-53
 REACH = 8.0  # times mass and budget: what the terms of a linear function's maximum over the ball come to
 GAIN = 2.0  # of a ReLU's relaxation, in what rounding its lines may lose
-FEW = 32  # roundings of an operation beside its sums
 LEAST_SCALE = 1e-9  # of a row's largest coefficient
-TINY = 1e-290  # above what underflow loses
-INFLATED = 1 + 1e-6  # the magnitudes that gamma is multiplied by are rounded themselves
-
-
-def gamma(roundings: int) -> float:
-    """The relative error of a sum of products with so many roundings on any of them."""
-    share = roundings * UNIT
-    return INFLATED * share / (1 - share)
 
 
 @dataclass(frozen=True)
@@ -59,23 +57,6 @@ class Optimum:
     image: Array | None
     timeout: bool
     infeasible: bool
-
-
-@dataclass(frozen=True)
-class Value:
-    """matrix x + constant, for the columns x of the program.
-
-    Attributes:
-        magnitude: of the sum of all terms' absolute values, for any x of the program.
-        error: how far the network's exact value is off, at most.
-        path: the sum of absolute values along all paths of the network, for the rounding of bounds by relaxations.
-    """
-
-    matrix: Any
-    constant: Array
-    magnitude: Array
-    error: Array
-    path: Array
 
 
 @dataclass(frozen=True)
@@ -156,8 +137,8 @@ class NetworkProgram:
                 values[node.name] = self._relu(values[node.inputs[0]], low, high)
             elif is_affine(node.operation):
                 shapes = [self._precise.input_shape if n == INPUT else self._precise.node(n).shape for n in node.inputs]
-                matrices, bias = _matrices(without.operation, shapes), _at_zero(node.operation, shapes)
-                values[node.name] = _affine(matrices, bias, [values[n] for n in node.inputs])
+                matrices, bias = matrices_of(without.operation, shapes), at_zero(node.operation, shapes)
+                values[node.name] = affine_value(matrices, bias, [values[n] for n in node.inputs])
             else:
                 raise UnsupportedOperationError(
                     f"complete certification: layer {node.name!r} is {operation_name(node.operation)}; expected affine "
@@ -290,48 +271,3 @@ def _power(values: Array) -> Array:
     """The power of two above each value; 1 for 0, so that what is divided stays."""
     _, exponent = np.frexp(np.where(np.isfinite(values), values, 0.0))
     return np.where(values > 0, np.ldexp(1.0, np.clip(exponent, -1000, 1000)), 1.0)
-
-
-def _run(operation: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = operation(*inputs)
-    return result.reshape(len(result), -1)
-
-
-def _at_zero(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> Array:
-    zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
-    result: Array = _run(operation, zeros)[0].numpy()
-    return result
-
-
-def _matrices(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The matrix of an operation without biases for each of its inputs: images of unit vectors, without rounding.
-
-    (An average is rounded once.)
-    """
-    if isinstance(operation, nn.Linear):
-        return [sparse.csr_array(operation.weight.detach().numpy())]
-    result = []
-    for position, shape in enumerate(shapes):
-        size, parts = int(np.prod(shape)), []
-        for start in range(0, size, 512):
-            stop = min(size, start + 512)
-            inputs = [torch.zeros(stop - start, *other, dtype=torch.float64) for other in shapes]
-            inputs[position] = torch.eye(size, dtype=torch.float64)[start:stop].reshape(-1, *shape)
-            parts.append(sparse.csr_array(_run(operation, inputs).T.numpy()))
-        result.append(sparse.hstack(parts).tocsr())
-    return result
-
-
-def _affine(matrices: Sequence[Any], bias: Array, values: Sequence[Value]) -> Value:
-    width = max(value.matrix.shape[1] for value in values)
-    matrix: Any = sparse.csr_array((len(bias), width))
-    constant, magnitude, error, path = bias, np.abs(bias), np.zeros(len(bias)), np.abs(bias)
-    for own, value in zip(matrices, values, strict=True):
-        missing = sparse.csr_array((value.matrix.shape[0], width - value.matrix.shape[1]))
-        matrix = matrix + own @ sparse.hstack([value.matrix, missing]).tocsr()
-        size = abs(own)
-        constant, magnitude = constant + own @ value.constant, magnitude + size @ value.magnitude
-        error, path = error + size @ value.error, path + size @ value.path
-    terms = sum(own.shape[1] for own in matrices) + FEW
-    return Value(sparse.csr_array(matrix), constant, magnitude, error + gamma(terms) * magnitude + TINY, path)

@@ -11,15 +11,14 @@ then halved down to the least such.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import FlowBall, Polytope
+from flowverify.certify.complete.budget import Budget, Progress
 from flowverify.certify.complete.hunt import Adversary, Hunt
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
 from flowverify.certify.complete.schedule import Schedule
@@ -35,31 +34,6 @@ ROUNDS = 24  # splits for each side of each unstable neuron
 MAX_REFINED = 512  # unstable neurons; beyond, their trees cost more than they give
 REFINING_SHARE = 0.15  # of the time left
 LEAST_RADIUS = 1e-9  # pixels: a search that has proven nothing at this radius ends
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is known while a search runs: the bracket, the radius of the present tree, its open nodes."""
-
-    radius: float
-    upper_radius: float
-    trial: float
-    open_nodes: int
-    done: float
-    nodes: int
-
-
-@dataclass
-class Budget:
-    """When to stop: seconds of wall time, or nodes; None for no limit.
-
-    Attributes:
-        clock: what tells the time, such as ``time.process_time`` on a busy machine.
-    """
-
-    seconds: float | None = None
-    nodes: int | None = None
-    clock: Callable[[], float] = field(default=time.perf_counter)
 
 
 class RadiusSearch:
