@@ -124,3 +124,32 @@ def test_brackets_close_to_a_percent_around_the_radius_where_the_margin_ends(par
             assert min(exact_margins(network, image[0], label, end * mass)) >= -1e-9, seed
             ties += 1
     assert ties
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+@pytest.mark.parametrize("method", ["complete", "vanilla-complete"])
+def test_an_affine_network_has_nothing_to_split(method: str, cap: float | None) -> None:
+    network = random_network((1, 4, 4), [nn.Flatten(), nn.Linear(16, 3)], 2)
+    image = sparse_images((1, 4, 4), 1, 2)
+    label = int(network(image).argmax(1))
+    certifier = CompleteCertifier(network, method)
+    for radius in (0.01, 0.2, 2.0):
+        exact = min(exact_margins(network, image[0], label, radius * float(image.sum())))
+        found = certifier.certify(image, torch.tensor([label]), WassersteinBall(radius, "l1", cap))[0]
+        if method == "complete" and cap is None:
+            assert found.verdict == ("certified" if exact > 0 else "falsified"), (radius, exact)
+        assert found.verdict != "certified" or exact > 0 or cap is not None
+
+
+def test_one_pixel_whose_leaf_ties() -> None:
+    network = random_network((1, 1, 1), [nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)], 0)
+    first, last = network.nodes[1].operation, network.nodes[3].operation
+    with torch.no_grad():
+        for parameter, values in (
+            (first.weight, [[1.0]]), (first.bias, [-1.0]), (last.weight, [[1.0], [-1.0]]), (last.bias, [0.0, -1e-13]),
+        ):  # fmt: skip
+            parameter.copy_(torch.tensor(values))
+    image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for method in ("complete", "vanilla-complete"):
+        found = CompleteCertifier(network, method).certify(image, torch.tensor([0]), WassersteinBall(0.5))[0]
+        assert found.verdict in ("unknown", "certified")
