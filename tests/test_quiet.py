@@ -67,6 +67,17 @@ class TestQuiet:
         os.write(1, b"heard\n")
         assert capfd.readouterr().out == "heard\n"
 
+    def test_what_native_code_has_in_its_buffer(self) -> None:
+        code = (
+            "import ctypes\nfrom flowverify.quiet import quiet\nprint_native = ctypes.CDLL(None).printf\n"
+            "print_native(b'before|')\nwith quiet(): print_native(b'inside|')\nprint_native(b'after')"
+        )
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=buffered, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stdout == "before|after", done.stderr
+
     def test_without_a_standard_output(self) -> None:
         code = "import os; os.close(1)\nfrom flowverify.quiet import quiet\nwith quiet(): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
