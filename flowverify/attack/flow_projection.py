@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowverify.errors import DependencyError, InvalidInputError, SolverError
 from flowverify.grid import Grid
+from flowverify.quiet import quiet
 
 SWEEPS = 10
 SETTLED = 1e-4  # relative to the budget: a row that moves less from sweep to sweep is done
@@ -156,7 +157,8 @@ class L1Projection:
         ):
             self._point.value, self._image.value, self._budget.value = row, image.ravel(), limit
             try:
-                self._problem.solve(solver=cvxpy.HIGHS)
+                with quiet():
+                    self._problem.solve(solver=cvxpy.HIGHS)
             except cvxpy.SolverError as error:
                 raise SolverError(f"L1 projection: {error}") from error
             if self._problem.status != cvxpy.OPTIMAL:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
-from flowverify.errors import InvalidInputError
+from flowverify.errors import InvalidInputError, SolverError
 from flowverify.network import Network, load_network
 from flowverify.threat import WassersteinBall, check_cap, check_images
 from flowverify.transport.ground import check_ground, parse_ground
@@ -122,6 +122,8 @@ class BaseCertifier(ABC):
     ) -> list[Certificate]:
         """What ``one`` says of each image (C, H, W), float64, with its label and prediction, if it is classified right.
 
+        An image for which a solver fails has the verdict ``error``, and the message in its note.
+
         Args:
             ball: its ground cost and cap, and, unless ``searching``, its radius.
 
@@ -133,14 +135,19 @@ class BaseCertifier(ABC):
         result: list[Certificate] = []
         if not len(images):
             return result
+        radius = 0.0 if searching else ball.radius
+
+        def nothing(label: Tensor, prediction: Tensor, verdict: Verdict, note: str = "") -> Certificate:
+            return self.certificate(label, prediction, verdict, ball.ground, radius, 0.0, cap=ball.cap, note=note)
+
         for image, label, prediction, correct in zip(images, labels, *self.clean(images, labels), strict=True):
             if not bool(correct):
-                radius = 0.0 if searching else ball.radius
-                wrong = Verdict.MISCLASSIFIED
-                result.append(self.certificate(label, prediction, wrong, ball.ground, radius, 0.0, cap=ball.cap))
+                result.append(nothing(label, prediction, Verdict.MISCLASSIFIED))
                 continue
             try:
                 result.append(one(image.double(), label, prediction))
+            except SolverError as error:
+                result.append(nothing(label, prediction, Verdict.ERROR, str(error)))
             except Interrupted as stopped:
                 raise Interrupted([*result, *stopped.certificates]) from None
             except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flowverify.certify.linear import HalfSpaces, LinearRadius
 from flowverify.errors import DependencyError, SolverError
 from flowverify.grid import Grid
+from flowverify.quiet import quiet
 
 
 class LinearProgram:
@@ -56,7 +57,8 @@ class LinearProgram:
         self._gain.value = self._incidence.T @ normal
         self._margin.value = margin
         try:
-            self._problem.solve(solver=self._cvxpy.HIGHS)
+            with quiet():
+                self._problem.solve(solver=self._cvxpy.HIGHS)
         except self._cvxpy.error.SolverError as error:
             raise SolverError(f"linear program: HiGHS failed: {str(error).splitlines()[0]}") from error
         status: str = self._problem.status

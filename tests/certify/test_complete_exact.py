@@ -10,7 +10,7 @@ from contracts import exact_margins, random_network, sparse_images
 from torch import Tensor, nn
 
 from flowverify import Network, WassersteinBall
-from flowverify.certify.complete.certifier import CompleteCertifier
+from flowverify.certify.complete.certifier import CompleteCertifier, CompleteOptions
 from flowverify.certify.complete.milp import MilpCertifier
 
 COUNT = int(os.environ.get("FLOWVERIFY_TINY_NETWORKS", "16"))
@@ -84,3 +84,73 @@ def test_a_class_that_no_image_of_this_mass_leaves() -> None:
         assert found.verdict == "certified"
         assert found.radius == farthest
         assert found.upper_radius is None
+
+
+def dead(seed: int) -> tuple[Network, Tensor, int]:
+    """2 or 3 ReLUs in one or two layers above a 3x3 image; without biases images on which all ReLUs are off tie."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = [2 + seed % 2] * (1 + seed % 3 // 2)
+    biased = seed % 4 == 3
+    layers: list[nn.Module] = [nn.Flatten()]
+    width = 9
+    for size in hidden:
+        layers += [nn.Linear(width, size, bias=biased), nn.ReLU()]
+        width = size
+    network = random_network((1, 3, 3), [*layers, nn.Linear(width, 2 + seed % 5 // 3, bias=biased)], seed)
+    image = torch.rand(1, 1, 3, 3, generator=generator, dtype=torch.float64)
+    image = image * (torch.rand(image.shape, generator=generator) < (0.4, 1.0)[seed % 2]) + 0.01
+    return network, image, int(network(image).argmax(1))
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_brackets_close_to_a_percent_around_the_radius_where_the_margin_ends(part: int) -> None:
+    ties = 0
+    for seed in range(part, COUNT, 2):
+        network, image, label = dead(seed)
+        certifier = CompleteCertifier(network, options=CompleteOptions(timeout=None, nodes=20000))
+        labels, mass = torch.tensor([label]), float(image.sum())
+        if not bool(certifier.clean(image, labels)[1]):
+            continue
+        search = certifier.start(image[0], label)
+        search.run(certifier.options.budget)
+        end = min(search.upper_radius, search.undecided, search.limit)
+        assert search.radius <= end <= max(search.radius * 1.0101, 1e-9), seed
+        assert min(exact_margins(network, image[0], label, search.radius * mass)) > 0, seed
+        assert search.radius == end or min(exact_margins(network, image[0], label, end * mass)) <= 1e-9, seed
+        if not search.finished:
+            found = certifier.search(image, labels)[0]
+            assert found.radius == search.radius
+            assert search.tie and f"from radius {search.undecided:.6g} on, a tie to within rounding" in found.note
+            assert min(exact_margins(network, image[0], label, end * mass)) >= -1e-9, seed
+            ties += 1
+    assert ties
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+@pytest.mark.parametrize("method", ["complete", "vanilla-complete"])
+def test_an_affine_network_has_nothing_to_split(method: str, cap: float | None) -> None:
+    torch.manual_seed(2)  # where the bound for a cap does not decide
+    image = torch.rand(1, 1, 4, 4).double()
+    network = Network.sequential((1, 4, 4), [nn.Flatten(), nn.Linear(16, 3)]).double()
+    label = int(network(image).argmax(1))
+    certifier = CompleteCertifier(network, method)
+    for radius in (0.01, 0.2, 2.0):
+        exact = min(exact_margins(network, image[0], label, radius * float(image.sum())))
+        found = certifier.certify(image, torch.tensor([label]), WassersteinBall(radius, "l1", cap))[0]
+        if method == "complete" and cap is None:
+            assert found.verdict == ("certified" if exact > 0 else "falsified"), (radius, exact)
+        assert found.verdict != "certified" or exact > 0 or cap is not None
+
+
+def test_one_pixel_whose_leaf_ties() -> None:
+    network = random_network((1, 1, 1), [nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)], 0)
+    first, last = network.nodes[1].operation, network.nodes[3].operation
+    with torch.no_grad():
+        for parameter, values in (
+            (first.weight, [[1.0]]), (first.bias, [-1.0]), (last.weight, [[1.0], [-1.0]]), (last.bias, [0.0, -1e-13]),
+        ):  # fmt: skip
+            parameter.copy_(torch.tensor(values))
+    image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for method in ("complete", "vanilla-complete"):
+        found = CompleteCertifier(network, method).certify(image, torch.tensor([0]), WassersteinBall(0.5))[0]
+        assert found.verdict in ("unknown", "certified")

@@ -22,9 +22,9 @@ from flowverify.certify.complete import certifier as certifier_module
 from flowverify.certify.complete import radius_search as search_module
 from flowverify.certify.complete import schedule as schedule_module
 from flowverify.certify.complete import tree as tree_module
+from flowverify.certify.complete.budget import Budget
 from flowverify.certify.complete.certifier import CompleteCertifier, CompleteOptions
 from flowverify.certify.complete.milp import MilpCertifier
-from flowverify.certify.complete.radius_search import Budget
 from flowverify.certify.complete.references import ReferenceCompleteCertifier
 from flowverify.certify.make import make_certifier
 from flowverify.cli import app

@@ -11,6 +11,7 @@ From below: the network as matrices (``affine_maps``) and the ball (``balls``); 
 (``relaxation``), raised by steps (``ascent``) along their ``gradients`` on a small copy of the problem (``sketch``); of
 many neurons at once where the budget is small (``joint``, ``joint_search``); the branches of a tree (``nodes``,
 ``branching``, ``neuron_bounds``, ``leaf``, ``tree``) and the threads that grow it (``workers``); counterexamples
-(``hunt``); the radius of one image (``schedule``, ``radius_search``) and certificates (``certifier``, ``references``).
-``program`` and ``milp`` are the second method, which shares none of this.
+(``hunt``); the radius of one image (``schedule``, ``budget``, ``radius_search``) and certificates (``certifier``,
+``references``). ``program``, ``program_values``, ``dual_proof`` and ``milp`` are the second method, which shares the
+replay of counterexamples and none of the bounds.
 """

@@ -70,7 +70,7 @@ def affine_maps(network: Network) -> AffineMaps:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     precise = copy.deepcopy(network).cpu().double()
     linear = copy.deepcopy(precise)
-    _drop_biases(linear)
+    drop_biases(linear)
     relus = [node for node in precise.nodes if isinstance(node.operation, nn.ReLU)]
     names = [node.inputs[0] for node in relus] + [precise.output]
     sources = [INPUT, *(node.name for node in relus)]
@@ -157,7 +157,8 @@ def _nodes(network: Network) -> tuple[Node, ...]:
     return network.nodes
 
 
-def _drop_biases(network: Network) -> None:
+def drop_biases(network: Network) -> None:
+    """Makes the affine operations of a network linear, in place."""
     for node in network.nodes:
         operation = node.operation
         if isinstance(operation, nn.Linear | nn.Conv2d) and operation.bias is not None:

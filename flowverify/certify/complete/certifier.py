@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from flowverify.certify.base import ROUNDING, BaseCertifier
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
 from flowverify.certify.complete.affine_maps import affine_maps
+from flowverify.certify.complete.budget import Budget, Progress
 from flowverify.certify.complete.hunt import Adversary, Hunt
 from flowverify.certify.complete.least_margin import LeastMargin, least_margin
-from flowverify.certify.complete.radius_search import Budget, Progress, RadiusSearch
+from flowverify.certify.complete.radius_search import RadiusSearch
 from flowverify.certify.margins import margin_specification
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.threat import WassersteinBall
@@ -70,9 +71,10 @@ class CompleteCertifier(BaseCertifier):
     """Branch and bound over the phases of a network's ReLUs (:mod:`flowverify.certify.complete`).
 
     The claim of ``certified`` is that of every other method. ``falsified`` has a witness that was replayed. With
-    neither, ``timeout`` says that the budget ran out, ``unknown`` that what is left is a tie to within rounding (or,
-    for "vanilla-complete", that the counterexample is no image). A radius search reports both ends of what it knows:
-    ``radius`` is proven, ``upper_radius`` has a counterexample, and on the polytope with l1 ground cost they meet.
+    neither, ``timeout`` says that the budget ran out, ``unknown`` that what is left is a tie to within rounding, or
+    that bounds over the ball are not exact (or, for "vanilla-complete", that the counterexample is no image). A radius
+    search reports both ends of what it knows: ``radius`` is proven, ``upper_radius`` has a counterexample, and on the
+    polytope with l1 ground cost they meet, unless images between them tie; then the note says from which radius on.
 
     Args:
         method: "complete" for the polytope of images, "vanilla-complete" for the L1 ball of flows.
@@ -201,10 +203,19 @@ def _found(search: RadiusSearch) -> Finding:
         return Verdict.UNKNOWN, 0.0, None, f"a counterexample within the radius {search.radius:g} that seemed proven"
     note, verdict = "", Verdict.CERTIFIED
     if not search.finished:
-        note = f"bracket not closed: {'a tie to within rounding' if search.exhausted else 'out of budget'}"
+        note = f"bracket not closed: {_undecided(search) if search.exhausted else 'out of budget'}"
         if not search.radius > 0:
             verdict = Verdict.UNKNOWN if search.exhausted else Verdict.TIMEOUT
     return verdict, search.radius, search.margin, note
+
+
+def _undecided(search: RadiusSearch) -> str:
+    """Why a search has ended between what is proven and the nearest counterexample."""
+    if not math.isfinite(search.undecided):
+        return "a tie to within rounding at the image itself"
+    if search.tie:
+        return f"from radius {search.undecided:.6g} on, a tie to within rounding"
+    return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"
 
 
 def _decided(search: RadiusSearch, decided: bool | None, ball: WassersteinBall) -> Finding:

@@ -45,6 +45,7 @@ class Hunt:
         radius: distance of the nearest counterexample, of normalised images; infinite while there is none.
         witness: that image (C, H, W), or None.
         least_margin: the least min over t of f_y - f_t at any point that was looked at.
+        largest: the largest absolute value of the image's logits.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Hunt:
         self.least_margin = float("inf")
         self._lock = RLock()
         self._precise, self._network = certifier.precise, certifier.network
+        with torch.no_grad():
+            self.largest = float(self._precise(image[None]).abs().max())
 
     def margins(self, points: Tensor) -> Tensor:
         """min over t of f_y - f_t, float64 (N,), for points (N, C, H, W)."""

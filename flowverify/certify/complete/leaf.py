@@ -38,6 +38,8 @@ class LeafProgram:
 
         An empty node is at infinity if multipliers prove it. Where HiGHS fails, the bound is the node's own.
         """
+        if not self._incidence.shape[1]:
+            return self._proven(ball, stage, specification, node), ball.flat[None]  # nothing can move
         rows, constants, signs, places = self._splits(node)
         objective, _ = self._affine(specification, node, stage)
         edges = self._incidence

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import Polytope
+from flowverify.certify.complete.budget import Budget
 from flowverify.certify.complete.hunt import Hunt
 from flowverify.certify.complete.neuron_bounds import neuron_bounds
-from flowverify.certify.complete.radius_search import Budget
 from flowverify.certify.complete.tree import Tree
 
 

@@ -1,8 +1,9 @@
-"""Certificates by mixed-integer programming: a second complete method, that shares no bound with the first."""
+"""Certificates by mixed-integer programming: a second complete method, that shares no search with the first."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,21 +13,31 @@ from torch import Tensor, nn
 from flowverify.certify.base import BaseCertifier
 from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.certify.complete.certifier import CompleteOptions
+from flowverify.certify.complete.dual_proof import DualProof
 from flowverify.certify.complete.hunt import Hunt
 from flowverify.certify.complete.program import NetworkProgram
 from flowverify.certify.margins import MarginBounds
-from flowverify.errors import InvalidInputError
+from flowverify.errors import InvalidInputError, SolverError
 from flowverify.threat import WassersteinBall
 
-TRUST = 1e-6  # HiGHS's feasibility tolerance: margins are to exceed this share of the largest logit
-INSIDE = 1 - 1e-6  # a least distance is certified up to this share of it
+INSIDE = 1 - 1e-6, 0.999, 0.99, 0.9  # of the least distance: what is tried to prove, one after the other
+SOLVER_SHARE = 0.5  # of the time left: the rest is for the proof
+MASS_ROUNDING = 1 + 1e-12  # a budget is a product with a sum over the pixels
 
 
 class MilpCertifier(BaseCertifier):
     """The exact answer by HiGHS, on the flows that lead to images, with neurons' bounds from fine-tuned CROWN.
 
-    For small networks, and as an oracle. A certificate rests on HiGHS, whose arithmetic is floating-point with
-    tolerances; a margin or distance within them is ``unknown``. Counterexamples are replayed.
+    For small networks, and as an oracle. HiGHS's word proves nothing: a certificate rests on
+
+    - the neurons' bounds, which are CROWN's (:class:`flowverify.certify.margins.MarginBounds`), widened by what
+      rounding may change in them;
+    - a bound for every other class, over a tree of phases, by weak duality in our own arithmetic, rounding included
+      (:mod:`flowverify.certify.complete.dual_proof`). HiGHS only proposes the multipliers.
+
+    What HiGHS takes for proven and this does not confirm is ``unknown``, or ``timeout`` where time ran out.
+    Counterexamples are replayed. With branch and bound (``complete``) it shares the support function, by which the
+    neurons of the first layer are bounded, and the replay.
 
     Raises:
         UnsupportedOperationError: an activation other than ReLU, named.
@@ -44,7 +55,7 @@ class MilpCertifier(BaseCertifier):
         self.options = CompleteOptions() if options is None else options
         # Built once without bounds, so that what is unsupported comes out first.
         empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
-        NetworkProgram(self.network, torch.ones(self.network.input_shape), empty)
+        NetworkProgram(self.network, torch.ones(self.network.input_shape), 1.0, empty)
         self._bounds = MarginBounds(self.network, "fine-tuned", "crown", dtype=torch.float64)
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
@@ -61,14 +72,15 @@ class MilpCertifier(BaseCertifier):
         return self._each(images, labels, WassersteinBall(0.0, ground, cap), searching=True)
 
     def program(self, image: Tensor, radius: float) -> NetworkProgram:
-        """The program for one image (C, H, W), with bounds that hold up to this radius."""
+        """The program for one image (C, H, W), with bounds that hold up to this radius.
+
+        Raises:
+            SolverError: bounds that are not finite.
+        """
         image = image.double()
-        bounds = self._bounds.preactivation_bounds(image[None], radius * image.sum().reshape(1))
-        widened = []
-        for lower, upper in bounds:
-            slack = 1e-9 * (1 + torch.maximum(lower.abs(), upper.abs()))
-            widened.append((lower - slack, upper + slack))
-        return NetworkProgram(self.network, image, widened)
+        budget = self._budget(image, radius)
+        bounds = self._bounds.preactivation_bounds(image[None], image.new_tensor([budget]))
+        return NetworkProgram(self.network, image, budget, bounds)
 
     def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
         if ball.ground != "l1" or ball.cap is not None:
@@ -80,65 +92,89 @@ class MilpCertifier(BaseCertifier):
             images, labels, ball, searching, lambda image, label, prediction: one(image, label, prediction, ball.radius)
         )
 
-    def _left(self, begin: float) -> float | None:
-        return None if self.options.timeout is None else self.options.timeout - (self.options.clock() - begin)
+    def _budget(self, image: Tensor, radius: float) -> float:
+        return radius * float(image.sum()) * MASS_ROUNDING
 
     def _decide(self, image: Tensor, label: Tensor, prediction: Tensor, radius: float) -> Certificate:
         begin = self.options.clock()
-        hunt = Hunt(self, image, int(label), True)
-        program, mass = self.program(image, radius), float(image.sum())
-        least, late = math.inf, False
-        trust = TRUST * self._largest(image)
+        hunt, left = Hunt(self, image, int(label), True), self._clock(begin)
+        program, budget = self.program(image, radius), self._budget(image, radius)
+        proof, least = DualProof(program, budget, left), math.inf
         for other in self._others(int(label)):
-            left = self._left(begin)
-            if left is not None and left <= 0:
-                least, late = -math.inf, True
+            if _over(left):
+                least = -math.inf
                 break
-            found = program.least_margin(int(label), other, radius * mass, left)
-            least, late = min(least, found.bound), late or found.timeout
-            if found.image is not None and found.value < trust:
+            found = program.least_margin(int(label), other, budget, _share(left))
+            if found.infeasible:
+                raise SolverError("mixed-integer program: HiGHS finds the ball empty, which has the image itself")
+            if found.image is not None:
                 hunt.offer(torch.from_numpy(found.image).to(image)[None])
             if hunt.radius <= radius:
                 break
-        verdict = Verdict.TIMEOUT if late else Verdict.UNKNOWN
+            if least > 0:
+                least = min(least, proof.least(program.margin(int(label), other), 0.0))
+        verdict = Verdict.TIMEOUT if _over(left) else Verdict.UNKNOWN
         if hunt.radius <= radius:
             verdict = Verdict.FALSIFIED
-        elif least > trust:
+        elif least > 0:
             verdict = Verdict.CERTIFIED
-        return self._certified(hunt, label, prediction, verdict, radius, least, self.options.clock() - begin)
+        margin = least if math.isfinite(least) else None
+        return self._certified(hunt, label, prediction, verdict, radius, margin, self.options.clock() - begin)
 
     def _search(self, image: Tensor, label: Tensor, prediction: Tensor, radius: float) -> Certificate:
         begin = self.options.clock()
-        hunt, mass = Hunt(self, image, int(label), True), float(image.sum())
+        hunt, left = Hunt(self, image, int(label), True), self._clock(begin)
         if self.options.adversary is not None:
             hunt.ask(self.options.adversary)
         hunt.descend()
-        limit = float(self.network.grid.diameter)
+        mass, limit = float(image.sum()), float(self.network.grid.diameter)
         upper = min(hunt.radius * (1 + 1e-6), limit)
         program = self.program(image, upper)
-        least, late = upper, False
+        least = upper
         for other in self._others(int(label)):
-            left = self._left(begin)
-            if left is not None and left <= 0:
-                least, late = 0.0, True
+            if _over(left):
+                least = 0.0
                 break
-            found = program.least_budget(int(label), other, upper * mass, left)
-            late = late or found.timeout
+            found = program.least_budget(int(label), other, self._budget(image, upper), _share(left))
             least = min(least, max(0.0, found.bound) / mass)
             if found.image is not None:
                 # The optimum is a tie; a little farther the class changes.
                 point, centre = torch.from_numpy(found.image).to(image), image.flatten()
                 hunt.offer(torch.stack([point, centre + (1 + 1e-6) * (point - centre)]), descend=True)
-        radius = min(least, hunt.radius) * INSIDE if least < limit else limit
-        verdict = Verdict.CERTIFIED if radius > 0 else Verdict.TIMEOUT if late else Verdict.UNKNOWN
-        return self._certified(hunt, label, prediction, verdict, radius, None, self.options.clock() - begin)
+        radius, margin = 0.0, None
+        nearest, farthest = min(least, hunt.radius), min(hunt.radius, limit)
+        for trial in _trials(nearest, limit) + (_trials(farthest, limit) if nearest < farthest else []):
+            margin = self._proven(program, image, int(label), trial, left)
+            if margin is not None:
+                radius = trial
+                break
+        verdict = Verdict.TIMEOUT if _over(left) else Verdict.UNKNOWN
+        if margin is not None and (radius > 0 or limit == 0):
+            verdict = Verdict.CERTIFIED
+        seconds, note = self.options.clock() - begin, ""
+        if radius < limit and not hunt.radius <= radius * (1 + self.options.tolerance):
+            why = f"the nearest image by HiGHS, at radius {nearest:.6g}, is a tie to within its tolerances"
+            note = f"bracket not closed: {'out of budget' if _over(left) else why}"
+        return self._certified(hunt, label, prediction, verdict, radius, margin, seconds, note)
+
+    def _proven(
+        self, program: NetworkProgram, image: Tensor, label: int, radius: float, left: Callable[[], float | None]
+    ) -> float | None:
+        """The least margin that is proven at this radius, if it is positive for all classes."""
+        proof, least = DualProof(program, self._budget(image, radius), left), math.inf
+        for other in self._others(label):
+            least = min(least, proof.least(program.margin(label, other), 0.0))
+            if not least > 0:
+                return None
+        return least
+
+    def _clock(self, begin: float) -> Callable[[], float | None]:
+        """The seconds left, from now on; None for no limit."""
+        timeout = self.options.timeout
+        return lambda: None if timeout is None else timeout - (self.options.clock() - begin)
 
     def _others(self, label: int) -> list[int]:
         return [t for t in range(self.network.num_classes) if t != label]
-
-    def _largest(self, image: Tensor) -> float:
-        with torch.no_grad():
-            return max(float(v.abs().max()) for v in self.precise.values(image[None]).values())
 
     def _certified(
         self,
@@ -149,7 +185,25 @@ class MilpCertifier(BaseCertifier):
         radius: float,
         margin: float | None,
         seconds: float,
+        note: str = "",
     ) -> Certificate:
         upper = hunt.radius if math.isfinite(hunt.radius) else None
-        found = self.certificate(label, prediction, verdict, "l1", radius, seconds, margin=margin, upper_radius=upper)
+        found = self.certificate(
+            label, prediction, verdict, "l1", radius, seconds, margin=margin, upper_radius=upper, note=note
+        )  # fmt: skip
         return replace(found, witness=hunt.witness)
+
+
+def _trials(radius: float, limit: float) -> list[float]:
+    """Radii to prove, up to the distance of a nearest image; the limit itself, which nothing is beyond."""
+    return ([limit] if radius >= limit else []) + [share * radius for share in INSIDE if radius > 0]
+
+
+def _over(left: Callable[[], float | None]) -> bool:
+    seconds = left()
+    return seconds is not None and seconds <= 0
+
+
+def _share(left: Callable[[], float | None]) -> float | None:
+    seconds = left()
+    return None if seconds is None else SOLVER_SHARE * seconds

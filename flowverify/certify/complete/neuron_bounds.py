@@ -160,7 +160,7 @@ def _grow(
         if stop():
             break
         worst = _worst(tree, count)
-        can = torch.cat(tree[worst].unstable(), 1).any(1) & (tree.bound[worst] < 0)
+        can = (tree[worst].open_neurons() > 0) & (tree.bound[worst] < 0)
         worst = worst[can]
         if not len(worst):
             break

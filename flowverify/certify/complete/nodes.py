@@ -74,6 +74,11 @@ class Nodes:
         """Where a ReLU is neither split nor settled by its bounds, (N, n_k) a layer."""
         return [(low < 0) & (high > 0) for low, high in zip(self.lower, self.upper, strict=True)]
 
+    def open_neurons(self) -> Tensor:
+        """How many neurons are unstable, (N,)."""
+        count = torch.zeros(len(self), dtype=torch.int64, device=self.row.device)
+        return sum((unstable.sum(1) for unstable in self.unstable()), count)
+
 
 def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> Nodes:
     """One node without splits for each specification, from bounds (n_k,) that all share."""

@@ -2,7 +2,13 @@
 
 Flows p, q >= 0 give the image mu + A (p - q) >= 0 at the cost sum(p + q). A ReLU of input z in [l, u] with l < 0 < u
 has a binary s: a >= 0, a >= z, a <= u s, a <= z - l (1 - s) (Tjeng et al. 2019, arXiv:1711.07356). What the network
-computes is read from its own operations, one row a scalar, so that nothing is shared with branch and bound.
+computes is read from its own operations, one matrix each, so that nothing is shared with branch and bound.
+
+Solvers' tolerances are absolute, so that all is scaled to be of order one: flows by the budget, the value of a neuron
+by its bound, every row and the objective by its largest coefficient. Factors are powers of two: nothing is rounded.
+
+What is written down is in floating point, and the network is not: beside each value stands by how much it may be off
+anywhere on the program (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and rows give way by it.
 """
 
 from __future__ import annotations
@@ -14,18 +20,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from flowverify.certify.complete.affine_maps import drop_biases
+from flowverify.certify.complete.program_values import (
+    FEW,
+    TINY,
+    UNIT,
+    Array,
+    Value,
+    affine_value,
+    at_zero,
+    gamma,
+    matrices_of,
+)
 from flowverify.certify.intervals import Interval
 from flowverify.errors import SolverError, UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
 from flowverify.network.graph import INPUT
+from flowverify.quiet import quiet
 
-Array = NDArray[np.float64]
+REACH = 8.0  # times mass and budget: what the terms of a linear function's maximum over the ball come to
+GAIN = 2.0  # of a ReLU's relaxation, in what rounding its lines may lose
+LEAST_SCALE = 1e-9  # of a row's largest coefficient
 
 
 @dataclass(frozen=True)
@@ -39,41 +59,86 @@ class Optimum:
     infeasible: bool
 
 
+@dataclass(frozen=True)
+class Objective:
+    """size (cost . x) + constant, off by at most ``error``; the largest cost is between 1/2 and 1, or all are 0."""
+
+    cost: Array
+    size: float
+    constant: float
+    error: float
+
+
 class NetworkProgram:
     """The program for one image, with neurons' bounds that hold over the largest ball it is asked about.
 
     Args:
         network: affine layers and ReLUs.
         image: (C, H, W).
-        bounds: of what each ReLU reads, (1, *shape) each.
+        budget: of the largest ball, mass times pixels.
+        bounds: of what each ReLU reads, (1, *shape) each, computed in float64 by relaxations; they are widened by
+            what rounding may change in them.
 
     Raises:
         UnsupportedOperationError: another activation, named.
+        SolverError: bounds or weights that are not finite.
+
+    Attributes:
+        system, right: rows ``system @ x <= right``; they hold, the network's rounding included.
+        upper: of the columns, that are all >= 0.
+        flows: the first columns; their sum is at most the budget in ``unit``.
+        total: that largest sum.
+        neurons: (K, 2) the columns a and s of each open neuron, and ``rows`` (K, 3) its rows, in the order above.
+        scales: (K, 4), of a and of the rows.
     """
 
-    def __init__(self, network: Network, image: Tensor, bounds: Sequence[Interval]) -> None:
+    def __init__(self, network: Network, image: Tensor, budget: float, bounds: Sequence[Interval]) -> None:
         self._image = image.detach().cpu().double().numpy().reshape(-1)
+        self._budget, self.unit = float(budget), float(_power(np.array(budget)))
+        self.total = self._budget / self.unit
         edges = network.grid.incidence_scipy().tocsr()
         self.flows = 2 * edges.shape[1]
-        self._to_image = sparse.hstack([edges, -edges]).tocsr()
+        self._to_image = sparse.hstack([edges, -edges]).tocsr() * self.unit
         self._precise = copy.deepcopy(network).cpu().double()
-        self._columns = self.flows
-        self._build(bounds)
+        self._columns, self._count = self.flows, 0
+        self._blocks: list[Any] = []
+        self._right: list[Array] = []
+        self._upper, self._integer = [np.full(self.flows, self.total)], [np.zeros(self.flows)]
+        self._neurons: list[NDArray[np.intp]] = []
+        self._places: list[NDArray[np.intp]] = []
+        self._scales: list[Array] = []
+        with np.errstate(all="ignore"):
+            self._build(bounds)
+        self.upper, self.integer = np.concatenate(self._upper), np.concatenate(self._integer)
+        wide = [sparse.hstack([b, sparse.csr_array((b.shape[0], self._columns - b.shape[1]))]) for b in self._blocks]
+        self.system, self.right = sparse.vstack(wide).tocsr(), np.concatenate(self._right)
+        self.neurons = np.concatenate([np.zeros((0, 2), dtype=np.intp), *self._neurons])
+        self.rows = np.concatenate([np.zeros((0, 3), dtype=np.intp), *self._places])
+        self.scales = np.concatenate([np.zeros((0, 4)), *self._scales])
+        if not all(np.isfinite(numbers).all() for numbers in (self.system.data, self.right, self.upper)):
+            raise SolverError("mixed-integer program: bounds of neurons or weights are not finite in float64")
 
     def _build(self, bounds: Sequence[Interval]) -> None:
-        """Writes every value as (matrix over columns, constant); ReLUs add columns and rows."""
-        values: dict[str, tuple[Any, Array]] = {INPUT: (self._to_image, self._image)}
-        self._blocks: list[tuple[Any, Array]] = [(-self._to_image, self._image)]
-        self._lower, self._upper = [np.zeros(self.flows)], [np.full(self.flows, np.inf)]
-        self._integer = [np.zeros(self.flows)]
+        """Writes every value down; ReLUs add columns and rows."""
+        none = np.zeros(self._image.size)
+        reach = np.full(self._image.size, REACH * (float(self._image.sum()) + self._budget))
+        values = {INPUT: Value(self._to_image, self._image, self._image + self._budget, none, reach)}
+        # A pixel that has more than the budget stays positive anyway.
+        scarce = np.flatnonzero(self._image < self._budget)
+        self._add(-self._to_image[scarce] / self.unit, self._image[scarce] / self.unit)
         known = iter(bounds)
-        for node in self._precise.nodes:
+        linear = copy.deepcopy(self._precise)
+        drop_biases(linear)
+        sizes = [int(np.prod(node.shape)) for node in self._precise.nodes]
+        self._gamma = gamma(8 * (self._image.size + sum(sizes)) + FEW * (len(sizes) + 2)) * (1 + len(bounds))
+        for node, without in zip(self._precise.nodes, linear.nodes, strict=True):
             if isinstance(node.operation, nn.ReLU):
                 low, high = (end.reshape(-1).double().cpu().numpy() for end in next(known))
-                values[node.name] = self._relu(*values[node.inputs[0]], low, high)
+                values[node.name] = self._relu(values[node.inputs[0]], low, high)
             elif is_affine(node.operation):
                 shapes = [self._precise.input_shape if n == INPUT else self._precise.node(n).shape for n in node.inputs]
-                values[node.name] = _apply(node.operation, [values[n] for n in node.inputs], shapes)
+                matrices, bias = matrices_of(without.operation, shapes), at_zero(node.operation, shapes)
+                values[node.name] = affine_value(matrices, bias, [values[n] for n in node.inputs])
             else:
                 raise UnsupportedOperationError(
                     f"complete certification: layer {node.name!r} is {operation_name(node.operation)}; expected affine "
@@ -81,73 +146,113 @@ class NetworkProgram:
                 )
         self._logits = values[self._precise.output]
 
-    def _relu(self, matrix: Any, constant: Array, low: Array, high: Array) -> tuple[Any, Array]:
-        count = constant.size
+    def _add(self, block: Any, right: Array) -> NDArray[np.intp]:
+        """Adds rows; their indices."""
+        self._blocks.append(sparse.csr_array(block))
+        self._right.append(right)
+        self._count += len(right)
+        return np.arange(self._count - len(right), self._count)
+
+    def _add_scaled(self, block: Any, right: Array) -> tuple[NDArray[np.intp], Array]:
+        """Adds rows, each divided by its largest coefficient; indices and divisors."""
+        block, largest = sparse.coo_array(block), np.zeros(len(right))
+        np.maximum.at(largest, block.row, np.abs(block.data))
+        scale = _power(largest)
+        return self._add(sparse.diags_array(1 / scale) @ block.tocsr(), right / scale), scale
+
+    def _relu(self, value: Value, low: Array, high: Array) -> Value:
+        slack = self._gamma * value.path + TINY
+        low, high = low - slack, high + slack
+        if not bool((low <= high).all()):
+            raise SolverError("mixed-integer program: a neuron's bounds are not numbers, or contradict each other")
+        matrix, count = sparse.csr_array(value.matrix), value.constant.size
         on, off = low >= 0, high <= 0
         open_ = np.flatnonzero(~on & ~off)
-        first = self._columns
-        self._columns += 2 * open_.size
-        self._lower.append(np.zeros(2 * open_.size))
-        self._upper.append(np.concatenate([high[open_], np.ones(open_.size)]))
-        self._integer.append(np.concatenate([np.zeros(open_.size), np.ones(open_.size)]))
-        width = matrix.shape[1]
-        own, shift = matrix[open_], constant[open_]
-        size = open_.size
-        identity, gap = sparse.identity(size, format="csr"), sparse.csr_array((size, first - width))
-        zero = sparse.csr_array((size, size))
-        wide = sparse.hstack([own, gap]).tocsr()
-        scale = sparse.diags_array(high[open_]).tocsr(), sparse.diags_array(low[open_]).tocsr()
-        self._blocks.append((sparse.hstack([wide, -identity, zero]).tocsr(), -shift))  # z - a <= 0
-        none = sparse.csr_array((size, first))
-        self._blocks.append((sparse.hstack([none, identity, -scale[0]]).tocsr(), np.zeros(size)))  # a <= u s
-        # a - z - l s <= -l
-        self._blocks.append((sparse.hstack([-wide, identity, -scale[1]]).tocsr(), shift - low[open_]))
+        size, first, width = open_.size, self._columns, matrix.shape[1]
+        self._columns += 2 * size
+        unit = _power(high[open_])
+        self._upper.append(np.concatenate([high[open_] / unit, np.ones(size)]))
+        self._integer.append(np.concatenate([np.zeros(size), np.ones(size)]))
+        own, shift, error = matrix[open_], value.constant[open_], value.error[open_]
+        gap, zero = sparse.csr_array((size, first - width)), sparse.csr_array((size, size))
+        inputs, none = sparse.hstack([own, gap]).tocsr(), sparse.csr_array((size, first))
+        output, upper, lower = (sparse.diags_array(v).tocsr() for v in (unit, high[open_], low[open_]))
+        below = error + FEW * UNIT * np.abs(low[open_]) + shift - low[open_]
+        added = [
+            self._add_scaled(sparse.hstack([inputs, -output, zero]), error - shift),  # z - a <= 0
+            self._add_scaled(sparse.hstack([none, output, -upper]), np.zeros(size)),  # a - u s <= 0
+            self._add_scaled(sparse.hstack([-inputs, output, -lower]), below),  # a - z - l s <= -l
+        ]
+        columns = first + np.arange(size)
+        self._neurons.append(np.stack([columns, columns + size], 1))
+        self._places.append(np.stack([rows for rows, _ in added], 1))
+        self._scales.append(np.stack([unit, *(scale for _, scale in added)], 1))
         # The output: z where on, 0 where off, the new column elsewhere.
-        place = sparse.csr_array((np.ones(size), (open_, first + np.arange(size))), shape=(count, self._columns))
-        kept = sparse.diags_array(on.astype(float)).tocsr() @ sparse.csr_array(matrix)
+        place = sparse.csr_array((unit, (open_, columns)), shape=(count, self._columns))
+        kept = sparse.diags_array(on.astype(float)).tocsr() @ matrix
         kept = sparse.hstack([kept, sparse.csr_array((count, self._columns - width))]).tocsr()
-        return (kept + place).tocsr(), np.where(on, constant, 0.0)
+        magnitude = np.where(on, value.magnitude, np.where(off, 0.0, high))
+        return Value(
+            (kept + place).tocsr(), np.where(on, value.constant, 0.0), magnitude, np.where(on, value.error, 0.0),
+            GAIN * value.path,
+        )  # fmt: skip
 
     def least_margin(self, label: int, other: int, budget: float, seconds: float | None) -> Optimum:
         """min f_label - f_other over the ball of this budget (mass times pixels)."""
-        matrix, constant = self._margin(label, other)
-        total = np.zeros(self._columns)
-        total[: self.flows] = 1.0
-        found = self._solve(matrix, [(total, budget)], seconds)
-        shift = float(constant)
-        return Optimum(found.bound + shift, found.value + shift, found.image, found.timeout, found.infeasible)
+        objective = self.margin(label, other)
+        found = self._solve(objective.cost, [(self._spent(), budget / self.unit)], seconds)
+        bound, value = (objective.size * v + objective.constant for v in (found.bound, found.value))
+        return Optimum(bound, value, found.image, found.timeout, found.infeasible)
 
     def least_budget(self, label: int, other: int, budget: float, seconds: float | None) -> Optimum:
         """min cost, at most ``budget``, of an image with f_label - f_other <= 0."""
-        matrix, constant = self._margin(label, other)
+        objective, spent = self.margin(label, other), self._spent()
+        # The image itself misses this row by the constant, which is to be more than a tolerance.
+        constant = objective.constant / objective.size
+        scale = float(_power(np.array(min(1.0, max(constant, LEAST_SCALE)))))
+        reached = objective.cost / scale, -constant / scale
+        found = self._solve(spent, [(spent, budget / self.unit), reached], seconds)
+        return Optimum(
+            found.bound * self.unit, found.value * self.unit, found.image, found.timeout, found.infeasible
+        )  # fmt: skip
+
+    def margin(self, label: int, other: int) -> Objective:
+        """f_label - f_other."""
+        logits, width = self._logits, self._logits.matrix.shape[1]
+        row = sparse.csr_array(logits.matrix)
+        cost = np.zeros(self._columns)
+        cost[:width] = row[[label]].toarray()[0] - row[[other]].toarray()[0]
+        size = float(_power(np.abs(cost).max(initial=0.0)))
+        magnitude = float(logits.magnitude[label] + logits.magnitude[other])
+        error = float(logits.error[label] + logits.error[other]) + 4 * UNIT * magnitude
+        return Objective(cost / size, size, float(logits.constant[label] - logits.constant[other]), error)
+
+    def _spent(self) -> Array:
         total = np.zeros(self._columns)
         total[: self.flows] = 1.0
-        return self._solve(total, [(total, budget), (matrix, -float(constant))], seconds)
-
-    def _margin(self, label: int, other: int) -> tuple[Array, float]:
-        matrix, constant = self._logits
-        row = sparse.csr_array(matrix[[label]] - matrix[[other]])
-        dense = np.zeros(self._columns)
-        dense[: row.shape[1]] = row.toarray()[0]
-        return dense, float(constant[label] - constant[other])
+        return total
 
     def _solve(self, objective: Array, rows: Sequence[tuple[Array, float]], seconds: float | None) -> Optimum:
-        system = [
-            sparse.hstack([block, sparse.csr_array((block.shape[0], self._columns - block.shape[1]))])
-            for block, _ in self._blocks
-        ] + [sparse.csr_array(row[None]) for row, _ in rows]
-        right = np.concatenate([limit for _, limit in self._blocks] + [np.array([limit]) for _, limit in rows])
+        if not self._columns:
+            feasible = all(limit >= 0 for _, limit in rows)
+            value = 0.0 if feasible else np.inf
+            return Optimum(value, value, self._image if feasible else None, False, not feasible)
+        system = sparse.vstack([self.system, *(sparse.csr_array(row[None]) for row, _ in rows)]).tocsc()
+        right = np.concatenate([self.right, [limit for _, limit in rows]])
+        if not np.isfinite(right).all():
+            raise SolverError("mixed-integer program: a row is not finite in float64")
         options: dict[str, Any] = {"mip_rel_gap": 1e-9}
         if seconds is not None:
             options["time_limit"] = max(0.01, seconds)
         begin = time.perf_counter()
-        result = milp(
-            objective,
-            constraints=LinearConstraint(sparse.vstack(system).tocsc(), -np.inf, right),
-            bounds=Bounds(np.concatenate(self._lower), np.concatenate(self._upper)),
-            integrality=np.concatenate(self._integer),
-            options=options,
-        )
+        with quiet():
+            result = milp(
+                objective,
+                constraints=LinearConstraint(system, -np.inf, right),
+                bounds=Bounds(np.zeros(self._columns), self.upper),
+                integrality=self.integer,
+                options=options,
+            )
         late = seconds is not None and time.perf_counter() - begin >= 0.95 * seconds
         if result.status == 2:
             return Optimum(np.inf, np.inf, None, False, True)
@@ -156,38 +261,13 @@ class NetworkProgram:
         bound = getattr(result, "mip_dual_bound", None)
         image = None if result.x is None else self._image + self._to_image @ result.x[: self.flows]
         value = np.inf if result.x is None else float(result.fun)
-        if not any(own.any() for own in self._integer) and result.status == 0:
+        if not self.integer.any() and result.status == 0:
             bound = value  # a linear program has no gap
         lowest = -np.inf if bound is None or not np.isfinite(bound) else float(bound)
         return Optimum(lowest, value, image, result.status == 1 or late, False)
 
 
-def _apply(operation: nn.Module, inputs: Sequence[tuple[Any, Array]], shapes: Sequence[tuple[int, ...]]) -> Any:
-    """An affine operation on values given as (matrix, constant): applied to the constant, and to every column."""
-    width = max(matrix.shape[1] for matrix, _ in inputs)
-
-    def run(columns: Sequence[Array]) -> Array:
-        count = columns[0].shape[0]
-        tensors = [torch.from_numpy(c).reshape(count, *shape) for c, shape in zip(columns, shapes, strict=True)]
-        with torch.no_grad():
-            result: Array = operation(*tensors).reshape(count, -1).numpy()
-        return result
-
-    zeros = [np.zeros((1, constant.size)) for _, constant in inputs]
-    origin = run(zeros)
-    constant = run([value[None] for _, value in inputs])[0]
-    if isinstance(operation, nn.Linear):
-        weight = operation.weight.detach().numpy()
-        return sparse.csr_array(sparse.csr_array(weight) @ inputs[0][0]), constant
-    parts = []
-    for start in range(0, width, 512):
-        stop = min(width, start + 512)
-        columns = []
-        for matrix, own in inputs:
-            dense = np.zeros((stop - start, own.size))
-            end = min(stop, matrix.shape[1])
-            if end > start:
-                dense[: end - start] = matrix.tocsc()[:, start:end].toarray().T
-            columns.append(dense)
-        parts.append(sparse.csr_array((run(columns) - origin).T))
-    return sparse.hstack(parts).tocsr(), constant
+def _power(values: Array) -> Array:
+    """The power of two above each value; 1 for 0, so that what is divided stays."""
+    _, exponent = np.frexp(np.where(np.isfinite(values), values, 0.0))
+    return np.where(values > 0, np.ldexp(1.0, np.clip(exponent, -1000, 1000)), 1.0)

@@ -3,21 +3,22 @@
 The search climbs towards the nearest counterexample known. Each stage is one tree at a radius between; the last one
 stands just inside the counterexample, so that its proof closes the bracket. A nearer counterexample that a tree comes
 across lowers the radius of that same tree: balls are nested, so nothing that is done is done again. So does the end of
-the budget, for a tree that would not be done by then.
+the budget, for a tree that would not be done by then. Where a tree ends undecided, with neither a proof nor a
+counterexample (a tie to within rounding, or a ball whose bounds are not exact), so would every larger one: radii are
+then halved down to the least such.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flowverify.certify.complete.affine_maps import AffineMaps
 from flowverify.certify.complete.balls import FlowBall, Polytope
+from flowverify.certify.complete.budget import Budget, Progress
 from flowverify.certify.complete.hunt import Adversary, Hunt
 from flowverify.certify.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
 from flowverify.certify.complete.schedule import Schedule
@@ -32,31 +33,7 @@ EASY = 400  # nodes after which a tree is worth better bounds of the neurons
 ROUNDS = 24  # splits for each side of each unstable neuron
 MAX_REFINED = 512  # unstable neurons; beyond, their trees cost more than they give
 REFINING_SHARE = 0.15  # of the time left
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is known while a search runs: the bracket, the radius of the present tree, its open nodes."""
-
-    radius: float
-    upper_radius: float
-    trial: float
-    open_nodes: int
-    done: float
-    nodes: int
-
-
-@dataclass
-class Budget:
-    """When to stop: seconds of wall time, or nodes; None for no limit.
-
-    Attributes:
-        clock: what tells the time, such as ``time.process_time`` on a busy machine.
-    """
-
-    seconds: float | None = None
-    nodes: int | None = None
-    clock: Callable[[], float] = field(default=time.perf_counter)
+LEAST_RADIUS = 1e-9  # pixels: a search that has proven nothing at this radius ends
 
 
 class RadiusSearch:
@@ -64,6 +41,10 @@ class RadiusSearch:
 
     Attributes:
         radius: the largest radius proven; upper_radius: the smallest with a counterexample, infinite without.
+        undecided: the least radius at which nothing was left to split, nothing proven, no counterexample found;
+            infinite without.
+        tie: whether that is for margins of 0 to within rounding.
+        exhausted: whether the search has ended there.
         hunt: has the counterexample.
     """
 
@@ -83,6 +64,7 @@ class RadiusSearch:
         self.limit, self.tolerance = limit, tolerance
         self.radius, self.margin = 0.0, 0.0
         self.counts, self.seconds, self.exhausted = Counts(), 0.0, False
+        self.undecided, self.tie = math.inf, False
         self._left: Callable[[], float] = lambda: math.inf  # of the budget, in its unit
         self._schedule = Schedule()
         self._adversary, self._progress = adversary, progress
@@ -149,6 +131,7 @@ class RadiusSearch:
                 assert self._tree is not None
                 self._tree.grow(self._watched(stop))
                 self.exhausted = self._tree.finished and bool(self._tree.stuck)
+                self.tie = self.exhausted and self._tree.tied
         finally:
             self.seconds += budget.clock() - begin
         if self.hunt.radius <= radius:
@@ -202,6 +185,8 @@ class RadiusSearch:
     def _target(self) -> float:
         """The radius of the next stage."""
         upper = min(self.upper_radius, self.limit)
+        if self.undecided < upper:
+            return (self.radius + self.undecided) / 2
         last = upper if upper == self.limit else upper / (1 + CLOSING * self.tolerance)
         return self._schedule.target(self.radius, upper, last, self._left())
 
@@ -225,11 +210,15 @@ class RadiusSearch:
             if self._trial <= self.radius:
                 self._tree = None
             return
-        if tree.finished:
-            if tree.stuck:
-                # Nothing is open, nothing is proven, no counterexample: a tie to within rounding.
-                self.exhausted = True
-            self._tree = None
+        if not tree.finished:
+            return
+        if tree.stuck:
+            self.undecided, self.tie = self._trial, tree.tied
+            self.exhausted = self.undecided <= max(self.radius * (1 + self.tolerance), LEAST_RADIUS)
+            if not self.exhausted:
+                self._shrink(tree, self._target())
+                return
+        self._tree = None
 
     def _lower(self, tree: Tree) -> bool:
         """Late, the radius of a tree that is not done falls towards what is proven; False, to go on."""

@@ -35,6 +35,7 @@ TIGHTENED = 6  # neurons of every layer that get new bounds after a split below 
 LIMITED_EVERY = 3  # splits
 FIRST_LIMITS, UPPER_LIMITS = (5, 6), (4, 8)  # joint limits of the first layer and of those above: groups, members
 DESCENT_EVERY = 16  # batches
+TIED = 1e-8  # of the largest logit at the image: a bound that is below zero by more is not zero to within rounding
 
 
 @dataclass
@@ -98,6 +99,11 @@ class Tree:
         return self.finished and not self.stuck
 
     @property
+    def tied(self) -> bool:
+        """Whether what is stuck is so for a margin of zero to within rounding."""
+        return all(float(node.bound.min()) >= -TIED * self.hunt.largest for node in self.stuck)
+
+    @property
     def worst(self) -> float:
         """The least bound among open nodes; infinite without any."""
         return (
@@ -155,7 +161,7 @@ class Tree:
 
     def _process(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
         """The children of these nodes that stay open, and decided nodes that wait; None if there are none."""
-        can = torch.cat(nodes.unstable(), 1).any(1)
+        can = nodes.open_neurons() > 0
         waiting = self._solve_leaves(nodes[~can], stop) if not bool(can.all()) else None
         if not bool(can.any()):
             return waiting
@@ -215,7 +221,7 @@ class Tree:
 
         Without it the search is slow where the margin is nearly zero, next to the nearest counterexample.
         """
-        few = torch.cat(nodes.unstable(), 1).sum(1) <= FEW
+        few = nodes.open_neurons() <= FEW
         last = (few & self._undone(nodes)).nonzero().flatten()
         if not len(last):
             return nodes
