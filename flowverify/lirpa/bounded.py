@@ -78,7 +78,7 @@ class BoundedNetwork:
                     )
         try:
             # auto_LiRPA 0.3 makes the look-up tables of tanh and sigmoid here, in torch's default precision.
-            with quiet(), _default_dtype(inputs[0].dtype):
+            with host_call(inputs[0].dtype):
                 self._module = BoundedModule(
                     with_batch_axes(module), tuple(inputs), bound_opts=dict(BOUND_OPTIONS), device=inputs[0].device
                 )
@@ -168,7 +168,7 @@ class BoundedNetwork:
         }
         gradients = contextlib.nullcontext() if method == "CROWN-Optimized" else torch.no_grad()
         try:
-            with gradients, quiet(), _default_dtype(inputs[0].dtype):
+            with gradients, host_call(inputs[0].dtype):
                 bounds = self._module.compute_bounds(
                     x=arguments,
                     C=specification,
@@ -213,19 +213,15 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """auto_LiRPA prints progress and divides by zero on purpose; neither belongs in a program's output."""
+def host_call(dtype: torch.dtype) -> Iterator[None]:
+    """What auto_LiRPA is called in: it prints progress and divides by zero on purpose, which does not belong in a
+    program's output, and makes some tensors in torch's default precision.
+    """
+    before = torch.get_default_dtype()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """auto_LiRPA makes some tensors in torch's default precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
