@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flowverify.conventions import check_logits
 from flowverify.errors import InvalidInputError
 
 ROWS = 4  # batches are filled up to a multiple: a row's value then does not depend on how many there are
@@ -117,10 +118,7 @@ class AttackedModel:
                 f"model {type(self.module).__name__} on images of shape {tuple(images.shape[1:])} and type "
                 f"{images.dtype}: {' '.join(str(error).split())[:200]}"
             ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InvalidInputError(f"model output {given}: expected logits of shape ({len(images)}, classes >= 2)")
-        return logits[:count]
+        return check_logits(logits, len(images))[:count]
 
 
 def _rounding(logits: Tensor, dtype: torch.dtype) -> Tensor:

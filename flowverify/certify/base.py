@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
-from flowverify.errors import InvalidInputError
+from flowverify.conventions import check_labels
 from flowverify.network import Network, load_network
 from flowverify.threat import WassersteinBall, check_cap, check_images
 from flowverify.transport.ground import check_ground, parse_ground
@@ -77,25 +77,13 @@ class BaseCertifier(ABC):
 
         Raises:
             InvalidInputError: wrong shape, a pixel that is negative, not finite or above the cap, mass 0, a label
-                that is not a class of the network, a ground cost that does not fit the images.
+                that is no class of the network, a ground cost that does not fit the images.
             UnknownNameError: an unknown ground cost.
         """
         check_ground(ground, self.network.grid)
         images = check_images(images, self.network.grid).detach().to(self.device)
         check_cap(images, cap)
-        labels = torch.as_tensor(labels, device=self.device).reshape(-1)
-        if labels.is_floating_point() or labels.shape[0] != images.shape[0]:
-            raise InvalidInputError(
-                f"labels of type {labels.dtype} and length {labels.shape[0]}: expected {images.shape[0]} integers"
-            )
-        classes = self.network.num_classes
-        wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
-        if wrong.numel():
-            at = int(wrong[0])
-            raise InvalidInputError(
-                f"label {int(labels[at])} (image {at}): expected a class of the network, 0 to {classes - 1}"
-            )
-        return images, labels.to(torch.int64)
+        return images, check_labels(labels, len(images), self.network.num_classes, self.device)
 
     def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions, and whether each image is classified as its label in float64 and by the network as it is."""

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from flowverify.conventions import check_logits
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network
 
@@ -97,10 +98,7 @@ class Voter:
                 f"model {type(self.network).__name__} on images of shape {tuple(batch.shape[1:])} and type "
                 f"{batch.dtype}: {' '.join(str(error).split())[:200]}"
             ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch) or logits.shape[1] < 2:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InvalidInputError(f"model output {given}: expected logits of shape ({len(batch)}, classes >= 2)")
-        return logits
+        return check_logits(logits, len(batch))
 
 
 def _in_place(network: nn.Module) -> nn.Module:
