@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.check import confirm
-from flowverify.attack.model import AttackedModel, surplus
+from flowverify.attack.model import AttackedModel
 from flowverify.attack.result import FOUND, MISCLASSIFIED, NOT_FOUND, AttackResult, join
 from flowverify.conventions import check_labels
 from flowverify.errors import InvalidInputError
@@ -19,6 +19,7 @@ from flowverify.grid import Grid
 from flowverify.threat import WassersteinBall, check_images
 from flowverify.transport.distance import channel_masses
 from flowverify.transport.ground import check_ground, parse_ground
+from flowverify.witness import clean
 
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks
 GROWTH = 2.0
@@ -180,10 +181,7 @@ class BaseAttack(ABC):
     ) -> AttackResult:
         begin = time.perf_counter()
         own = self.model.logits(images)
-        right = surplus(own, labels) < 0
-        close = (right & (surplus(own, labels) > -self.model.rounding(own, 100))).nonzero().flatten()
-        if close.numel():  # where the two precisions might differ
-            right[close] = surplus(self.model.exact_logits(images[close]), labels[close]) < 0
+        right = clean(self.model, images, labels)[1]
         final, distance = images.clone(), torch.zeros(len(images), dtype=torch.float64, device=images.device)
         notes = [""] * len(images)
         chosen = right.nonzero().flatten()
@@ -206,7 +204,7 @@ class BaseAttack(ABC):
             for row in chosen[torch.isinf(distance[chosen])].tolist():
                 offered = bool((candidates[chosen == row] != images[row]).any())
                 notes[row] = "what the search offered did not pass the check" if offered else "the search found none"
-        prediction = self.model.logits(final).argmax(1)
+        prediction = clean(self.model, final, labels)[0]
         outcome = tuple(
             MISCLASSIFIED if not bool(right[k]) else FOUND if bool(torch.isfinite(distance[k])) else NOT_FOUND
             for k in range(len(images))
