@@ -32,8 +32,8 @@ INSIDE = 1 - 1e-9  # of a radius: what is pulled back lies within it, whatever t
 class Subject(Protocol):
     """A classifier in two precisions.
 
-    With ``alone`` an image is asked about in a batch of one, as users do who look at it; a subject may otherwise arrange
-    batches as it likes.
+    With ``alone`` an image is asked about in a batch of one, as by users who look at it; otherwise a subject may
+    arrange batches as it likes.
     """
 
     @property
@@ -98,10 +98,10 @@ def fooled(subject: Subject, images: Tensor, labels: Tensor) -> Tensor:
     return (surplus(exact, labels) > 0) & (surplus(own, labels) >= 0) & (own.argmax(1) != labels)
 
 
-def near_tie(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether the two best of these logits (B, classes), computed in ``dtype``, are as near as rounding; bool (B,)."""
-    best = logits.topk(2, dim=1).values
-    return ~(best[:, 0] - best[:, 1] > CLOSE * torch.finfo(dtype).eps * logits.abs().amax(1))
+def close_to(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of logits (B, classes), computed in ``dtype``, in which f_y and the best other one may tie; int64 (N,)."""
+    limit = CLOSE * torch.finfo(dtype).eps * logits.abs().amax(1)
+    return (~(surplus(logits, labels).abs() > limit)).nonzero().flatten()
 
 
 def _both(subject: Subject, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,8 +109,7 @@ def _both(subject: Subject, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     found = []
     for ask, dtype in ((subject.exact_logits, torch.float64), (subject.logits, subject.dtype)):
         logits = ask(images)
-        limit = CLOSE * torch.finfo(dtype).eps * logits.abs().amax(1)
-        for row in (~(surplus(logits, labels).abs() > limit)).nonzero().flatten().tolist():
+        for row in close_to(logits, labels, dtype).tolist():
             logits[row] = ask(images[row : row + 1], alone=True)[0]
         found.append(logits)
     return found[0], found[1]

@@ -34,12 +34,12 @@ def confirm(
     final = repair(images, candidates, cap)
     changed = (final != images).flatten(1).any(1)
     away = model.logits(final) if bool(changed.any()) else logits
-    good = changed & (surplus(away, labels) > 0)
+    good = changed & (surplus(away, labels) >= 0)
     if radius is not None and bool(good.any()):
         chosen = good.nonzero().flatten()
         final[chosen] = pull_back(images[chosen], final[chosen], ground, radius[chosen])
         away[chosen] = model.logits(final[chosen])
-        good[chosen] = surplus(away[chosen], labels[chosen]) > 0
+        good[chosen] = surplus(away[chosen], labels[chosen]) >= 0
     if shorten and bool(good.any()):
         chosen = good.nonzero().flatten()
         final[chosen] = confirmed_crossing(
