@@ -2,12 +2,13 @@
 
 Verifiers return points on the boundary of what they were asked, up to tolerances of their own. So the witness is
 first made a valid image (no negative pixel, the image's mass, within the radius), and then moved on inside the ball
-by a few steps of Frank-Wolfe, whose oracle is exact. Only what the replayed image shows is ever claimed, by the rule of
-:mod:`flowverify.witness`.
+by a few steps of Frank-Wolfe, whose oracle is exact; from all of these the nearest counterexample is hunted. Only what
+the replayed image shows is ever claimed, by the rule of :mod:`flowverify.witness`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from flowverify import witness
 from flowverify.certify.base import BaseCertifier
+from flowverify.certify.complete.hunt import Hunt
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
@@ -27,6 +29,7 @@ from flowverify.transport.moves import best_moves
 STEPS = 12
 NEIGHBOURS = 4
 SHARES = (1e-4, 1e-3, 0.01, 0.05, 0.25, 1.0)
+SCALES = (1.0, 1.25, 1.5)  # of the ball: what is found a little outside of it is pulled to the boundary, perhaps inside
 TOLERANCE = 1e-3  # of the largest output: verifiers round; the original network decides
 
 
@@ -64,18 +67,40 @@ def replay(
     exported = _exported_margin(outputs, label, encoding, certifier.network.num_classes)
     if not exported <= TOLERANCE * (1 + float(np.abs(outputs).max())):
         return Replay(False, reason=f"replay: the exported network does not confirm it, margin {exported:.3g}")
-    centre = image.detach().cpu().double()
-    radius = torch.tensor([ball.radius], dtype=torch.float64)
     try:
-        start = repaired(inputs.image(values), centre, ball)
-        best, margin = descend(certifier, start, centre, label, ball)
-        subject, labels = certifier.subject, torch.tensor([label])
-        found = float(witness.replay(subject, centre[None], labels, best[None], ball.ground, ball.cap, radius))
+        return falsify(certifier, inputs.image(values), image, label, ball)
     except SolverError as error:
         return Replay(False, reason=f"replay: the distance of the witness could not be computed ({error})")
-    if not np.isfinite(found):
-        return Replay(False, reason=f"replay: the original network keeps the label, margin {margin:.3g}")
-    return Replay(True, best, found)
+
+
+def falsify(
+    certifier: BaseCertifier,
+    point: Tensor,  # (C, H, W)
+    image: Tensor,  # (C, H, W)
+    label: int,
+    ball: WassersteinBall,
+    scales: Sequence[float] = SCALES,
+) -> Replay:
+    """A counterexample of the ball on the original network, looked for near a point that need not lie in the ball.
+
+    Args:
+        scales: how much larger the balls are that it is looked for in; what is outside of the ball does not count.
+
+    Raises:
+        SolverError: an exact distance could not be computed.
+    """
+    centre, point = image.detach().cpu().double(), point.detach().cpu().double()
+    hunt = Hunt(certifier, centre.to(certifier.device), label, True, ball.ground, ball.cap)
+    margins = []
+    for scale in scales:
+        larger = ball.with_radius(scale * ball.radius)
+        start = repaired(point, centre, larger)
+        best, margin = descend(certifier, start, centre, label, larger)
+        margins.append(margin)
+        hunt.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
+        if hunt.witness is not None and hunt.radius <= ball.radius:
+            return Replay(True, hunt.witness.cpu(), hunt.radius)
+    return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 
 def run_onnx(path: Path, values: FloatArray) -> FloatArray:
@@ -126,33 +151,27 @@ def descend(
     Frank-Wolfe over the ball: the cost of the cheapest plan is convex for every ground cost, so that mixtures of images
     of the ball stay inside.
     """
-    network = certifier.precise  # weights need no gradient
+    network, device = certifier.precise, certifier.device  # weights need no gradient
     budget = (ball.budget(image[None]) * witness.INSIDE).expand(NEIGHBOURS)
     centres = image.expand(NEIGHBOURS, *image.shape)
-    device = certifier.device
 
-    def margin(candidate: Tensor) -> Tensor:
-        logits = network(candidate[None].to(device))[0]
-        others = torch.cat([logits[:label], logits[label + 1 :]])
-        difference: Tensor = logits[label] - others.max()
-        return difference
+    def margins(candidates: Tensor) -> Tensor:
+        labels = torch.full((len(candidates),), label, device=device)
+        return -witness.surplus(network(candidates.to(device)), labels).cpu()
 
     generator = torch.Generator().manual_seed(0)
-    best, least = start, float(margin(start))
+    best, least = start, float(margins(start[None]))
     for step in range(STEPS):
         # The witness often lies on a kink, where one gradient tells little: those of points nearby do.
         noise = torch.randn(NEIGHBOURS, *image.shape, generator=generator, dtype=torch.float64)
         noise[0] = 0
-        points = best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise
-        coefficients = []
-        for point in points:
-            variable = point.detach().clone().requires_grad_(True)
-            slope = torch.autograd.grad(margin(variable), variable)[0].detach().cpu()
-            coefficients.append(-slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-        vertices = best_moves(torch.stack(coefficients), centres, budget=budget, ground=ball.ground, cap=ball.cap).image
-        trials = [best + share * (vertex - best) for vertex in vertices for share in SHARES]
-        values = [float(margin(trial)) for trial in trials]
-        at = int(np.argmin(values))
+        points = (best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise).requires_grad_(True)
+        slopes = torch.autograd.grad(margins(points).sum(), points)[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        vertices = best_moves(-slopes, centres, budget=budget, ground=ball.ground, cap=ball.cap).image
+        trials = torch.stack([best + share * (vertex - best) for vertex in vertices for share in SHARES])
+        with torch.no_grad():
+            values = margins(trials)
+        at = int(values.argmin())
         if values[at] < least:
-            least, best = values[at], trials[at]
+            least, best = float(values[at]), trials[at]
     return best.clamp(min=0), least
