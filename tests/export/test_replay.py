@@ -20,31 +20,29 @@ from flowverify.transport.inverse import flow_by_transport
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
 GROUNDS = ("l1", "l2", "l2^2", "l1^1.5", "local:3")
-CASES = {"linear": 7, "convolution": 2}
 FALSIFIED, CERTIFIED, UNKNOWN = Verdict.FALSIFIED, Verdict.CERTIFIED, Verdict.UNKNOWN
 
 
 @cache
-def case(kind):
-    seed = CASES[kind]
-    network, image = small_network(seed, kind), small_image(100 + seed)
+def case():
+    network, image = small_network(7, "linear"), small_image(107)
     return network, image, int(network(image[None]).argmax())
 
 
 @cache
-def exact(kind, ground):
+def exact(ground):
     """Both ends of the exact radius; for l1 by a mixed-integer program that shares no code with the package."""
-    network, image, label = case(kind)
+    network, image, label = case()
     if ground == "l1":
         return (least_misclassifying_budget(network, image, label) / float(image.sum()),) * 2
     found = CompleteCertifier(network).search(image[None], torch.tensor([label]), ground)[0]
     return found.radius, found.upper_radius
 
 
-def radius_for(verdict, kind, ground):
+def radius_for(verdict, ground):
     """A radius at which this is what can be known: outside verifiers are asked about the l1 ball around the ball."""
-    low, high = exact(kind, ground)
-    covered = exact(kind, "l1")[0] / l1_over_ground(ground)
+    low, high = exact(ground)
+    covered = exact("l1")[0] / l1_over_ground(ground)
     if verdict is CERTIFIED:
         return 0.99 * covered
     if verdict is FALSIFIED:
@@ -63,27 +61,28 @@ def process():
 @pytest.mark.skipif(bool(marabou_missing()), reason=marabou_missing() or "Marabou is there")
 @pytest.mark.parametrize("verdict", [CERTIFIED, FALSIFIED, UNKNOWN])
 @pytest.mark.parametrize("ground", GROUNDS)
-@pytest.mark.parametrize(("kind", "encoding"), [("linear", "cuts"), ("convolution", "linear")])
-def test_marabou(kind, ground, verdict, encoding, process, monkeypatch):
+@pytest.mark.parametrize("encoding", ["cuts", "linear"])
+def test_marabou(encoding, ground, verdict, process, monkeypatch):
+    if (encoding, verdict) == ("cuts", UNKNOWN):
+        pytest.skip("ends with the question that linear starts with, after seconds")
     monkeypatch.setattr("flowverify.export.marabou.MarabouProcess", lambda: process)
     monkeypatch.setattr(MarabouCertifier, "close", lambda self: None)  # the process is shared
-    network, image, label = case(kind)
-    ball = WassersteinBall(radius_for(verdict, kind, ground), ground)
+    network, image, label = case()
+    ball = WassersteinBall(radius_for(verdict, ground), ground)
     engine = MarabouCertifier(network, encoding=encoding, timeout=20.0)
     found = engine.certify(image[None], torch.tensor([label]), ball)[0]
     assert found.verdict is verdict, found.note
     if verdict is FALSIFIED:
-        assert exact(kind, ground)[0] * (1 - 1e-6) <= found.upper_radius <= ball.radius
+        assert exact(ground)[0] * (1 - 1e-6) <= found.upper_radius <= ball.radius
 
 
 @pytest.mark.parametrize("verdict", [CERTIFIED, FALSIFIED, UNKNOWN])
 @pytest.mark.parametrize("ground", GROUNDS)
-@pytest.mark.parametrize("kind", CASES)
-def test_answers_of_a_verifier_from_outside(kind, ground, verdict, tmp_path):
+def test_answers_of_a_verifier_from_outside(ground, verdict, tmp_path):
     """It is right about what it was asked: ``unsat``, or ``sat`` with a point just beyond the boundary in l1."""
     pytest.importorskip("onnxruntime")
-    network, image, label = case(kind)
-    radius = radius_for(verdict, kind, ground)
+    network, image, label = case()
+    radius = radius_for(verdict, ground)
     request = Request("linear", (radius,), ground=ground)
     source = Source("small", "random", "test", (7,))
     manifest = write_folder(
@@ -102,7 +101,7 @@ def test_answers_of_a_verifier_from_outside(kind, ground, verdict, tmp_path):
     ((index, found),) = collect(network, tmp_path / "out", tmp_path / "results.csv")
     assert (index, found.verdict, found.ground) == (7, verdict, ground), found.note
     if verdict is FALSIFIED:
-        assert exact(kind, ground)[0] * (1 - 1e-6) <= found.upper_radius <= radius
+        assert exact(ground)[0] * (1 - 1e-6) <= found.upper_radius <= radius
     if verdict is UNKNOWN:
         assert found.note.startswith("replay: the original network keeps the label, margin ")
 
@@ -111,7 +110,7 @@ def test_answers_of_a_verifier_from_outside(kind, ground, verdict, tmp_path):
 @pytest.mark.parametrize("ground", GROUNDS)
 def test_steps_from_a_point_anywhere_stay_in_the_ball(ground, cap):
     """Starting far outside: with all mass in the first pixel, negative pixels, and at another mass."""
-    network, image, label = case("linear")
+    network, image, label = case()
     certifier = CompleteCertifier(network)
     image = image.double()
     corner = torch.zeros_like(image)
