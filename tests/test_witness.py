@@ -229,7 +229,7 @@ def random_images(seed, count=3):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(GROUNDS), st.integers(0, 10**6), st.floats(0.01, 2.0))
+@given(st.sampled_from(GROUNDS), st.integers(0, 10**6), st.floats(0.01, 0.4))
 def test_what_is_pulled_back_lies_in_the_ball_and_goes_far(ground, seed, radius):
     images, others = random_images(seed)
     limit = torch.full((3,), radius, dtype=torch.float64)
@@ -274,6 +274,16 @@ def test_replay_believes_nothing(spoil):
     assert replay(subject, image, label, moved, "l1", 1.0, one).tolist() == [1.0]
     assert replay(subject, image, label, moved, "l1", 0.9, one).tolist() == [torch.inf]  # above the cap
     assert replay(subject, image, label, spoil(moved), "l1", None, one).tolist() == [torch.inf]
+
+
+def test_both_precisions_have_to_agree():
+    zero, one = (small(values) for values in (([1.0, 0.0], [0.0] * 2, [0.0] * 2), ([0.0] * 2, [1.0, 0.0], [0.0] * 2)))
+    for own, precise in ((zero, one), (one, zero)):
+        subject = TwoPrecisions(own, copy.deepcopy(precise).double())
+        for label in (0, 1):
+            prediction, right = clean(subject, IMAGE, torch.tensor([label]))
+            assert not bool(right) and int(prediction) == 1 - label
+            assert not bool(fooled(subject, IMAGE, torch.tensor([label])))
 
 
 def test_answers_do_not_depend_on_the_batch():
