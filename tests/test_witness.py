@@ -273,6 +273,7 @@ def test_replay_believes_nothing(spoil):
     image, moved = IMAGE.double(), MOVED.double()
     assert replay(subject, image, label, moved, "l1", 1.0, one).tolist() == [1.0]
     assert replay(subject, image, label, moved, "l1", 0.9, one).tolist() == [torch.inf]  # above the cap
+    assert replay(subject, image, label, moved, "l1", None, 0.99 * one).tolist() == [torch.inf]  # too far
     assert replay(subject, image, label, spoil(moved), "l1", None, one).tolist() == [torch.inf]
 
 
