@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flowverify.conventions import check_channels_first, check_labels
 from flowverify.errors import DataError, DependencyError, InvalidInputError, UnknownNameError
 
 DATASETS = ("digits", "mnist", "cifar10-sample")
@@ -54,7 +55,8 @@ class Dataset:
     ``dataset[2:5]``, ``dataset[[3, 7]]`` and ``dataset[mask]`` are data sets; ``dataset[2]`` is a pair.
 
     Raises:
-        DataError: shapes or types other than these, NaN, infinite or negative values.
+        DataError: shapes or types other than these, images that look as if their channels came last
+            (:func:`flowverify.conventions.check_channels_first`), NaN, infinite or negative values.
     """
 
     images: Tensor
@@ -69,6 +71,10 @@ class Dataset:
                 f"{self.name}: images of shape {tuple(images.shape)} and type {images.dtype}, expected "
                 "float32 of shape (number, channels, height, width)"
             )
+        try:
+            check_channels_first(images.shape[1:], f"{self.name}: images of shape {tuple(images.shape)}")
+        except InvalidInputError as error:
+            raise DataError(str(error)) from None
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
             raise DataError(
                 f"{self.name}: labels of shape {tuple(labels.shape)} and type {labels.dtype}, expected "
@@ -284,8 +290,6 @@ def _read_npz(path: Path, name: str, split: str) -> Dataset:
         if key not in arrays:
             raise DataError(f"{path}: no array {key!r}, expected images and labels")
     images, labels = arrays["images"], arrays["labels"]
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: labels of type {labels.dtype}, expected integers")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise DataError(f"{path}: images of type {images.dtype}, expected uint8 or float")
     with np.errstate(over="ignore"):
@@ -293,8 +297,8 @@ def _read_npz(path: Path, name: str, split: str) -> Dataset:
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     try:
-        return Dataset(pixels, torch.from_numpy(labels.astype(np.int64)), name, split)
-    except DataError as error:
+        return Dataset(pixels, check_labels(labels, labels.size).reshape(labels.shape), name, split)
+    except (DataError, InvalidInputError) as error:
         raise DataError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
 
 

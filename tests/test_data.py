@@ -184,7 +184,9 @@ class TestNpz:
             ({"labels": LABELS}, "no array 'images'"),
             ({"images": IMAGES, "labels": LABELS[:2]}, r"labels of shape \(2,\)"),
             ({"images": IMAGES, "labels": LABELS[:, None]}, r"labels of shape \(3, 1\)"),
-            ({"images": IMAGES, "labels": LABELS.astype(float)}, "labels of type float64, expected integers"),
+            ({"images": IMAGES, "labels": LABELS.astype(float)}, "labels of type torch.float64"),
+            ({"images": IMAGES, "labels": LABELS > 0}, "labels of type torch.bool and length 3: expected 3 integers"),
+            ({"images": IMAGES, "labels": LABELS.astype(int) - 9}, r"label -\d \(image \d\): expected >= 0"),
             ({"images": IMAGES[0], "labels": LABELS}, "expected float32 of shape"),
             (
                 {"images": IMAGES.astype(int), "labels": LABELS},

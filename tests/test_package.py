@@ -14,8 +14,8 @@ import flowverify as fv
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowverify"
 LAYERS = (
-    "errors", "quiet", "grid", "transport", "threat", "network", "lirpa", "certify", "attack", "smoothing", "export",
-    "data", "zoo", "training", "figures", "bench", "doctor", "cli", "__main__",
+    "errors", "quiet", "conventions", "lock", "grid", "transport", "threat", "network", "witness", "lirpa", "certify",
+    "attack", "smoothing", "export", "data", "zoo", "training", "figures", "bench", "doctor", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

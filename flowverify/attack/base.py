@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.check import confirm
-from flowverify.attack.model import AttackedModel, surplus
+from flowverify.attack.model import AttackedModel
 from flowverify.attack.result import FOUND, MISCLASSIFIED, NOT_FOUND, AttackResult, join
+from flowverify.conventions import check_labels
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
 from flowverify.threat import WassersteinBall, check_images
 from flowverify.transport.distance import channel_masses
 from flowverify.transport.ground import check_ground, parse_ground
+from flowverify.witness import clean
 
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks
 GROWTH = 2.0
@@ -151,25 +153,15 @@ class BaseAttack(ABC):
                 that is not a class of the model, or a model that does not take such images.
         """
         images = check_images(images).detach().to(self.model.device).double()
-        labels = torch.as_tensor(labels, device=self.model.device).reshape(-1)
-        if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape[0] != images.shape[0]:
-            raise InvalidInputError(
-                f"labels of type {labels.dtype} and length {labels.shape[0]}: expected {images.shape[0]} integers"
-            )
-        if images.shape[0]:
-            classes = self.model.logits(images[:1]).shape[1]
-            wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
-            if wrong.numel():
-                at = int(wrong[0])
-                raise InvalidInputError(
-                    f"label {int(labels[at])} (image {at}): expected a class of the model, 0 to {classes - 1}"
-                )
+        labels = check_labels(labels, len(images), device=self.model.device)
+        if len(images):
+            labels = check_labels(labels, len(images), self.model.logits(images[:1]).shape[1])
         if cap is not None and images.numel() and float(images.max()) > cap:
             at = int((images.flatten(1).amax(1) > cap).nonzero()[0])
             raise InvalidInputError(
                 f"image {at} has a pixel of {float(images[at].max()):g}: expected at most the cap, {cap:g}"
             )
-        return images, labels.to(torch.int64)
+        return images, labels
 
     def _run(
         self, images: Tensor, labels: Tensor, ground: str, cap: float | None, radius: float | None
@@ -189,10 +181,7 @@ class BaseAttack(ABC):
     ) -> AttackResult:
         begin = time.perf_counter()
         own = self.model.logits(images)
-        right = surplus(own, labels) < 0
-        close = (right & (surplus(own, labels) > -self.model.rounding(own, 100))).nonzero().flatten()
-        if close.numel():  # where the two precisions might differ
-            right[close] = surplus(self.model.exact_logits(images[close]), labels[close]) < 0
+        right = clean(self.model, images, labels)[1]
         final, distance = images.clone(), torch.zeros(len(images), dtype=torch.float64, device=images.device)
         notes = [""] * len(images)
         chosen = right.nonzero().flatten()
@@ -215,7 +204,7 @@ class BaseAttack(ABC):
             for row in chosen[torch.isinf(distance[chosen])].tolist():
                 offered = bool((candidates[chosen == row] != images[row]).any())
                 notes[row] = "what the search offered did not pass the check" if offered else "the search found none"
-        prediction = self.model.logits(final).argmax(1)
+        prediction = clean(self.model, final, labels)[0]
         outcome = tuple(
             MISCLASSIFIED if not bool(right[k]) else FOUND if bool(torch.isfinite(distance[k])) else NOT_FOUND
             for k in range(len(images))

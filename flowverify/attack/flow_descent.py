@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
-from flowverify.attack.check import repair
 from flowverify.attack.flow_projection import L1Projection, project_euclidean
-from flowverify.attack.model import surplus
 from flowverify.attack.schedule import Schedule
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
 from flowverify.transport.ground import parse_ground
+from flowverify.witness import repair, surplus
 
 PROJECTIONS = ("euclidean", "l1")
 

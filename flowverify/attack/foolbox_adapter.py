@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flowverify.attack.base import BaseAttack
-from flowverify.attack.segment import between
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.transport.distance import FLOAT32_MASS_TOLERANCE, wasserstein_distance
 from flowverify.transport.ground import check_ground
+from flowverify.witness import pull_back, repair
 
 
 def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1.0) -> Any:
@@ -53,10 +53,9 @@ def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1
             return eagerpy.astensor(distances) if isinstance(reference, eagerpy.Tensor) else distances
 
         def clip_perturbation(self, references: Any, perturbed: Any, epsilon: float) -> Any:
-            clean, far = raw(references), raw(perturbed)
-            distance = _distances(clean, far, ground)
-            share = torch.where(distance > epsilon, epsilon / distance.clamp(min=1e-30), 1.0).to(clean)
-            clipped = between(clean, far, share)
+            clean, far = raw(references).double(), raw(perturbed)
+            radius = torch.full((len(clean),), epsilon, dtype=torch.float64, device=clean.device)
+            clipped = pull_back(clean, repair(clean, far, cap), ground, radius).to(far)
             return eagerpy.astensor(clipped) if isinstance(references, eagerpy.Tensor) else clipped
 
     class Adapter(MinimizationAttack):  # type: ignore[misc]

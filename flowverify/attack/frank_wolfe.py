@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
-from flowverify.attack.model import AttackedModel, surplus
+from flowverify.attack.model import AttackedModel
 from flowverify.attack.rows import Rows, ranked_targets, target_margin
 from flowverify.errors import InvalidInputError
 from flowverify.transport.moves import best_moves
+from flowverify.witness import surplus
 
 STEPS = (1.0, 0.5, 0.25, 0.1)  # of the line search
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.frank_wolfe import step_along
-from flowverify.attack.model import surplus
 from flowverify.attack.rows import Rows, likeliest, nearest
-from flowverify.attack.segment import between, first_crossing
+from flowverify.attack.segment import first_crossing
 from flowverify.errors import UnknownNameError
 from flowverify.transport.moves import Moves, best_moves
+from flowverify.witness import between, surplus
 
 
 class Round(NamedTuple):

@@ -8,18 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flowverify.conventions import check_logits
 from flowverify.errors import InvalidInputError
+from flowverify.witness import surplus
 
 ROWS = 4  # batches are filled up to a multiple: a row's value then does not depend on how many there are
-
-ROUNDING = 16  # units in the last place of the largest logit
+ROUNDING = 16  # units in the last place of the largest logit: how far beyond a tie a search goes at least
 
 
 class AttackedModel:
     """A copy of a module in evaluation mode, in its own precision and in float64.
 
-    A search runs in the module's own precision. A perturbed image counts as misclassified only if both
-    precisions say so, as a certificate counts only if both say otherwise.
+    A search runs in the module's own precision, and goes a little beyond ties; what counts is the rule of
+    :mod:`flowverify.witness`.
 
     Args:
         module: maps (B, C, H, W) to (B, classes); differentiable where its gradient is to lead anywhere.
@@ -49,19 +50,19 @@ class AttackedModel:
             self._precise = self.module if self.dtype == torch.float64 else copy.deepcopy(self.module).double()
         return self._precise
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor, *, alone: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, classes) in the module's own precision, returned as float64; no gradient.
 
         Raises:
             InvalidInputError: the module does not take such images or does not return logits.
         """
         with torch.no_grad():
-            return self._call(self.module, images.to(self.dtype)).double()
+            return self._call(self.module, images.to(self.dtype), alone).double()
 
-    def exact_logits(self, images: Tensor) -> Tensor:
+    def exact_logits(self, images: Tensor, *, alone: bool = False) -> Tensor:
         """As :meth:`logits`, computed in float64."""
         with torch.no_grad():
-            return self._call(self.precise, images.double())
+            return self._call(self.precise, images.double(), alone)
 
     def gradients(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """f_t - f_y and its gradient in the image, float64 (B,) and (B, C, H, W); NaN gradients become 0."""
@@ -85,15 +86,6 @@ class AttackedModel:
         """max over t of f_t - f_y, float64 (B,): positive where misclassified; NaN where a logit is."""
         return surplus(self.logits(images), labels)
 
-    def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Whether each image is misclassified in float64 and in the module's own precision; bool (B,).
-
-        f_t - f_y has to exceed what rounding can make of it, or the answer would depend on the batch.
-        """
-        exact, own = self.exact_logits(images), self.logits(images)
-        clearly = surplus(exact, labels) > _rounding(exact, torch.float64)
-        return clearly & (surplus(own, labels) > _rounding(own, self.dtype))
-
     def crossed(self, images: Tensor, labels: Tensor) -> Tensor:
         """Whether each image is misclassified in the module's own precision, well beyond rounding; bool (B,)."""
         logits = self.logits(images)
@@ -101,11 +93,11 @@ class AttackedModel:
 
     def rounding(self, logits: Tensor, times: float = 1.0) -> Tensor:
         """``times`` the allowance for rounding in the module's own precision, (B, classes) -> (B,)."""
-        return times * _rounding(logits, self.dtype)
+        return times * ROUNDING * torch.finfo(self.dtype).eps * logits.abs().amax(1)
 
-    def _call(self, module: nn.Module, images: Tensor) -> Tensor:
+    def _call(self, module: nn.Module, images: Tensor, alone: bool = False) -> Tensor:
         count = images.shape[0]
-        missing = -count % ROWS
+        missing = 0 if alone else -count % ROWS
         if missing:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         try:
@@ -117,17 +109,4 @@ class AttackedModel:
                 f"model {type(self.module).__name__} on images of shape {tuple(images.shape[1:])} and type "
                 f"{images.dtype}: {' '.join(str(error).split())[:200]}"
             ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InvalidInputError(f"model output {given}: expected logits of shape ({len(images)}, classes >= 2)")
-        return logits[:count]
-
-
-def _rounding(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return ROUNDING * torch.finfo(dtype).eps * logits.abs().amax(1)
-
-
-def surplus(logits: Tensor, labels: Tensor) -> Tensor:
-    """max over t != y of f_t - f_y, (B, classes) -> (B,)."""
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return others - logits.gather(1, labels[:, None]).squeeze(1)
+        return check_logits(logits, len(images))[:count]

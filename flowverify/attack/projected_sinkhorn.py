@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.base import BaseAttack, Batch
-from flowverify.attack.check import repair
 from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import MNIST, Schedule
 from flowverify.attack.sinkhorn import project_sinkhorn
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.transport.ground import parse_ground
+from flowverify.witness import repair
 
 NORMS = ("linf", "l2")
 

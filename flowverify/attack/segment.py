@@ -10,18 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowverify.attack.model import AttackedModel, surplus
+from flowverify.attack.model import AttackedModel
+from flowverify.witness import between, fooled, surplus
 
 BEYOND = 0.01  # a trial lands this far past the expected crossing, since only that side is of use
 SETTLED = 3e-4  # of the clean margin: what is beyond the boundary by so little is near enough
-ALLOWANCE = 1.1  # times the rounding that a misclassification has to exceed
+ALLOWANCE = 1.1  # times the rounding beyond which a misclassification is looked for: it should not hang by a hair
 NUDGES = (0.0, 1e-6, 1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3, 1e-2)
-
-
-def between(clean: Tensor, far: Tensor, share: Tensor) -> Tensor:
-    """(1 - t) clean + t far for t of shape (B,); far itself for t = 1."""
-    share = share[:, None, None, None]
-    return torch.where(share >= 1, far, clean + share * (far - clean)).clamp(min=0)
 
 
 def first_crossing(
@@ -75,8 +70,8 @@ def confirmed_crossing(
     labels: Tensor,  # (B,)
     logits: tuple[Tensor, Tensor],  # (B, classes) each
     cap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Images just beyond the boundary, and whether each was found misclassified in both precisions; bool (B,).
+) -> Tensor:
+    """Images just beyond the boundary by which the network is fooled (:mod:`flowverify.witness`).
 
     Where no point tried is, the image is ``far``.
 
@@ -92,6 +87,6 @@ def confirmed_crossing(
         if not todo.numel():
             break
         images = between(clean[todo], far[todo], trial[todo]).clamp(max=torch.inf if cap is None else cap)
-        fooled = model.fooled(images, labels[todo])
-        result[todo[fooled]], confirmed[todo[fooled]] = images[fooled], True
-    return result, confirmed
+        hit = fooled(model, images, labels[todo])
+        result[todo[hit]], confirmed[todo[hit]] = images[hit], True
+    return result

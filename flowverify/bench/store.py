@@ -7,7 +7,6 @@ process that is killed leaves whole lines and at most one torn line at the end; 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from typing import Any, Self
 from flowverify.bench.suite import Suite
 from flowverify.bench.tasks import Key, Record
 from flowverify.errors import DataError, InvalidInputError
+from flowverify.lock import take_lock
 
 RECORDS, SUITE, LOCK, RUNS = "records.jsonl", "suite.json", "lock", "runs.jsonl"
 
@@ -45,7 +45,7 @@ class Store:
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         try:
-            self._take_lock()
+            take_lock(self._lock, str(self.folder))
             self._claim(suite)
             self._superseded = False
             self.records = self._recover({(task.name, index) for task in suite.tasks for index in task.positions})
@@ -104,14 +104,6 @@ class Store:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInputError(
-                f"{self.folder}: another run is writing to it, expected to be the only one"
-            ) from None
 
     def _claim(self, suite: Suite) -> None:
         """Writes the suite into a new folder, or compares it with the one that is there."""

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
+<<<<<<< HEAD
 from flowverify.errors import InvalidInputError, SolverError
+=======
+from flowverify.conventions import check_labels
+>>>>>>> claims
 from flowverify.network import Network, load_network
 from flowverify.threat import WassersteinBall, check_cap, check_images
 from flowverify.transport.ground import check_ground, parse_ground
 from flowverify.transport.support import support
+from flowverify.witness import TwoPrecisions, clean
 
 ROUNDING = 1e-11  # what is computed in float64 is trusted to this fraction of the network's largest value at the image
 
@@ -70,6 +75,11 @@ class BaseCertifier(ABC):
             self._precise = copy.deepcopy(self.network).double()
         return self._precise
 
+    @property
+    def subject(self) -> TwoPrecisions:
+        """The network in both precisions, as counterexamples are replayed on it."""
+        return TwoPrecisions(self.network, self.precise)
+
     def check(
         self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -77,34 +87,17 @@ class BaseCertifier(ABC):
 
         Raises:
             InvalidInputError: wrong shape, a pixel that is negative, not finite or above the cap, mass 0, a label
-                that is not a class of the network, a ground cost that does not fit the images.
+                that is no class of the network, a ground cost that does not fit the images.
             UnknownNameError: an unknown ground cost.
         """
         check_ground(ground, self.network.grid)
         images = check_images(images, self.network.grid).detach().to(self.device)
         check_cap(images, cap)
-        labels = torch.as_tensor(labels, device=self.device).reshape(-1)
-        if labels.is_floating_point() or labels.shape[0] != images.shape[0]:
-            raise InvalidInputError(
-                f"labels of type {labels.dtype} and length {labels.shape[0]}: expected {images.shape[0]} integers"
-            )
-        classes = self.network.num_classes
-        wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
-        if wrong.numel():
-            at = int(wrong[0])
-            raise InvalidInputError(
-                f"label {int(labels[at])} (image {at}): expected a class of the network, 0 to {classes - 1}"
-            )
-        return images, labels.to(torch.int64)
+        return images, check_labels(labels, len(images), self.network.num_classes, self.device)
 
     def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions, and whether each image is classified as its label in float64 and by the network as it is."""
-        with torch.no_grad():
-            exact = self.precise(images.double())
-            rounded = self.network(images.to(self.network.dtype))
-        best = exact.gather(1, labels[:, None]).squeeze(1)
-        others = exact.scatter(1, labels[:, None], -torch.inf).amax(1)
-        return exact.argmax(1), (best > others) & (rounded.argmax(1) == labels)
+        """Predictions, and whether each image is classified right; see :mod:`flowverify.witness`."""
+        return clean(self.subject, images, labels)
 
     def allowance(self, images: Tensor) -> Tensor:
         """What margins are lowered by before they count as proven, for rounding in float64: (B,), for (B, C, H, W)."""

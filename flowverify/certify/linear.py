@@ -137,8 +137,6 @@ def exact_radius(spaces: HalfSpaces, *, backend: Backend = "auto", ground: str =
     result = _least(spaces, found.budget, None)
     cost = parse_ground(ground)
     result = replace(result, radius=cost.radius(result.radius), by_class=cost.radius(result.by_class))
-    if not spaces.classes.shape[1]:
-        return result
     chosen = (spaces.classes == result.target[:, None]).nonzero(as_tuple=True)
     normals, budget, bracket = (value[chosen][:, None] for value in (spaces.normals, found.budget, found.bracket))
     nearest = nearest_image(normals, spaces.images, budget, bracket, backend=backend, ground=ground)
@@ -196,9 +194,6 @@ def _steepest_edge(spaces: HalfSpaces) -> Tensor:
 
 def _least(spaces: HalfSpaces, distances: Tensor, points: Tensor | None) -> LinearRadius:
     by_class = distances / spaces.mass[:, None]
-    if not by_class.shape[1]:  # a network of one class
-        count = len(by_class)
-        return LinearRadius(by_class.new_full((count,), torch.inf), by_class, spaces.classes.new_zeros(count), None)
     radius, position = by_class.min(1)
     nearest = None
     if points is not None:

@@ -16,9 +16,9 @@ from flowverify.certify.linear_program import LinearProgram, program_radius
 from flowverify.certify.methods import LINEAR_METHODS
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError
 from flowverify.threat import WassersteinBall
-from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.moves import best_moves
+from flowverify.witness import pull_back, repair, replay
 
 INSIDE = 1 - 1e-9  # the exact radius itself is a tie: what is certified is below it
 BEYOND = 1 + 1e-6  # a witness this much farther is misclassified beyond doubt of rounding
@@ -86,8 +86,7 @@ class LinearCertifier(BaseCertifier):
         """Images (B, C, H, W) of the balls of these radii (B,), and whether each is misclassified.
 
         The witness is the image of the ball that goes farthest beyond the boundary of the nearest class (with a cap,
-        nearly the farthest). It is replayed: network in its own precision and in float64, distance by an exact solver,
-        mass, nonnegativity, cap.
+        nearly the farthest), and is replayed; see :mod:`flowverify.witness`.
         """
         images, labels = self.check(images, labels, ground, cap)
         spaces = half_spaces(self.network, images, labels)
@@ -96,14 +95,10 @@ class LinearCertifier(BaseCertifier):
         normal = spaces.normals[torch.arange(len(position)), position]
         radius = radius.double()
         budget = parse_ground(ground).budget(radius).to(spaces.mass) * spaces.mass
-        image = best_moves(normal, spaces.images, budget=budget, ground=ground, cap=cap).image
-        near = wasserstein_distance(spaces.images, image, ground) <= radius.cpu() * (1 + 1e-9)
-        if cap is not None:
-            near &= (image <= cap).flatten(1).all(1).cpu()
-        wrong = (self.precise(image).argmax(1) != labels) & (
-            self.network(image.to(self.network.dtype)).argmax(1) != labels
-        )
-        return image, wrong & near.to(wrong.device)
+        farthest = best_moves(normal, spaces.images, budget=budget, ground=ground, cap=cap).image
+        radius = radius.to(spaces.mass)
+        image = pull_back(spaces.images, repair(spaces.images, farthest, cap), ground, radius)
+        return image, torch.isfinite(replay(self.subject, spaces.images, labels, image, ground, cap, radius))
 
     def _certificates(
         self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool

@@ -143,8 +143,8 @@ class MarginBounds:
             (B, classes - 1), in ascending order of t.
         """
         images = images.to(self.dtype)
-        if self.network.num_classes == 1 or not len(images):
-            return images.new_zeros(len(images), self.network.num_classes - 1)
+        if not len(images):
+            return images.new_zeros(0, self.network.num_classes - 1)
         specification = margin_specification(labels, self.network.num_classes, self.dtype).to(images.device)
         rows = torch.arange(images.shape[0]) if warm_start is None else warm_start.images
         size = max(1, self.chunk_entries // (self._width * 128))

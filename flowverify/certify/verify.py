@@ -142,7 +142,7 @@ class Certifier(BaseCertifier):
         budget = parse_ground(ground).budget(radius.double().to(images.device)) * images.flatten(1).double().sum(1)
         engine = self.engine(dtype, method, ground, cap)
         bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
-        worst = bounds.double().amin(1) if bounds.shape[1] else bounds.new_full((bounds.shape[0],), torch.inf).double()
+        worst = bounds.double().amin(1)
         if dtype == torch.float64:
             worst = worst - self.allowance(images)
         # A NaN (overflowing weights) proves nothing.

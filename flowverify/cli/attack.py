@@ -24,6 +24,7 @@ from flowverify.cli.options import (
     Model,
     Split,
     check_device,
+    open_alone,
 )
 from flowverify.cli.report import INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
 from flowverify.errors import InvalidInputError
@@ -93,7 +94,7 @@ def attack(
     results: list[tuple[list[int], AttackResult]] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:
-        file = None if save is None else stack.enter_context((save / RECORDS).open("w", encoding="utf-8"))
+        file = None if save is None else stack.enter_context(open_alone(save / RECORDS, "save", empty=True))
         bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
         task = bar.add_task(f"{method} on {model}", total=len(positions))
         try:

@@ -173,7 +173,8 @@ def certify(
         name = distance_name(ground)
         columns = ("image", "label", "predicted", "verdict", f"radius (pixels)\n{name}", "probability")
         job.print_table(records, columns, lambda r: (
-            str(r["index"]), str(r["label"]), str(r["prediction"]), r["verdict"], f"{r['radius']:.4f}",
+            str(r["index"]), str(r["label"]), "" if r["prediction"] is None else str(r["prediction"]), r["verdict"],
+            f"{r['radius']:.4f}",
             f"{r['probability']:.4f}",
         ))  # fmt: skip
         verdicts = Counter(record["verdict"] for record in records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from json import loads
 from pathlib import Path
 from time import perf_counter
@@ -62,7 +63,7 @@ class Job:
                     typer.echo(json_line(self.records.done[place]))
         missing = self.records.missing(self.positions)
         found = {place: self.records.done[place] for place in self.positions if place in self.records.done}
-        with progress_bar(quiet=json and output().is_terminal) as bar:
+        with closing(self.records), progress_bar(quiet=json and output().is_terminal) as bar:
             task = bar.add_task(self.title, total=self.cost * len(missing))
             try:
                 for first in range(0, len(missing), AT_ONCE):

@@ -30,6 +30,7 @@ from flowverify.cli.options import (
     check_domain,
     check_picture,
     check_writable,
+    open_alone,
 )
 from flowverify.cli.report import FAILED, INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
 from flowverify.errors import InvalidInputError, UnknownNameError
@@ -137,7 +138,7 @@ def verify(
     results: list[Result] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:
-        file = None if save is None else stack.enter_context(save.open("w", encoding="utf-8"))
+        file = None if save is None else stack.enter_context(open_alone(save, "save", empty=True))
         bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
         task = bar.add_task(f"{model} on {data.name}", total=len(positions))
         watch.attach(bar, task)

@@ -21,7 +21,7 @@ from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outco
 from flowverify.export.networks import Parts, take_apart
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap
-from flowverify.export.replay import descend, replay
+from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
 from flowverify.threat import WassersteinBall
@@ -185,11 +185,11 @@ class MarabouCertifier(BaseCertifier):
         self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export, candidate: Tensor
     ) -> Found | None:
         """Falsified if steps inside the ball lead from the candidate to a misclassified image, which is replayed."""
-        candidate, margin = descend(self, candidate, image.detach().cpu().double(), label, ball)
-        if margin >= 0:
+        shown = falsify(self, candidate, image, label, ball, scales=(1.0,))
+        if shown.image is None:
             return None
         inputs, values = export.network.inputs, export.instances[0].centre.copy()
-        flow = flow_by_transport(inputs.image(values)[None].clamp(min=0), candidate[None])[0]
+        flow = flow_by_transport(inputs.image(values)[None].clamp(min=0), shown.image[None])[0]
         values[: inputs.flows] += torch.cat([flow.clamp(min=0), (-flow).clamp(min=0)]).numpy()
         onnx = folder / "network.onnx"
         write_onnx(export.network.graph, onnx)

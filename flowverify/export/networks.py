@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowverify.errors import InvalidInputError
 from flowverify.export.deviation import largest_change, rounding_change
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
@@ -63,11 +62,13 @@ def take_apart(network: Network) -> Parts:
 
     Raises:
         FoldError, UnsupportedOperationError: as :func:`flowverify.network.fold` and
+<<<<<<< HEAD
             :func:`flowverify.network.lowering.lower`.
         InvalidInputError: a network of one class.
+=======
+            :func:`flowverify.export.lowering.lower`.
+>>>>>>> claims
     """
-    if network.num_classes < 2:
-        raise InvalidInputError("network with 1 class: expected at least 2, or there is nothing to verify")
     folded = fold(network, "dense")
     weight, bias = affine_rows(folded.prefix, folded.prefix.output)
     return Parts(weight, bias, lower(folded.remainder).graph, network.num_classes)

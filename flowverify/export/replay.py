@@ -2,11 +2,13 @@
 
 Verifiers return points on the boundary of what they were asked, up to tolerances of their own. So the witness is
 first made a valid image (no negative pixel, the image's mass, within the radius), and then moved on inside the ball
-by a few steps of Frank-Wolfe, whose oracle is exact. Only what the replayed image shows is ever claimed.
+by a few steps of Frank-Wolfe, whose oracle is exact; from all of these the nearest counterexample is hunted. Only what
+the replayed image shows is ever claimed, by the rule of :mod:`flowverify.witness`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowverify import witness
 from flowverify.certify.base import BaseCertifier
+from flowverify.certify.complete.hunt import Hunt
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
 from flowverify.export.rounding import FloatArray
 from flowverify.threat import WassersteinBall
-from flowverify.transport.distance import channel_masses, wasserstein_distance
-from flowverify.transport.support import support
+from flowverify.transport.moves import best_moves
 
 STEPS = 12
 NEIGHBOURS = 4
 SHARES = (1e-4, 1e-3, 0.01, 0.05, 0.25, 1.0)
+SCALES = (1.0, 1.25, 1.5)  # of the ball: what is found a little outside of it is pulled to the boundary, perhaps inside
 TOLERANCE = 1e-3  # of the largest output: verifiers round; the original network decides
-INSIDE = 1 - 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Replay:
 
     falsified: bool
     image: Tensor | None = None  # (C, H, W), float64
-    distance: float | None = None  # W1 of normalised images
+    distance: float | None = None  # of normalised images, in pixels
     reason: str = ""
 
 
@@ -64,22 +67,40 @@ def replay(
     exported = _exported_margin(outputs, label, encoding, certifier.network.num_classes)
     if not exported <= TOLERANCE * (1 + float(np.abs(outputs).max())):
         return Replay(False, reason=f"replay: the exported network does not confirm it, margin {exported:.3g}")
-    centre = image.detach().cpu().double()
     try:
-        start = repair(inputs.image(values), centre, ball)
+        return falsify(certifier, inputs.image(values), image, label, ball)
     except SolverError as error:
-        return Replay(False, reason=f"replay: W1 of the witness could not be computed ({error})")
-    best, margin = descend(certifier, start, centre, label, ball)
-    if not bool(ball.contains(centre[None], best[None], tolerance=0.0)[0]):
-        distance = float(wasserstein_distance(centre[None], best[None], ball.ground))
-        return Replay(
-            False, reason=f"replay: the witness is at W1 {distance:.6g}, outside the radius {ball.radius:.6g}"
-        )
-    with torch.no_grad():
-        own = certifier.network(best[None].to(certifier.device, certifier.network.dtype)).argmax(1)
-    if margin >= 0 or int(own) == label:
-        return Replay(False, reason=f"replay: the original network keeps the label, margin {margin:.3g}")
-    return Replay(True, best, float(wasserstein_distance(centre[None], best[None], ball.ground)))
+        return Replay(False, reason=f"replay: the distance of the witness could not be computed ({error})")
+
+
+def falsify(
+    certifier: BaseCertifier,
+    point: Tensor,  # (C, H, W)
+    image: Tensor,  # (C, H, W)
+    label: int,
+    ball: WassersteinBall,
+    scales: Sequence[float] = SCALES,
+) -> Replay:
+    """A counterexample of the ball on the original network, looked for near a point that need not lie in the ball.
+
+    Args:
+        scales: how much larger the balls are that it is looked for in; what is outside of the ball does not count.
+
+    Raises:
+        SolverError: an exact distance could not be computed.
+    """
+    centre, point = image.detach().cpu().double(), point.detach().cpu().double()
+    hunt = Hunt(certifier, centre.to(certifier.device), label, True, ball.ground, ball.cap)
+    margins = []
+    for scale in scales:
+        larger = ball.with_radius(scale * ball.radius)
+        start = repaired(point, centre, larger)
+        best, margin = descend(certifier, start, centre, label, larger)
+        margins.append(margin)
+        hunt.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
+        if hunt.witness is not None and hunt.radius <= ball.radius:
+            return Replay(True, hunt.witness.cpu(), hunt.radius)
+    return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 
 def run_onnx(path: Path, values: FloatArray) -> FloatArray:
@@ -100,20 +121,19 @@ def run_onnx(path: Path, values: FloatArray) -> FloatArray:
     return np.asarray(outputs, dtype=np.float64)
 
 
-def repair(witness: Tensor, image: Tensor, ball: WassersteinBall) -> Tensor:
-    """A valid image of the ball near a witness, both (C, H, W) in float64.
+def repaired(point: Tensor, image: Tensor, ball: WassersteinBall) -> Tensor:
+    """An image of the ball near a point, both (C, H, W) in float64.
 
-    Negative pixels become 0, each channel gets the image's mass back, and if the radius is passed the result is moved
-    towards the image in a straight line, along which W1 shrinks at least in proportion.
+    Where no plan of the ground cost leads to the point, it is the one that goes farthest in its direction.
+
+    Raises:
+        SolverError: an exact distance could not be computed.
     """
-    masses = channel_masses(image[None])[0]
-    valid = witness.clamp(min=0)
-    total = valid.sum((-1, -2))
-    valid = torch.where((total > 0)[:, None, None], valid * (masses / total.clamp(min=1e-300))[:, None, None], image)
-    distance = float(wasserstein_distance(image[None], valid[None], ball.ground))
-    if distance > ball.radius * INSIDE:
-        valid = image + (valid - image) * (ball.radius * INSIDE / distance)
-    return valid.clamp(min=0)
+    valid, centre = witness.repair(image[None], point[None], ball.cap), image[None]
+    if not bool(torch.isfinite(witness.distance(centre, valid, ball.ground))):
+        budget = ball.budget(centre) * witness.INSIDE
+        return best_moves(valid - centre, centre, budget=budget, ground=ball.ground, cap=ball.cap).image[0]
+    return witness.pull_back(centre, valid, ball.ground, image.new_tensor([ball.radius]))[0]
 
 
 def _exported_margin(outputs: FloatArray, label: int, encoding: Encoding, classes: int) -> float:
@@ -128,35 +148,30 @@ def descend(
 ) -> tuple[Tensor, float]:
     """The image of least margin f_label - max f_t met on the way, and that margin in float64.
 
-    Frank-Wolfe over the ball with l1 ground cost of a radius whose images are all in the ball of its own ground
-    cost; W1 is convex, so mixtures stay inside.
+    Frank-Wolfe over the ball: the cost of the cheapest plan is convex for every ground cost, so that mixtures of images
+    of the ball stay inside.
     """
-    network = certifier.precise  # weights need no gradient
-    budget = ball.radius * INSIDE * image.sum()
-    device = certifier.device
+    network, device = certifier.precise, certifier.device  # weights need no gradient
+    budget = (ball.budget(image[None]) * witness.INSIDE).expand(NEIGHBOURS)
+    centres = image.expand(NEIGHBOURS, *image.shape)
 
-    def margin(candidate: Tensor) -> Tensor:
-        logits = network(candidate[None].to(device))[0]
-        others = torch.cat([logits[:label], logits[label + 1 :]])
-        difference: Tensor = logits[label] - others.max()
-        return difference
+    def margins(candidates: Tensor) -> Tensor:
+        labels = torch.full((len(candidates),), label, device=device)
+        return -witness.surplus(network(candidates.to(device)), labels).cpu()
 
     generator = torch.Generator().manual_seed(0)
-    best, least = start, float(margin(start))
+    best, least = start, float(margins(start[None]))
     for step in range(STEPS):
         # The witness often lies on a kink, where one gradient tells little: those of points nearby do.
         noise = torch.randn(NEIGHBOURS, *image.shape, generator=generator, dtype=torch.float64)
         noise[0] = 0
-        points = best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise
-        coefficients = []
-        for point in points:
-            variable = point.detach().clone().requires_grad_(True)
-            coefficients.append(-torch.autograd.grad(margin(variable), variable)[0].detach().cpu())
-        found = support(torch.stack(coefficients)[None], image[None], budget[None], maximiser=True).maximiser
-        assert found is not None
-        trials = [best + share * (vertex - best) for vertex in found[0] for share in SHARES]
-        values = [float(margin(trial)) for trial in trials]
-        at = int(np.argmin(values))
+        points = (best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise).requires_grad_(True)
+        slopes = torch.autograd.grad(margins(points).sum(), points)[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        vertices = best_moves(-slopes, centres, budget=budget, ground=ball.ground, cap=ball.cap).image
+        trials = torch.stack([best + share * (vertex - best) for vertex in vertices for share in SHARES])
+        with torch.no_grad():
+            values = margins(trials)
+        at = int(values.argmin())
         if values[at] < least:
-            least, best = values[at], trials[at]
+            least, best = float(values[at]), trials[at]
     return best.clamp(min=0), least

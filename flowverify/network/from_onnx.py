@@ -14,6 +14,7 @@ import onnx.reference
 import torch
 from torch import Tensor
 
+from flowverify.conventions import check_channels_first
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
@@ -27,6 +28,8 @@ _FOLDABLE = (
     "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand",
 )  # fmt: skip
 _LARGEST_CONSTANT = 1 << 28
+_AS_IT_IS = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Sub")  # leaves the axes where they are
+_TO_CHANNELS_FIRST = [0, 3, 1, 2]
 
 
 def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Network:
@@ -40,7 +43,9 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Net
 
     Raises:
         ModelFileError: the file is missing, corrupt, or holds no valid network.
-        UnsupportedOperationError: an operator that is not known, named with its node.
+        UnsupportedOperationError: an operator that is not known, named with its node; images with channels last: a
+            Transpose to channels first is the first to change their axes, or their shape looks so
+            (:func:`flowverify.conventions.check_channels_first`) and no ``input_shape`` says otherwise.
         InvalidInputError: ``input_shape`` does not fit the file's input.
     """
     path = Path(path)
@@ -55,6 +60,8 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Net
         raise ModelFileError(f"model file {str(path)!r} is not valid ONNX: {first_line(error)}") from error
     try:
         shape, vector = _input_shape(model.graph, input_shape)
+        if not vector:
+            _check_layout(model.graph, shape, settled=input_shape is not None)
         return _Reader(model, shape, vector).network()
     except UnsupportedOperationError as error:
         raise UnsupportedOperationError(f"model file {str(path)!r}: {error}") from None
@@ -92,6 +99,37 @@ def _input_shape(graph: onnx.GraphProto, given: Sequence[int] | None) -> tuple[t
     if any(size not in (0, expected) for size, expected in zip(sizes[1:], whole, strict=True)):
         raise _InputShapeError(f"input_shape {shape}: expected one that fits {text}")
     return shape, len(sizes) == 2
+
+
+def _check_layout(graph: onnx.GraphProto, shape: Sequence[int], settled: bool) -> None:
+    """Refuses a file whose images have their channels last, by what it does to them first, or else by their shape.
+
+    Args:
+        settled: somebody else has said what the sizes are, so that a shape alone does not count against the file.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    entry = next(entry for entry in graph.input if entry.name not in stored)
+    what = f"input {entry.name!r} of shape {['N', *shape]}"
+    names = {entry.name}
+    for node in graph.node:
+        if names.isdisjoint(node.input):
+            continue
+        if node.op_type in _AS_IT_IS:
+            names.update(node.output)
+        elif node.op_type == "Transpose":
+            axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
+            if axes == _TO_CHANNELS_FIRST:
+                raise UnsupportedOperationError(
+                    f"{what}: is (N, H, W, C), channels last, as node {node.name or node.output[0]!r} (Transpose, perm "
+                    f"{axes}) says; expected channels first, (N, C, H, W), with the transpose outside of the file"
+                )
+    if not settled:
+        try:
+            check_channels_first(shape, what)
+        except InvalidInputError as error:
+            raise UnsupportedOperationError(
+                f"{error}; input_shape=(C, H, W) confirms that these are {shape[0]} channels"
+            ) from None
 
 
 class _Reader:

@@ -228,7 +228,8 @@ class Network(Graph):
     """An image classifier in canonical form: images (B, C, H, W) -> logits (B, classes).
 
     Raises:
-        InvalidInputError: as :class:`Graph`; or the input is not an image or the output not a vector.
+        InvalidInputError: as :class:`Graph`; or the input is not an image, or the output not a vector of two classes
+            or more: with one, no image has another class, and every radius would be certified.
     """
 
     input_shape: tuple[int, int, int]
@@ -237,9 +238,10 @@ class Network(Graph):
         if len(input_shape) != 3:
             raise InvalidInputError(f"input shape {tuple(input_shape)}: expected (channels, height, width)")
         super().__init__(input_shape, nodes)
-        if len(self.output_shape) != 1:
+        if len(self.output_shape) != 1 or self.output_shape[0] < 2:
             raise InvalidInputError(
-                f"network output of shape (batch, {', '.join(map(str, self.output_shape))}): expected (batch, classes)"
+                f"network output of shape (batch, {', '.join(map(str, self.output_shape))}): expected logits of shape "
+                "(batch, classes >= 2)"
             )
 
     @classmethod

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.check import repair
 from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import MNIST, Schedule
 from flowverify.attack.sinkhorn import project_sinkhorn
@@ -24,7 +23,7 @@ from flowverify.smoothing.counter import derive_key
 from flowverify.smoothing.inputs import check_inputs
 from flowverify.smoothing.sampling import noisy_images
 from flowverify.smoothing.statistics import check_alpha, check_samples
-from flowverify.transport.distance import wasserstein_distance
+from flowverify.witness import distance, in_threat_model, repair
 
 GRADIENT = 3  # the stage of its samples, after those of the classifier
 STEP = 0.1  # in pixel values, as in the authors' code
@@ -122,8 +121,9 @@ def attack_smoothed(
             active.remove(row)
         if on_iteration is not None:
             on_iteration(iteration + 1, len(active))
-    hit = [row for row, radius in enumerate(scheduled) if radius]
-    distances = dict(zip(hit, wasserstein_distance(clean[hit], current[hit], ground).tolist(), strict=True))
+    valid = in_threat_model(clean, current, None).tolist()
+    hit = [row for row, radius in enumerate(scheduled) if radius and valid[row]]
+    distances = dict(zip(hit, distance(clean[hit], current[hit], ground).tolist(), strict=True))
     share = (time.perf_counter() - begin) / len(clean)
     return [
         SmoothedAttackResult(

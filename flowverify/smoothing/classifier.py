@@ -126,7 +126,7 @@ class SmoothedClassifier:
         images, targets = check_inputs(images, labels, self.sampler.voter)
         places = _places(positions, len(images))
         begin = time.perf_counter()
-        selected = self.sampler.counts(images, n0, SELECT, places, on_samples).argmax(1)
+        votes, selected = self.sampler.counts(images, n0, SELECT, places, on_samples).max(1)
         counts = self.sampler.counts(images, n, BOUND, places, on_samples)
         successes = counts.gather(1, selected[:, None]).squeeze(1)
         failure = upper_bound_of_failure(successes.numpy(), n, alpha)
@@ -134,7 +134,7 @@ class SmoothedClassifier:
         share = (time.perf_counter() - begin) / max(len(targets), 1)
         results = []
         for row, label in enumerate(targets.tolist()):
-            prediction, radius = int(selected[row]), float(radii[row])
+            prediction, radius = int(selected[row]) if votes[row] else None, float(radii[row])
             results.append(
                 SmoothedCertificate(
                     verdict=verdict_of(prediction, label, radius),
@@ -155,7 +155,7 @@ class SmoothedClassifier:
         return results
 
 
-def verdict_of(prediction: int, label: int, radius: float) -> Verdict:
+def verdict_of(prediction: int | None, label: int, radius: float) -> Verdict:
     """``certified``, ``misclassified`` or ``unknown``, as :class:`SmoothedCertificate` has it."""
     if prediction != label:
         return Verdict.MISCLASSIFIED

@@ -55,9 +55,9 @@ class SmoothedCertificate:
     """A radius within which the smoothed classifier answers ``prediction``, at a confidence of 1 - alpha.
 
     Attributes:
-        verdict: ``certified`` if ``prediction`` is the label and ``radius`` > 0, ``misclassified`` if it is another
-            class, otherwise ``unknown``.
-        prediction: the class selected by the first n0 samples.
+        verdict: ``certified`` if ``prediction`` is the label and ``radius`` > 0, ``misclassified`` if it is not the
+            label, otherwise ``unknown``.
+        prediction: the class selected by the first n0 samples; None where the logits of all of them tie.
         radius: W1 on normalised images, in pixels, with ground cost ``ground``; 0 unless ``certified``.
         probability: the lower confidence bound of the probability of ``prediction``; exact for splitting.
         successes: how many of the ``samples`` gave ``prediction``; None for splitting, which counts none.
@@ -69,7 +69,7 @@ class SmoothedCertificate:
 
     verdict: Verdict
     label: int
-    prediction: int
+    prediction: int | None
     method: str
     bound: str
     ground: str

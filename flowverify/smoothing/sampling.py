@@ -112,6 +112,8 @@ class Sampler:
     ) -> Tensor:
         """How often each class wins on ``samples`` noisy copies of each image, int64 (B, classes) on the CPU.
 
+        Copies on which no class is strictly the best count for none.
+
         Args:
             images: (B, C, H, W), valid images.
             positions: of the images in their data set, which name their streams of random numbers.
@@ -145,6 +147,7 @@ class Sampler:
         named = ", ".join(str(positions[index]) for index in owners[:3])
         rows = torch.cat([part for _, part in batch]) if len(batch) > 1 else batch[0][1]
         tiles = torch.split(rows, self.voter.plan(rows.shape[1:])[0])
-        winners = torch.cat([self.voter.logits_of(tile, f"image {named}").argmax(1) for tile in tiles]).cpu()
+        winners = torch.cat([self.voter.votes(tile, f"image {named}") for tile in tiles]).cpu()
         row = torch.tensor(owners).repeat_interleave(torch.tensor([len(part) for _, part in batch]))
-        total.index_put_((row, winners), torch.ones_like(winners), accumulate=True)
+        some = winners >= 0
+        total.index_put_((row[some], winners[some]), some[some].to(total.dtype), accumulate=True)

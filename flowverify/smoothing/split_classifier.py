@@ -48,8 +48,9 @@ class SplitClassifier:
                 seen, lengths = self._pieces(image, shift)
                 for start in range(0, len(seen), rows):
                     part = slice(start, start + rows)
-                    logits = self.voter.logits_of(seen[part], f"image {index}")
-                    total[index].index_add_(0, logits.argmax(1).cpu(), lengths[part])
+                    winners = self.voter.votes(seen[part], f"image {index}").cpu()
+                    some = winners >= 0
+                    total[index].index_add_(0, winners[some], lengths[part][some])
                 evaluations[index] += len(seen)
                 if on_samples is not None:
                     on_samples(len(seen))
@@ -87,7 +88,7 @@ class SplitClassifier:
         share = (time.perf_counter() - begin) / max(len(targets), 1)
         results = []
         for row, label in enumerate(targets.tolist()):
-            prediction = int(classes[row, 0])
+            prediction = int(classes[row, 0]) if top[row, 0] > 0 else None
             results.append(
                 SmoothedCertificate(
                     verdict=verdict_of(prediction, label, float(radii[row])),

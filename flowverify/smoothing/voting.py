@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from flowverify.conventions import check_logits
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network
+from flowverify.witness import close_to, surplus
 
 MEMORY = 256 * 2**20  # bytes of noisy images and of what the network makes of them
 MULTIPLE = 16  # rows are filled up to one: a row's logits then do not depend on how many there are
@@ -68,6 +71,32 @@ class Voter:
             self._plan = (tuple(shape), rows, logits.shape[1])
         return self._plan[1:]
 
+    def votes(self, batch: Tensor, what: str) -> Tensor:
+        """The class of each image, int64 (N,); -1 where none is strictly the best.
+
+        A class is the best by the rule of :mod:`flowverify.witness`, in the network's own precision and, where that is
+        near a tie, in float64 too: the base classifier is a function with one more answer, "none", for which
+        certificates hold as well.
+
+        Raises:
+            InvalidInputError: as :meth:`logits_of`.
+        """
+        logits = self.logits_of(batch, what)
+        winners = logits.argmax(1)
+        close = close_to(logits, winners, self.dtype)
+        if close.numel():
+            best = winners[close]
+            with torch.inference_mode():
+                exact = self.precise(batch[close].double())
+            ahead = (surplus(logits[close], best) < 0) & (surplus(exact, best) < 0)
+            winners[close] = torch.where(ahead, best, -1)
+        return winners
+
+    @cached_property
+    def precise(self) -> nn.Module:
+        """The network in float64."""
+        return copy.deepcopy(self.network).double()
+
     def logits_of(self, batch: Tensor, what: str) -> Tensor:
         """Logits (N, classes), without gradients.
 
@@ -97,10 +126,7 @@ class Voter:
                 f"model {type(self.network).__name__} on images of shape {tuple(batch.shape[1:])} and type "
                 f"{batch.dtype}: {' '.join(str(error).split())[:200]}"
             ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch) or logits.shape[1] < 2:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InvalidInputError(f"model output {given}: expected logits of shape ({len(batch)}, classes >= 2)")
-        return logits
+        return check_logits(logits, len(batch))
 
 
 def _in_place(network: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from flowverify.errors import InvalidInputError
 from flowverify.export import folder as folder_module
 from flowverify.export.folder import Layout, PlainCertifier, Source, read_contents, write_folder
 from flowverify.export.plan import Request, plan
-from flowverify.export.replay import repair, replay
+from flowverify.export.replay import repaired, replay
 from flowverify.export.results import collect, read_results, read_witness
 from flowverify.network import write_onnx
 from flowverify.threat import WassersteinBall
@@ -186,8 +186,7 @@ def test_repaired_witnesses_are_images_of_the_ball():
     for _ in range(20):
         witness = image + 0.3 * torch.randn(image.shape, generator=generator, dtype=torch.float64)
         ball = WassersteinBall(0.1)
-        repaired = repair(witness, image, ball)
-        assert ball.contains(image[None], repaired[None], tolerance=0.0).all()
+        assert ball.contains(image[None], repaired(witness, image, ball)[None], tolerance=0.0).all()
 
 
 def test_a_witness_for_the_file_alone_falsifies_nothing(tmp_path):

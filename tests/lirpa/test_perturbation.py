@@ -215,12 +215,12 @@ class NaiveWasserstein(PerturbationLpNorm):  # type: ignore[misc]
 
 
 def two_pixels(weight: float, bias: float, scale: nn.Module) -> Network:
-    """0.1 - relu(weight * (x_1 - x_0) + bias) on scaled images of two pixels."""
-    network = Network.sequential((1, 1, 2), [scale, nn.Flatten(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1)]).double()
+    """0.1 - relu(weight * (x_1 - x_0) + bias) on scaled images of two pixels, for each of two classes."""
+    network = Network.sequential((1, 1, 2), [scale, nn.Flatten(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)]).double()
     network.nodes[2].operation.load_state_dict(
         {"weight": torch.tensor([[-weight, weight]]), "bias": torch.tensor([bias])}
     )
-    network.nodes[4].operation.load_state_dict({"weight": torch.tensor([[-1.0]]), "bias": torch.tensor([0.1])})
+    network.nodes[4].operation.load_state_dict({"weight": torch.tensor([[-1.0]] * 2), "bias": torch.tensor([0.1] * 2)})
     return network
 
 
@@ -233,12 +233,12 @@ def test_stable_neurons_are_not_decided_by_an_image_l1_ball(method: str) -> None
     # The neuron x_1 - x_0 + 0.25 is -0.75 at (1, 0) and 0.25 at (0.5, 0.5), where the output is 0.1 - 0.25. The
     # image L1 ball of radius 0.5 reaches -0.25 only: there the neuron is off, and the output a constant 0.1.
     network = two_pixels(1.0, 0.25, nn.Flatten())
-    reached = float(network(AFTER))
+    reached = float(network(AFTER)[0, 0])
     assert reached == pytest.approx(-0.15)
     naive, _ = bounds(network, (BEFORE,), NaiveWasserstein(0.5), method)
-    assert float(naive) == pytest.approx(0.1)  # unsound: the trap is there
+    assert float(naive[0, 0]) == pytest.approx(0.1)  # unsound: the trap is there
     lower, _ = bounds(network, (BEFORE,), PerturbationWasserstein(0.5), method)
-    assert reached - 1e-5 <= float(lower) <= reached + 1e-12
+    assert reached - 1e-5 <= float(lower[0, 0]) <= reached + 1e-12
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,17 +246,17 @@ def test_normalisation_loses_the_l1_ball_and_not_ours(method: str) -> None:
     # W1 <= 0.5 is within the image L1 ball of radius 1, which is a sound way to call auto_LiRPA; yet with
     # (x - 0.1) / 0.5 in front, z = x_1 - x_0 + 0.5 after scaling is -1.5 at the image and 0.5 at (0.5, 0.5).
     network = two_pixels(1.0, 0.5, ScaleShift(torch.tensor(2.0), torch.tensor(-0.2)))
-    reached = float(network(AFTER))
+    reached = float(network(AFTER)[0, 0])
     assert reached == pytest.approx(-0.4)
     alone, _ = bounds(network, (BEFORE,), PerturbationLpNorm(norm=1, eps=1.0), method)
-    assert float(alone) == pytest.approx(0.1)  # unsound: bound above a value in the set
+    assert float(alone[0, 0]) == pytest.approx(0.1)  # unsound: bound above a value in the set
     lower, _ = bounds(network, (BEFORE,), PerturbationWasserstein(0.5), method)
-    assert reached - 1e-5 <= float(lower) <= reached + 1e-12
+    assert reached - 1e-5 <= float(lower[0, 0]) <= reached + 1e-12
     folded = fold(network, "dense")
     inputs = (torch.zeros(1, 1), folded.offset(BEFORE))
     for ball in (PerturbationFlowPolytope(0.5, BEFORE), l1_ball(torch.tensor([0.5]))):
         lower, _ = bounds(folded, inputs, ball, method, BOUND_OPTIONS)
-        assert reached - 1e-5 <= float(lower) <= reached + 1e-9
+        assert reached - 1e-5 <= float(lower[0, 0]) <= reached + 1e-9
 
 
 def test_box_holds_the_ball_and_touches_it() -> None:

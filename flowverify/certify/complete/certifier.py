@@ -104,7 +104,7 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             InvalidInputError: as :meth:`check`; or the image is misclassified.
         """
-        images, labels = self.check(image, torch.as_tensor([int(label)]), ground, cap)
+        images, labels = self.check(image, torch.as_tensor(label), ground, cap)
         if not bool(self.clean(images, labels)[1]):
             raise InvalidInputError(f"image of label {label}: misclassified, so there is no radius to search")
         return self._search_of(images[0].double(), int(label), ground, cap)
@@ -131,7 +131,7 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             InvalidInputError: as :meth:`check`.
         """
-        images, labels = self.check(image, torch.as_tensor([int(label)]), ball.ground, ball.cap)
+        images, labels = self.check(image, torch.as_tensor(label), ball.ground, ball.cap)
         search = self._search_of(images[0].double(), int(labels[0]), ball.ground, ball.cap)
         gap = max(tolerance / RELAXED_ROUNDING, 1.0) * search.allowance
         return least_margin(

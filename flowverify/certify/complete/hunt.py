@@ -1,11 +1,11 @@
 """Counterexamples: points that a search comes across, pulled towards the boundary, and replayed exactly.
 
-Nothing is believed here: an image counts only after the network itself, in float64 and in its own precision,
-misclassifies it strictly, with its pixels >= 0, its mass, and its W1 recomputed by an exact solver.
+Nothing is believed here: a point counts only after it was replayed (:mod:`flowverify.witness`).
 """
 
 from __future__ import annotations
 
+import math
 from threading import RLock
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from flowverify.certify.base import BaseCertifier
-from flowverify.transport.distance import EXACT_MASS_TOLERANCE, channel_masses, masses_agree, wasserstein_distance
+from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.least_budget import least_budget
+from flowverify.witness import distance, fooled, repair, replay
 
 DESCENT_STEPS = 8
 OVERSHOOT = 1.02
@@ -58,9 +59,13 @@ class Hunt:
         self.witness: Tensor | None = None
         self.least_margin = float("inf")
         self._lock = RLock()
+<<<<<<< HEAD
         self._precise, self._network = certifier.precise, certifier.network
         with torch.no_grad():
             self.largest = float(self._precise(image[None]).abs().max())
+=======
+        self._precise, self._network, self._subject = certifier.precise, certifier.network, certifier.subject
+>>>>>>> claims
 
     def margins(self, points: Tensor) -> Tensor:
         """min over t of f_y - f_t, float64 (N,), for points (N, C, H, W)."""
@@ -106,10 +111,9 @@ class Hunt:
         return self.radius < before
 
     def _repaired(self, points: Tensor) -> Tensor:
-        """Nonnegative, with each channel's mass."""
-        points = points.clamp(min=0)
-        wanted, own = channel_masses(self.image[None]), channel_masses(points)
-        return points * torch.where(own > 0, wanted / own, 0.0)[..., None, None]
+        """As images of the threat model."""
+        points = points.reshape(-1, *self.image.shape)
+        return repair(self.image.expand_as(points), points, self.cap)
 
     def _take(self, point: Tensor) -> None:
         """Pulls a misclassified point to the boundary along the segment from the image, and replays it."""
@@ -127,35 +131,27 @@ class Hunt:
             return
         for nudge in (0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
             candidate = self._between(point, min(1.0, high * (1 + nudge)))
-            if self._fooled(candidate):
-                distance = self._distance(candidate)
-                if distance < self.radius:
-                    self.radius, self.witness = distance, candidate
+            reached = self._replayed(candidate)
+            if math.isfinite(reached):
+                if reached < self.radius:
+                    self.radius, self.witness = reached, candidate
                 return
 
     def _between(self, point: Tensor, share: float) -> Tensor:
         between = point if share >= 1 else self.image + share * (point - self.image)
         return between.clamp(min=0) if self.feasible else between
 
-    def _fooled(self, point: Tensor) -> bool:
-        """The replay: misclassified in both precisions, and a point of the set that is searched."""
-        with torch.no_grad():
-            rounded = self._network(point[None].to(self._network.dtype))[0]
-        wrong = float(self.margins(point[None])) < 0 and int(rounded.argmax()) != self.label
-        if not self.feasible:
-            return wrong
-        whole = masses_agree(self.image[None], point[None], EXACT_MASS_TOLERANCE)
-        return wrong and bool(whole.all()) and bool((point >= 0).all()) and self._below_cap(point)
-
-    def _below_cap(self, point: Tensor) -> bool:
-        return self.cap is None or bool((point <= self.cap).all())
+    def _replayed(self, point: Tensor) -> float:
+        """Its distance if it is a counterexample, a point of the set that is searched; infinite if not."""
+        label = torch.tensor([self.label], device=point.device)
+        if self.feasible:
+            return float(replay(self._subject, self.image[None], label, point[None], self.ground, self.cap))
+        return self._distance(point) if bool(fooled(self._subject, point[None], label)) else math.inf
 
     def _distance(self, point: Tensor) -> float:
         """Of normalised images; off the images, between the positive and the negative part of the difference."""
         if self.feasible:
-            return float(
-                wasserstein_distance(self.image[None], point[None], self.ground, mass_tolerance=EXACT_MASS_TOLERANCE)
-            )
+            return float(distance(self.image[None], point[None], self.ground))
         difference = point - self.image
         gained, lost = difference.clamp(min=0), (-difference).clamp(min=0)
         if float(lost.sum()) == 0:
