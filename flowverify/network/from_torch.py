@@ -23,6 +23,7 @@ _SIMPLE = (
     nn.Linear, nn.Conv2d, nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Flatten, nn.AvgPool2d, nn.MaxPool2d,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity,
 )  # fmt: skip
+_CASTS = ("to", "_to_copy")
 _CREATIONS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 _SYMBOLIC_SAFE = ("sym_size", "slice", "zeros", "ones", "new_zeros", "new_ones", "expand", *RESHAPES)
 
@@ -213,9 +214,9 @@ class _Lowering:
             return shape[arguments[1]]
         if name in _CREATIONS and isinstance(arguments[0], Value):
             arguments = (torch.zeros(1, *arguments[0].shape, dtype=self.builder.dtype), *arguments[1:])
-            return _constant_result(node.target, arguments, keywords)
+            return self._constant(node, name, arguments, keywords)
         if not any(isinstance(argument, Value) for argument in flat):
-            return _constant_result(node.target, arguments, keywords)
+            return self._constant(node, name, arguments, keywords)
         if name in RESHAPES:
             shape = [int(size) for size in node.meta["val"].shape[1:]]
             self._check_shape(node.meta["val"])
@@ -228,6 +229,20 @@ class _Lowering:
         }
         bound.update(zip(bound, arguments, strict=False))
         return HANDLERS[name](self.builder, bound, node.name)
+
+    def _constant(self, node: fx.Node, name: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        """Runs an operator on constants: what the module computes in its precision, in float64.
+
+        A change from float64 to the module's precision that the module asks for is a rounding that is meant.
+        """
+        single, traced = torch.float32, node.meta.get("val")
+        if self.builder.dtype != single or not isinstance(traced, Tensor) or not traced.is_floating_point():
+            return _constant_result(node.target, arguments, keywords)
+        sources = [a.meta.get("val") for a in node.all_input_nodes]
+        kinds = {source.dtype for source in sources if isinstance(source, Tensor) and source.is_floating_point()}
+        if traced.dtype == single and (name not in _CASTS or kinds == {single}):
+            arguments, keywords = fx.node.map_aggregate((arguments, keywords), _widened)  # type: ignore[assignment]
+        return _constant_result(node.target, arguments, keywords)
 
     def _check(self, node: fx.Node, result: Any) -> None:
         """The result must have the traced shape, with the batch (size 1 in constants) first or absent."""
@@ -260,6 +275,13 @@ def _constant_result(target: Any, arguments: Sequence[Any], keywords: dict[str, 
     with torch.no_grad():
         result = target(*arguments, **keywords)
     return result.detach().clone() if isinstance(result, Tensor) else result
+
+
+def _widened(argument: Any) -> Any:
+    """An argument of an operator on constants, with float64 in the place of float32."""
+    if argument is torch.float32:
+        return torch.float64
+    return argument.double() if isinstance(argument, Tensor) and argument.dtype == torch.float32 else argument
 
 
 def _compare(module: nn.Module, network: Network) -> None:

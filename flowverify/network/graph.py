@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -32,6 +32,9 @@ class Graph(nn.Module):
 
     The graph owns the operations it is given: they lose ``requires_grad`` (turn it on again with
     ``requires_grad_(True)``) and stay in evaluation mode. Without nodes it is the identity.
+
+    An operation may carry constants in float64 that the graph's precision cannot hold, as a dictionary ``exact`` of
+    tensors by name. A conversion to another precision starts from them, unless they have been changed since.
 
     Raises:
         UnsupportedOperationError: an operation is not canonical.
@@ -124,6 +127,20 @@ class Graph(nn.Module):
         """A tensor of the weights' precision and device, or the default if there are no weights."""
         tensors = (t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
         return next(tensors, torch.zeros((), dtype=torch.float32) if default is None else default)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to, .double and .cuda do; constants that are still as they were rounded are rounded afresh."""
+        unchanged = [
+            (operation, name, value)
+            for operation in self.operations
+            for name, value in exact_constants(operation).items()
+            if _is_rounding_of(getattr(operation, name), value)
+        ]
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            for operation, name, value in unchanged:
+                getattr(operation, name).copy_(value)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a graph is always in evaluation mode."""
@@ -218,6 +235,15 @@ class Graph(nn.Module):
             if node.name in names:
                 names.update(node.inputs)
         return names
+
+
+def exact_constants(operation: nn.Module) -> dict[str, Tensor]:
+    """The float64 values, by name, of constants of an operation that its precision cannot hold."""
+    return getattr(operation, "exact", {})
+
+
+def _is_rounding_of(present: Tensor, value: Tensor) -> bool:
+    return not present.is_meta and torch.equal(present.detach().cpu(), value.to(present.dtype))
 
 
 class Network(Graph):
