@@ -139,12 +139,15 @@ class Certifier(BaseCertifier):
 
         ``references`` (B, C, H, W), of the masses of the images, are used in the flow domain only.
         """
-        budget = parse_ground(ground).budget(radius.double().to(images.device)) * images.flatten(1).double().sum(1)
+        mass = images.flatten(1).double().sum(1)
+        budget = parse_ground(ground).budget(radius.double().to(images.device)) * mass
         engine = self.engine(dtype, method, ground, cap)
         bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
         worst = bounds.double().amin(1) if bounds.shape[1] else bounds.new_full((bounds.shape[0],), torch.inf).double()
         if dtype == torch.float64:
-            worst = worst - self.allowance(images)
+            # The flow from a reference to its image, along a spanning tree, moves the mass at most once over every edge.
+            farther = 0.0 if references is None else mass * images[0].numel()
+            worst = worst - self.allowance(images, budget + farther)
         # A NaN (overflowing weights) proves nothing.
         return torch.where(torch.isnan(worst), -torch.inf, worst)
 

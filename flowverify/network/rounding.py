@@ -34,13 +34,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flowverify.errors import UnsupportedOperationError
-from flowverify.network.graph import INPUT, Graph, Node
+from flowverify.network.graph import INPUT, Graph
 from flowverify.network.operations import (
     Add,
     Concatenate,
@@ -58,7 +59,11 @@ FEW = 32  # roundings of one operation beside its sums
 TINY = 1e-290  # far above what underflow loses, far below what matters
 INFLATED = 1 + 1e-6  # magnitudes are sums of nonnegative terms: their own rounding is a tiny share of them
 
-_MOVING = (nn.AvgPool2d, nn.Flatten, Reshape, Permute, Index, Pad, Concatenate)
+PRODUCTS = 1 << 33  # multiplications at most for the magnitudes of a network
+CHUNK_ENTRIES = 1 << 23
+
+# Their weights are not negative: they are their own |W|.
+_POSITIVE = (nn.AvgPool2d, nn.Flatten, Reshape, Permute, Index, Pad, Add, Concatenate)
 
 
 def reach(mass: Tensor, budget: Tensor | float) -> Tensor:
@@ -68,20 +73,25 @@ def reach(mass: Tensor, budget: Tensor | float) -> Tensor:
 
 def roundings(network: Graph) -> int:
     """n: how many roundings lie on any path of a computation of bounds."""
-    pixels = math.prod(network.input_shape)
-    count = 4 * pixels + 4 * sum(network.input_shape[1:]) + 2 * FEW
+    count = 4 * math.prod(network.input_shape) + 4 * sum(network.input_shape[1:]) + 2 * FEW
     for node in network.nodes:
-        operation = node.operation
-        count += math.prod(node.shape) + len(node.inputs) + FEW
-        if isinstance(operation, nn.Linear):
-            count += operation.in_features + operation.out_features
-        elif isinstance(operation, nn.Conv2d):
-            window = math.prod(operation.kernel_size)
-            count += (operation.in_channels + operation.out_channels) // operation.groups * window
-        elif isinstance(operation, nn.AvgPool2d):
-            size = operation.kernel_size
-            count += 2 * (size * size if isinstance(size, int) else math.prod(size))
+        count += math.prod(node.shape) + len(node.inputs) + FEW + sum(_fans(node.operation))
     return count
+
+
+def _fans(operation: nn.Module) -> tuple[int, int]:
+    """How many products an entry is the sum of, and in how many an entry takes part."""
+    if isinstance(operation, nn.Linear):
+        return operation.in_features, operation.out_features
+    if isinstance(operation, nn.Conv2d):
+        window = math.prod(operation.kernel_size)
+        channels = operation.in_channels // operation.groups, operation.out_channels // operation.groups
+        return channels[0] * window, channels[1] * window
+    if isinstance(operation, nn.AvgPool2d | nn.MaxPool2d):
+        size = operation.kernel_size
+        window = size * size if isinstance(size, int) else math.prod(size)
+        return window, window
+    return 1, 1
 
 
 def gamma(network: Graph) -> float:
@@ -92,8 +102,7 @@ def gamma(network: Graph) -> float:
 
 def depth(network: Graph) -> int:
     """The largest number of activations on a path."""
-    deepest = {INPUT: 0}
-    activations = {node.name for node in network.activations}
+    deepest, activations = {INPUT: 0}, {node.name for node in network.activations}
     for node in network.nodes:
         deepest[node.name] = max(deepest[name] for name in node.inputs) + (node.name in activations)
     return deepest[network.output]
@@ -102,6 +111,9 @@ def depth(network: Graph) -> int:
 def magnitudes(network: Graph, *, relaxed: bool) -> dict[str, Tensor]:
     """P of each value, in two parts (2, *shape), float64: P = first + reach * second.
 
+    The second part takes one pass through the network for each pixel. For networks for which that would be
+    ``PRODUCTS`` or more, pixels share passes: the sum of their coefficients is no less than the largest.
+
     Args:
         relaxed: for what passes through relaxations; otherwise the gain is L, and P bounds the values.
 
@@ -109,81 +121,69 @@ def magnitudes(network: Graph, *, relaxed: bool) -> dict[str, Tensor]:
         UnsupportedOperationError: an operation without a rule, named.
     """
     device = next((tensor.device for tensor in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
-    start = torch.ones(2, *network.input_shape, dtype=torch.float64, device=device)
-    start[0] = 0
-    found, apart = {INPUT: start}, {INPUT}
+    pixels = math.prod(network.input_shape)
+    products = sum(math.prod(node.shape) * _fans(node.operation)[0] for node in network.nodes)
+    passes = min(pixels, max(1, PRODUCTS // max(1, products)))
+    widest = max([pixels, *(math.prod(node.shape) for node in network.nodes)])
+    groups = (torch.arange(pixels, device=device) * passes) // pixels
+    nothing = torch.zeros(1, *network.input_shape, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for node in network.nodes:
-            inputs = [found[name] for name in node.inputs]
-            value = _through(node.operation, inputs, relaxed, apart.issuperset(node.inputs))
-            value[0] += TINY
-            found[node.name] = value
-            if apart.issuperset(node.inputs) and _keeps_apart(node, inputs[0].shape[1:]):
-                apart.add(node.name)
-    return {name: value * INFLATED for name, value in found.items()}
+        fixed = _propagate(network, nothing, relaxed, biased=True)
+        moving = {name: torch.zeros_like(value) for name, value in fixed.items()}
+        for part in torch.arange(passes, device=device).split(max(1, CHUNK_ENTRIES // widest)):
+            together = (groups == part[:, None]).double().reshape(-1, *network.input_shape)
+            for name, value in _propagate(network, together, relaxed, biased=False).items():
+                moving[name] = torch.maximum(moving[name], value.amax(0, keepdim=True))
+    return {name: torch.cat([fixed[name], moving[name]]) * INFLATED for name in fixed}
 
 
-def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, apart: bool) -> Tensor:
-    """The rule of one operation; ``apart`` says that no two entries of its input depend on the same pixel."""
+def _propagate(network: Graph, start: Tensor, relaxed: bool, *, biased: bool) -> dict[str, Tensor]:
+    """P of each value from P of the image (N, *input_shape), with or without what does not depend on the image."""
+    values = {INPUT: start}
+    for node in network.nodes:
+        value = _through(node.operation, [values[name] for name in node.inputs], relaxed, biased)
+        values[node.name] = value + TINY if biased else value
+    return values
+
+
+def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, biased: bool) -> Tensor:
     value = inputs[0]
     if isinstance(operation, nn.Linear):
-        weight = operation.weight.double().abs()
-        result = functional.linear(value, weight)
-        if apart:  # a unit of mass is in one place: the largest coefficient, not the sum
-            result[1] = (weight * value[1][..., None, :]).amax(-1)
-        return _with_bias(result, None if operation.bias is None else operation.bias)
+        bias = operation.bias.double().abs() if biased and operation.bias is not None else None
+        return functional.linear(value, operation.weight.double().abs(), bias)
     if isinstance(operation, nn.Conv2d):
-        result = functional.conv2d(
-            value, operation.weight.double().abs(), None, operation.stride, operation.padding, operation.dilation,
+        bias = operation.bias.double().abs() if biased and operation.bias is not None else None
+        return functional.conv2d(
+            value, operation.weight.double().abs(), bias, operation.stride, operation.padding, operation.dilation,
             operation.groups,
         )  # fmt: skip
-        return _with_bias(result, None if operation.bias is None else operation.bias[:, None, None])
     if isinstance(operation, ScaleShift):
-        return _with_bias(value * operation.scale.double().abs(), operation.shift)
-    if isinstance(operation, Add | Subtract):
-        return torch.stack(torch.broadcast_tensors(*inputs)).sum(0)  # type: ignore[no-untyped-call]
-    if isinstance(operation, _MOVING):
-        return operation(*inputs).clone()  # type: ignore[no-any-return]
-    known = _LIPSCHITZ.get(type(operation))
-    if known is None:
+        scaled = value * operation.scale.double().abs()
+        shift = operation.shift.double().abs()
+        return scaled + (shift if biased else torch.zeros_like(shift))
+    if isinstance(operation, Subtract):
+        return inputs[0] + inputs[1]
+    if isinstance(operation, _POSITIVE):
+        return operation(*inputs)  # type: ignore[no-any-return]
+    if type(operation) not in _LIPSCHITZ:
         raise UnsupportedOperationError(f"rounding: no rule for operation {operation_name(operation)}")
-    constant, at_zero = known(operation), float(_AT_ZERO.get(type(operation), 0.0))
+    gain = _LIPSCHITZ[type(operation)](operation)
     if relaxed:
-        constant *= 2.0 if isinstance(operation, nn.ReLU) else 6.0
+        gain *= 2.0 if isinstance(operation, nn.ReLU) else 6.0
     if isinstance(operation, nn.MaxPool2d):
-        return constant * operation(value)  # type: ignore[no-any-return]
-    result = constant * value
-    result[0] += at_zero
-    return result
+        return gain * operation(value)  # type: ignore[no-any-return]
+    return gain * value + (_AT_ZERO.get(type(operation), 0.0) if biased else 0.0)
 
 
-# The largest slope. With 6 L, LeakyReLU may as well be computed as a x + (1 - a) relu(x).
-_LIPSCHITZ: dict[type[nn.Module], Callable[[nn.Module], float]] = {
+# The largest slope. With a gain of 6 L, LeakyReLU may as well be computed as a x + (1 - a) relu(x).
+_LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.ReLU: lambda operation: 1.0,
-    nn.LeakyReLU: lambda operation: max(1.0, abs(float(operation.negative_slope))),  # type: ignore[arg-type]
+    nn.LeakyReLU: lambda operation: max(1.0, abs(float(operation.negative_slope))),
     nn.Sigmoid: lambda operation: 0.25,
     nn.Tanh: lambda operation: 1.0,
     nn.MaxPool2d: lambda operation: 1.0,
 }
 _AT_ZERO: dict[type[nn.Module], float] = {nn.Sigmoid: 0.5}
-
-
-def _with_bias(value: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return value
-    both = bias.double().abs() * torch.ones_like(value)
-    both[1] = 0
-    return value + both
-
-
-def _keeps_apart(node: Node, before: tuple[int, ...]) -> bool:
-    operation = node.operation
-    if isinstance(operation, Index):
-        chosen, size = operation.selection, before[operation.dim]
-        return not isinstance(chosen, tuple) or len({position % size for position in chosen}) == len(chosen)
-    if isinstance(operation, ScaleShift):
-        return node.shape == tuple(before)
-    return isinstance(operation, nn.Flatten | Reshape | Permute | Pad)
 
 
 class RoundingBound:
