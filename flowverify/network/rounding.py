@@ -208,3 +208,11 @@ class RoundingBound:
         fixed, moving = self._output.to(mass.device)
         logits = fixed + reach(mass.double(), budget)[:, None] * moving
         return 2 * self._gamma * logits.amax(1)
+
+
+def rounding_of_value(network: Graph, name: str, batch: Tensor) -> Tensor:
+    """By how much two computations of a value may differ in the precision of the batch (B, ...), (B, *shape)."""
+    fixed, moving = magnitudes(network, relaxed=False)[name]
+    mass = reach(batch.double().flatten(1).abs().sum(1), 0.0).reshape(-1, *([1] * fixed.ndim))
+    coarser = torch.finfo(batch.dtype).eps / 2 / UNIT
+    return 2 * coarser * gamma(network) * (fixed + mass * moving)

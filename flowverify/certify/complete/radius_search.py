@@ -291,11 +291,8 @@ class RadiusSearch:
         return tree
 
     def _margin(self) -> float:
-        """The proven margin at the radius: that of the roots where they suffice, else what counts as positive."""
-        tree = self._tree
-        if tree is None or not len(tree.root_bounds):
-            return math.inf
-        return max(0.0, float(tree.root_bounds.min()))
+        """The margin that the tree has proven."""
+        return math.inf if self._tree is None else self._tree.least
 
     def _watched(self, stop: Callable[[], bool]) -> Callable[[], bool]:
         def watched() -> bool:

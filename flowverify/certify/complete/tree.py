@@ -56,6 +56,9 @@ class Tree:
         specification: e_y - e_t for each other class, (classes - 1, classes).
         hunt: sees the minimiser of every bound.
         enough: a node is done once its bound exceeds this.
+
+    Attributes:
+        least: the least bound of what is done: what a tree without open nodes proves.
     """
 
     def __init__(
@@ -84,7 +87,9 @@ class Tree:
         if len(nodes):
             nodes = self._improve(nodes, iterations)
         self.root_bounds = nodes.bound
-        self.open = nodes[self._undone(nodes)]
+        undone = self._undone(nodes)
+        self.least = float(nodes.bound[~undone].min()) if bool((~undone).any()) else float("inf")
+        self.open = nodes[undone]
         if len(self.open):
             self.open.share /= self.open.share.sum()
 
@@ -183,6 +188,8 @@ class Tree:
         undone = self._undone(nodes)
         with self._lock:
             self.done += float(nodes.share[~undone].sum())
+            if not bool(undone.all()):
+                self.least = min(self.least, float(nodes.bound[~undone].min()))
         return undone
 
     def _limited_again(self, nodes: Nodes) -> Nodes:
