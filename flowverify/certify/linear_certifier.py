@@ -119,8 +119,9 @@ class LinearCertifier(BaseCertifier):
             return []
         predictions, correct = self.clean(images, labels)
         spaces = half_spaces(self.network, images, labels)
-        sure = replace(spaces, margins=spaces.margins - self.allowance(images)[:, None])
-        proven = (sure.margins > 0).all(1)  # which a NaN is not
+        left = spaces.margins - self.allowance(images)[:, None]
+        sure = replace(spaces, margins=torch.where(torch.isnan(left), -torch.inf, left))
+        proven = (sure.margins > 0).all(1)
         failures: dict[int, str] = {}
         radii, lower = self._solve(spaces, ground, None, failures), self._solve(sure, ground, cap, failures)
         limit = parse_ground(ground).largest_distance(*images.shape[-2:])
