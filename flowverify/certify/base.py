@@ -105,19 +105,20 @@ class BaseCertifier(ABC):
         others = exact.scatter(1, labels[:, None], -torch.inf).amax(1)
         return exact.argmax(1), (best > others) & (rounded.argmax(1) == labels)
 
-    def allowance(self, images: Tensor, budget: Tensor | float = 0.0) -> Tensor:
+    def allowance(self, images: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
         """What margins are lowered by before they count as proven, for rounding in float64.
 
         Args:
             images: (B, C, H, W).
             budget: of the balls, radius times mass (radius^p times mass for a power p), (B,); 0 at the images.
+            displaced: mass by which the centres of the balls are off, (B,).
 
         Returns:
             (B,), by :class:`~flowverify.network.rounding.RoundingBound`; infinite or NaN where nothing can be proven.
         """
         if self._rounding is None:
             self._rounding = RoundingBound(self.precise)
-        return self._rounding.margins(images.flatten(1).double().sum(1), budget)
+        return self._rounding.margins(images.flatten(1).double().sum(1), budget, displaced)
 
     def one_by_one(
         self,

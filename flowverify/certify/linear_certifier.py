@@ -178,7 +178,7 @@ class LinearCertifier(BaseCertifier):
             return (left.amin(1) if left.shape[1] else torch.full_like(budget, torch.inf)).cpu()
 
         radius = torch.nan_to_num(radius, nan=0.0, posinf=torch.inf).clamp(max=limit)
-        return confirm(evaluate, radius, torch.zeros_like(radius), STEPS)[0].tolist()  # type: ignore[no-any-return]
+        return confirm(evaluate, radius, torch.zeros_like(radius), STEPS)[0].tolist()
 
     def _solve(self, spaces: HalfSpaces, ground: str, cap: float | None, failures: dict[int, str]) -> list[float]:
         """Exact radii, or what a cap makes of them; a program that was not solved is a failure of its image."""

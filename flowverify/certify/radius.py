@@ -142,8 +142,8 @@ def _search_batch(
     for index in range(images.shape[0]):
         k = place.get(index)
         found = 0.0 if k is None else float(radius[k])
-        proven = found > 0 or (limit == 0 and k is not None and bool(margin[k] > 0))
-        shown = Verdict.CERTIFIED if proven else Verdict.UNKNOWN
+        still = limit == 0 and k is not None and bool(margin[k] > 0)  # nothing can move
+        shown = Verdict.CERTIFIED if found > 0 or still else Verdict.UNKNOWN
         verdict = Verdict.MISCLASSIFIED if k is None else shown
         result.append(
             certifier.certificate(

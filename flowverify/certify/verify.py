@@ -145,9 +145,13 @@ class Certifier(BaseCertifier):
         bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
         worst = bounds.double().amin(1) if bounds.shape[1] else bounds.new_full((bounds.shape[0],), torch.inf).double()
         if dtype == torch.float64:
-            # The flow from a reference to its image, along a spanning tree, moves the mass at most once over every edge.
-            farther = 0.0 if references is None else mass * images[0].numel()
-            worst = worst - self.allowance(images, budget + farther)
+            displaced = 0.0 * mass
+            if references is not None:
+                # The flow from a reference, along a spanning tree, moves the mass at most once over every edge. It
+                # leads to an image of the reference's mass.
+                budget = budget + mass * images[0].numel()
+                displaced = (references.to(images.device).double() - images.double()).sum((2, 3)).abs().sum(1)
+            worst = worst - self.allowance(images, budget, displaced)
         # A NaN (overflowing weights) proves nothing.
         return torch.where(torch.isnan(worst), -torch.inf, worst)
 

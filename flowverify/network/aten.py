@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
@@ -59,7 +59,8 @@ def _combine(builder: Builder, first: Any, second: Any, alpha: float, beta: floa
     if not isinstance(first, Value):
         first, second, alpha, beta = second, first, beta, alpha
     if not isinstance(second, Value):
-        return builder.scale_shift(first, alpha, times(second, beta), label)
+        shift = times(second, beta) if isinstance(second, Tensor) else beta * second
+        return builder.scale_shift(first, alpha, shift, label)
     if (alpha, beta) == (1, -1):
         return builder.difference(first, second, label)
     scaled = [builder.scale_shift(value, by, 0.0, label) for value, by in ((first, alpha), (second, beta))]

@@ -11,11 +11,9 @@ from torch import Tensor
 BITS = 256  # of the square root: what it is off by is nothing beside the rounding of the result
 
 
-def times(constant: Tensor | float, factor: float) -> Tensor | float:
+def times(constant: Tensor, factor: float) -> Tensor:
     """constant * factor; in float64 where the product needs it."""
-    if factor in (1, -1) or not isinstance(constant, Tensor):
-        return constant * factor
-    return constant.double() * factor
+    return constant * factor if factor in (1, -1) else constant.double() * factor
 
 
 def normalisation(
@@ -32,7 +30,8 @@ def normalisation(
         weight, bias, mean, variance = tensors
         scale = (variance + epsilon).rsqrt() * weight
         return scale, bias - mean * scale
-    pairs = [_channel(*numbers, epsilon) for numbers in zip(*(t.tolist() for t in tensors), strict=True)]
+    channels = zip(*(tensor.tolist() for tensor in tensors), strict=True)
+    pairs = [_channel(w, b, m, v, epsilon) for w, b, m, v in channels]
     scale, shift = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T.contiguous()
     return scale, shift
 

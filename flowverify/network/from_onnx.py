@@ -177,17 +177,16 @@ class _Reader:
         if node.op_type == "Cast" and node.input[0] in self.wide and _cast_to(node) == onnx.TensorProto.FLOAT:
             self.wide.add(node.output[0])
             return inputs
-        narrow = [array is not None and array.dtype == np.float32 for array in arrays]
+        given = {name: array for name, array in zip(node.input, arrays, strict=True) if array is not None}
+        single = {name for name, array in given.items() if array.dtype == np.float32 or name in self.wide}
         feeds = {
-            name: array.astype(np.float64) if single and node.op_type != "Cast" else array
-            for name, array, single in zip(node.input, arrays, narrow, strict=True)
-            if name
+            name: array.astype(np.float64) if name in single and node.op_type != "Cast" else array
+            for name, array in given.items()
         }
         evaluator = onnx.reference.ReferenceEvaluator(node, opsets={"": self.opset})
         results: Any = evaluator.run(None, feeds)
         result = np.asarray(results[0])
-        single = [name for name, one in zip(node.input, narrow, strict=True) if one or name in self.wide]
-        doubles = [name for name, array in feeds.items() if array.dtype == np.float64 and name not in single]
+        doubles = {name for name, array in given.items() if array.dtype == np.float64} - single
         if single and not doubles and result.dtype == np.float64 and node.op_type != "Cast":
             self.wide.add(node.output[0])
         return [_tensor(result)]

@@ -242,7 +242,8 @@ class _Lowering:
         sources = [a.meta.get("val") for a in node.all_input_nodes]
         kinds = {source.dtype for source in sources if isinstance(source, Tensor) and source.is_floating_point()}
         if traced.dtype == single and (name not in _CASTS or kinds == {single}):
-            arguments, keywords = fx.node.map_aggregate((arguments, keywords), _widened)  # type: ignore[assignment]
+            widened: Any = fx.node.map_aggregate((arguments, keywords), _widened)
+            arguments, keywords = widened
         return _constant_result(node.target, arguments, keywords)
 
     def _check(self, node: fx.Node, result: Any) -> None:
@@ -305,7 +306,7 @@ def _agree(expected: Tensor, found: Tensor, rounding: Tensor | float = 0.0) -> b
 
 
 def _agree_in_float64(module: nn.Module, network: Network, images: Tensor) -> bool:
-    """Whether both compute the same but for rounding, where large terms cancel and float32 leaves nothing to compare."""
+    """Whether both compute the same but for rounding, where large terms cancel: float32 has nothing to compare then."""
     precise, images = copy.deepcopy(network).double(), images.double()
     try:
         with torch.no_grad():

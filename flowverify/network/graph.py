@@ -147,7 +147,7 @@ class Graph(nn.Module):
             for name, value in exact_constants(operation).items()
             if _is_rounding_of(getattr(operation, name), value)
         ]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for operation, name, value in unchanged:
                 getattr(operation, name).copy_(value)

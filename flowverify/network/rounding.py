@@ -130,7 +130,7 @@ def magnitudes(network: Graph, *, relaxed: bool) -> dict[str, Tensor]:
     with torch.no_grad():
         fixed = _propagate(network, nothing, relaxed, biased=True)
         moving = {name: torch.zeros_like(value) for name, value in fixed.items()}
-        for part in torch.arange(passes, device=device).split(max(1, CHUNK_ENTRIES // widest)):
+        for part in torch.split(torch.arange(passes, device=device), max(1, CHUNK_ENTRIES // widest)):
             together = (groups == part[:, None]).double().reshape(-1, *network.input_shape)
             for name, value in _propagate(network, together, relaxed, biased=False).items():
                 moving[name] = torch.maximum(moving[name], value.amax(0, keepdim=True))
@@ -200,14 +200,16 @@ class RoundingBound:
         self._gamma = gamma(network) * (1 + depth(network) / 2)
         self._output = magnitudes(network, relaxed=True)[network.output].flatten(1)
 
-    def margins(self, mass: Tensor, budget: Tensor | float = 0.0) -> Tensor:
+    def margins(self, mass: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
         """By how much bounds of f_y - f_t for images of this mass (B,) over balls of this budget may be off, (B,).
 
-        Infinite or NaN where nothing can be said.
+        ``displaced`` is the mass by which the centres that are computed with differ from the images. Infinite or NaN
+        where nothing can be said.
         """
         fixed, moving = self._output.to(mass.device)
         logits = fixed + reach(mass.double(), budget)[:, None] * moving
-        return 2 * self._gamma * logits.amax(1)
+        found: Tensor = 2 * self._gamma * logits.amax(1) + 2 * displaced * moving.amax()
+        return found
 
 
 def rounding_of_value(network: Graph, name: str, batch: Tensor) -> Tensor:
@@ -215,4 +217,5 @@ def rounding_of_value(network: Graph, name: str, batch: Tensor) -> Tensor:
     fixed, moving = magnitudes(network, relaxed=False)[name]
     mass = reach(batch.double().flatten(1).abs().sum(1), 0.0).reshape(-1, *([1] * fixed.ndim))
     coarser = torch.finfo(batch.dtype).eps / 2 / UNIT
-    return 2 * coarser * gamma(network) * (fixed + mass * moving)
+    size: Tensor = fixed + mass * moving
+    return 2 * coarser * gamma(network) * size

@@ -125,7 +125,9 @@ def least_of_affine(module: nn.Sequential, image: Array, label: int, budget: Fra
                 best[distance] = max(best.get(distance, gains[end] - gains[start]), gains[end] - gains[start])
             at, gain = 0, Fraction(0)
             while True:
-                slopes = [((value - gain) / (distance - at), distance) for distance, value in best.items() if distance > at]
+                slopes = [
+                    ((value - gain) / (distance - at), distance) for distance, value in best.items() if distance > at
+                ]
                 slope, farther = max(slopes, default=(Fraction(0), 0))
                 if slope <= 0:
                     break
@@ -169,7 +171,14 @@ def problem(seed: int) -> Problem:
         [nn.Flatten(), nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, 3)],
         [nn.Flatten(), nn.Linear(pixels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 3)],
         [nn.Conv2d(1, hidden, shape[1:]), nn.ReLU(), nn.Flatten(), nn.Linear(hidden, 3)],
-        [nn.Flatten(), nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 3)],
+        [
+            nn.Flatten(),
+            nn.Linear(pixels, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 3),
+        ],
     ]
     module = nn.Sequential(*layers[kind]).double().eval().requires_grad_(False)
     for layer in module:
@@ -237,8 +246,8 @@ def refuted(seeds: range) -> tuple[Counter[str], list[str], int]:
         try:
             network = converted(given)
         except UnsupportedOperationError as error:
-            assert "does not compute the same output" in str(error)
-            assert seed % 6 in (1, 3)
+            if seed % 6 not in (1, 3) or "does not compute the same output" not in str(error):
+                raise
             refusals += 1
             continue
         label = copy.deepcopy(network).double()(given.image).argmax(1)

@@ -160,7 +160,9 @@ class Tree:
 
     def _process(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
         """The children of these nodes that stay open, and decided nodes that wait; None if there are none."""
-        can = torch.cat(nodes.unstable(), 1).any(1)
+        can = torch.zeros(len(nodes), dtype=torch.bool, device=nodes.row.device)
+        for unstable in nodes.unstable():
+            can |= unstable.any(1)
         waiting = self._solve_leaves(nodes[~can], stop) if not bool(can.all()) else None
         if not bool(can.any()):
             return waiting
