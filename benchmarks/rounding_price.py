@@ -17,9 +17,9 @@ from flowverify.certify.radius import search_radius
 from flowverify.certify.verify import Certifier
 
 CASES = (
-    ("digits-fc3", "fine-tuned", "best"), ("digits-certified", "fine-tuned", "best"), ("mnist-linear", "linear", "best"),
-    ("mnist-fc3", "vanilla", "crown"), ("mnist-fc3", "fine-tuned", "best"), ("mnist-certified", "fine-tuned", "ibp"),
-    ("mnist-cnn", "fine-tuned", "crown-ibp"),
+    ("digits-fc3", "fine-tuned", "best"), ("digits-certified", "fine-tuned", "best"),
+    ("mnist-linear", "linear", "best"), ("mnist-fc3", "vanilla", "crown"), ("mnist-fc3", "fine-tuned", "best"),
+    ("mnist-certified", "fine-tuned", "ibp"), ("mnist-cnn", "fine-tuned", "crown-ibp"),
 )  # fmt: skip
 TOLERANCE = 1e-5  # of the searches: below what is measured for by far
 
