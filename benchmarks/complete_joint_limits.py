@@ -53,7 +53,7 @@ def main() -> None:
 
             ball = search.ball(radius)
             bounds = refine(certifier.maps, ball, neuron_bounds(certifier.maps, ball), ROUNDS, late)
-            tree = Tree(certifier.maps, ball, bounds, search.specification, search.allowance, search.hunt)
+            tree = Tree(certifier.maps, ball, bounds, search.specification, search.hunt)
             if limited:
                 tree.limit(late)
             left = tree.open.bound

@@ -11,18 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
-<<<<<<< HEAD
-from flowverify.errors import InvalidInputError, SolverError
-=======
 from flowverify.conventions import check_labels
->>>>>>> claims
-from flowverify.network import Network, load_network
+from flowverify.errors import SolverError
+from flowverify.network import Network, RoundingBound, load_network
 from flowverify.threat import WassersteinBall, check_cap, check_images
 from flowverify.transport.ground import check_ground, parse_ground
 from flowverify.transport.support import support
 from flowverify.witness import TwoPrecisions, clean
-
-ROUNDING = 1e-11  # what is computed in float64 is trusted to this fraction of the network's largest value at the image
 
 
 class BaseCertifier(ABC):
@@ -40,6 +35,7 @@ class BaseCertifier(ABC):
         self.network: Network = load_network(model, input_shape)
         self.method, self.bound = method, bound
         self._precise: Network | None = None
+        self._rounding: RoundingBound | None = None
 
     @abstractmethod
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
@@ -99,11 +95,20 @@ class BaseCertifier(ABC):
         """Predictions, and whether each image is classified right; see :mod:`flowverify.witness`."""
         return clean(self.subject, images, labels)
 
-    def allowance(self, images: Tensor) -> Tensor:
-        """What margins are lowered by before they count as proven, for rounding in float64: (B,), for (B, C, H, W)."""
-        with torch.no_grad():
-            values = self.precise.values(images.double()).values()
-        return ROUNDING * torch.stack([value.flatten(1).abs().amax(1) for value in values]).amax(0)
+    def allowance(self, images: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
+        """What margins are lowered by before they count as proven, for rounding in float64.
+
+        Args:
+            images: (B, C, H, W).
+            budget: of the balls, radius times mass (radius^p times mass for a power p), (B,); 0 at the images.
+            displaced: mass by which the centres of the balls are off, (B,).
+
+        Returns:
+            (B,), by :class:`~flowverify.network.rounding.RoundingBound`; infinite or NaN where nothing can be proven.
+        """
+        if self._rounding is None:
+            self._rounding = RoundingBound(self.precise)
+        return self._rounding.margins(images.flatten(1).double().sum(1), budget, displaced)
 
     def one_by_one(
         self,

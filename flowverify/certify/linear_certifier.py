@@ -14,21 +14,25 @@ from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.certify.linear import HalfSpaces, LinearRadius, capped_radius, exact_radius, half_spaces
 from flowverify.certify.linear_program import LinearProgram, program_radius
 from flowverify.certify.methods import LINEAR_METHODS
+from flowverify.certify.radius import confirm
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError
 from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.moves import best_moves
+from flowverify.transport.support import support
 from flowverify.witness import pull_back, repair, replay
 
-INSIDE = 1 - 1e-9  # the exact radius itself is a tie: what is certified is below it
+INSIDE = 1 - 1e-9  # the exact radius itself is a tie: what is certified is below it, and confirmed there
+STEPS = 4e-9  # relative, of the radii at which that is tried
 BEYOND = 1 + 1e-6  # a witness this much farther is misclassified beyond doubt of rounding
 
 
 class LinearCertifier(BaseCertifier):
     """Lemma 8 of the framework paper, without a solver ("linear") or by linear programs ("linear-lp").
 
-    Certificates have both ends: ``radius`` is certified, with margins lowered by an allowance for rounding, and at
-    ``upper_radius`` some image is on the boundary.
+    Certificates have both ends: ``radius`` is certified, and at ``upper_radius`` some image is on the boundary. What is
+    certified rests on the support function, evaluated at the radius, and a bound on the rounding of it all; no
+    solver's word counts.
     "linear" is exact for every ground cost; with a cap it certifies less than the exact radius, and there is no upper
     end. "linear-lp" knows l1: other balls are covered by l1 balls, without an upper end.
 
@@ -110,11 +114,13 @@ class LinearCertifier(BaseCertifier):
             return []
         predictions, correct = self.clean(images, labels)
         spaces = half_spaces(self.network, images, labels)
-        sure = replace(spaces, margins=spaces.margins - self.allowance(images)[:, None])
+        left = spaces.margins - self.allowance(images)[:, None]
+        sure = replace(spaces, margins=torch.where(torch.isnan(left), -torch.inf, left))
         proven = (sure.margins > 0).all(1)
         failures: dict[int, str] = {}
         radii, lower = self._solve(spaces, ground, None, failures), self._solve(sure, ground, cap, failures)
         limit = parse_ground(ground).largest_distance(*images.shape[-2:])
+        certified = self._confirmed(spaces, torch.tensor(lower, dtype=torch.float64) * INSIDE, limit, ground, cap)
         native = self._program is None or ground == "l1"
         falsified = torch.zeros(len(images), dtype=torch.bool)
         if not searching and native:
@@ -126,7 +132,7 @@ class LinearCertifier(BaseCertifier):
         seconds = (time.perf_counter() - start) / len(images)
         result = []
         for index, exact in enumerate(radii):
-            inside = min(lower[index] * INSIDE, limit)
+            inside = certified[index]
             radius = inside if searching else ball.radius
             if not bool(correct[index]):
                 verdict, radius = Verdict.MISCLASSIFIED, 0.0 if searching else radius
@@ -152,6 +158,22 @@ class LinearCertifier(BaseCertifier):
                 )
             )
         return result
+
+    def _confirmed(
+        self, spaces: HalfSpaces, radius: Tensor, limit: float, ground: str, cap: float | None
+    ) -> list[float]:
+        """These radii (B,), lowered where need be until the support functions prove them."""
+        cost = parse_ground(ground)
+
+        def evaluate(index: Tensor, radii: Tensor) -> Tensor:
+            index = index.to(spaces.images.device)
+            images, budget = spaces.images[index], cost.budget(radii).to(spaces.mass) * spaces.mass[index]
+            excess = support(spaces.normals[index], images, budget, ground=ground, cap=cap).excess
+            left = spaces.margins[index] - excess - self.allowance(images, budget)[:, None]
+            return (left.amin(1) if left.shape[1] else torch.full_like(budget, torch.inf)).cpu()
+
+        radius = torch.nan_to_num(radius, nan=0.0, posinf=torch.inf).clamp(max=limit)
+        return confirm(evaluate, radius, torch.zeros_like(radius), STEPS)[0].tolist()
 
     def _solve(self, spaces: HalfSpaces, ground: str, cap: float | None, failures: dict[int, str]) -> list[float]:
         """Exact radii, or what a cap makes of them; a program that was not solved is a failure of its image."""

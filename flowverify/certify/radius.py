@@ -117,10 +117,11 @@ def _search_batch(
             logits = certifier.precise(own_images.double())
         other = logits.scatter(1, own_labels[:, None], -torch.inf).amax(1)
         margin = (logits.gather(1, own_labels[:, None]).squeeze(1) - other).cpu()
+        margin -= certifier.allowance(own_images).cpu()
         clean = margin.clone()
         first, *others = _cheapest_first(certifier.covers(ground, cap))
         budget = _bracket(margins(torch.float32, first, WarmStart(count)), zero, clean, limit, tolerance)
-        budget, margin = _confirm(margins(torch.float64, first, None), budget, clean, tolerance)
+        budget, margin = confirm(margins(torch.float64, first, None), budget, clean, tolerance)
         for cover in others:
             floor = (budget * (1 + tolerance)).clamp(min=SMALLEST_RADIUS, max=limit)
             at_floor = margins(torch.float32, cover, None)(torch.arange(count), floor)
@@ -131,7 +132,7 @@ def _search_batch(
                     for precision in ((torch.float32, cover, WarmStart(count)), (torch.float64, cover, None))
                 )
                 raised = _bracket(search, floor[better], at_floor[better], limit, tolerance, growth=RAISE)
-                raised, proven = _confirm(exact, raised, clean[better], tolerance)
+                raised, proven = confirm(exact, raised, clean[better], tolerance)
                 kept = raised > budget[better]
                 budget[better[kept]], margin[better[kept]] = raised[kept], proven[kept]
     radius = cost.radius(budget)
@@ -141,7 +142,8 @@ def _search_batch(
     for index in range(images.shape[0]):
         k = place.get(index)
         found = 0.0 if k is None else float(radius[k])
-        shown = Verdict.CERTIFIED if found > 0 or limit == 0 else Verdict.UNKNOWN
+        still = limit == 0 and k is not None and bool(margin[k] > 0)  # nothing can move
+        shown = Verdict.CERTIFIED if found > 0 or still else Verdict.UNKNOWN
         verdict = Verdict.MISCLASSIFIED if k is None else shown
         result.append(
             certifier.certificate(
@@ -185,7 +187,7 @@ def _bracket(
     return torch.tensor([bracket.low for bracket in brackets], dtype=torch.float64)
 
 
-def _confirm(evaluate: MarginFunction, radius: Tensor, clean: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def confirm(evaluate: MarginFunction, radius: Tensor, clean: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Lowers each radius until its margin is positive in this evaluation; radius 0 keeps the clean margin."""
     radius, margin = radius.clone(), clean.clone()
     active = (radius > 0).nonzero().flatten()

@@ -139,12 +139,19 @@ class Certifier(BaseCertifier):
 
         ``references`` (B, C, H, W), of the masses of the images, are used in the flow domain only.
         """
-        budget = parse_ground(ground).budget(radius.double().to(images.device)) * images.flatten(1).double().sum(1)
+        mass = images.flatten(1).double().sum(1)
+        budget = parse_ground(ground).budget(radius.double().to(images.device)) * mass
         engine = self.engine(dtype, method, ground, cap)
         bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
         worst = bounds.double().amin(1)
         if dtype == torch.float64:
-            worst = worst - self.allowance(images)
+            displaced = 0.0 * mass
+            if references is not None:
+                # The flow from a reference, along a spanning tree, moves the mass at most once over every edge. It
+                # leads to an image of the reference's mass.
+                budget = budget + mass * images[0].numel()
+                displaced = (references.to(images.device).double() - images.double()).sum((2, 3)).abs().sum(1)
+            worst = worst - self.allowance(images, budget, displaced)
         # A NaN (overflowing weights) proves nothing.
         return torch.where(torch.isnan(worst), -torch.inf, worst)
 

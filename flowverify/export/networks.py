@@ -62,12 +62,7 @@ def take_apart(network: Network) -> Parts:
 
     Raises:
         FoldError, UnsupportedOperationError: as :func:`flowverify.network.fold` and
-<<<<<<< HEAD
             :func:`flowverify.network.lowering.lower`.
-        InvalidInputError: a network of one class.
-=======
-            :func:`flowverify.export.lowering.lower`.
->>>>>>> claims
     """
     folded = fold(network, "dense")
     weight, bias = affine_rows(folded.prefix, folded.prefix.output)

@@ -19,6 +19,7 @@ from flowverify.network.operations import (
     is_elementwise_activation,
     operation_name,
 )
+from flowverify.network.rounding import RoundingBound
 from flowverify.network.to_onnx import onnx_model, write_onnx
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Pad",
     "Permute",
     "Reshape",
+    "RoundingBound",
     "ScaleShift",
     "Subtract",
     "affine_rows",

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
+from flowverify.network.constants import times
 from flowverify.network.windows import Pair, Sides
 
 Arguments = dict[str, Any]
@@ -58,7 +59,8 @@ def _combine(builder: Builder, first: Any, second: Any, alpha: float, beta: floa
     if not isinstance(first, Value):
         first, second, alpha, beta = second, first, beta, alpha
     if not isinstance(second, Value):
-        return builder.scale_shift(first, alpha, beta * second, label)
+        shift = times(second, beta) if isinstance(second, Tensor) else beta * second
+        return builder.scale_shift(first, alpha, shift, label)
     if (alpha, beta) == (1, -1):
         return builder.difference(first, second, label)
     scaled = [builder.scale_shift(value, by, 0.0, label) for value, by in ((first, alpha), (second, beta))]
@@ -86,8 +88,8 @@ def _linear(builder: Builder, a: Arguments, label: str) -> Value:
 
 def _addmm(builder: Builder, a: Arguments, label: str) -> Value:
     _constants("matrix or bias", a["mat2"], a["self"])
-    product = builder.linear(a["mat1"], a["mat2"].t() * a["alpha"], None, label)
-    return builder.scale_shift(product, 1.0, a["self"] * a["beta"], label)
+    product = builder.linear(a["mat1"], times(a["mat2"].t(), a["alpha"]), None, label)
+    return builder.scale_shift(product, 1.0, times(a["self"], a["beta"]), label)
 
 
 def _matmul(builder: Builder, a: Arguments, label: str) -> Value:

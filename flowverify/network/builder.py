@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
+from flowverify.network.constants import normalisation
 from flowverify.network.graph import INPUT, Network, Node
 from flowverify.network.operations import (
     Add,
@@ -59,8 +60,11 @@ class Builder:
         self._shared: dict[tuple[object, ...], tuple[nn.Module, Tensor, Tensor | None]] = {}
 
     def add(self, operation: nn.Module, inputs: Sequence[Value], label: str) -> Value:
-        """Appends an operation (which the builder then owns) under a name made from ``label``."""
-        operation.to(self.dtype)
+        """Appends an operation (which the builder then owns) under a name made from ``label``.
+
+        Constants that it has in float64, and that the builder's precision cannot hold, are kept with it.
+        """
+        _round(operation, self.dtype)
         shape = output_shape(operation, [value.shape for value in inputs])
         name = label or operation_name(operation)
         attempt = 1
@@ -94,7 +98,7 @@ class Builder:
 
     def _sample_constant(self, constant: Tensor | float, value: Value) -> Tensor | float:
         if not isinstance(constant, Tensor):
-            return torch.tensor(constant, dtype=self.dtype)
+            return torch.tensor(constant, dtype=torch.float64)
         if constant.ndim > value.rank:
             if constant.ndim > value.rank + 1 or constant.shape[0] != 1:
                 raise UnsupportedOperationError(
@@ -108,7 +112,7 @@ class Builder:
             raise InvalidInputError(
                 f"constant of shape {tuple(constant.shape)}: expected one that broadcasts to {value.shape}"
             ) from None
-        return constant.to(self.dtype)
+        return constant.detach().double()
 
     def divide(self, value: Value, divisor: Tensor | float, label: str) -> Value:
         """value / divisor for a constant divisor, whose inverse is taken in float64."""
@@ -117,11 +121,12 @@ class Builder:
 
     def batch_norm(self, value: Value, parameters: Sequence[Tensor | None], epsilon: float, label: str) -> Value:
         """Evaluation-mode batch normalisation over dimension 0; parameters: weight, bias, mean, variance."""
-        weight, bias, mean, variance = (p if p is None else p.double() for p in parameters)
+        weight, bias, mean, variance = parameters
         if mean is None or variance is None:
             raise UnsupportedOperationError("batch normalisation without running statistics is not supported")
-        scale = (variance + epsilon).rsqrt() * (1 if weight is None else weight)
-        shift = (0 if bias is None else bias) - mean * scale
+        weight = torch.ones_like(variance) if weight is None else weight
+        bias = torch.zeros_like(mean) if bias is None else bias
+        scale, shift = normalisation(weight, bias, mean, variance, epsilon)
         if value.rank < 1 or scale.shape != (value.shape[0],):
             raise InvalidInputError(f"batch normalisation of {tuple(scale.shape)} channels: expected {value.shape[:1]}")
         shape = (-1,) + (1,) * (value.rank - 1)
@@ -180,7 +185,7 @@ class Builder:
         return self.add(self._shared[key][0], [value], label)
 
     def _fill(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        module.to(self.dtype)
+        module.double()
         module.load_state_dict(
             {"weight": weight.detach().clone()} | ({} if bias is None else {"bias": bias.detach().clone()})
         )
@@ -298,3 +303,16 @@ class Builder:
 
 def _equals(constant: Tensor | float, number: float) -> bool:
     return bool((torch.as_tensor(constant) == number).all())
+
+
+def _round(operation: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds the operation's constants to this precision; those that change stay with it as ``exact``."""
+    before = {
+        name: tensor.detach().clone()
+        for name, tensor in [*operation.named_parameters(), *operation.named_buffers()]
+        if tensor.dtype == torch.float64 and dtype != torch.float64
+    }
+    operation.to(dtype)
+    exact = {name: value for name, value in before.items() if not torch.equal(getattr(operation, name).double(), value)}
+    if exact:
+        operation.exact = exact  # type: ignore[assignment]

@@ -141,6 +141,7 @@ class _Reader:
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
         self.known: dict[str, Any] = {"": None}
+        self.wide: set[str] = set()  # constants of float32 that are held in float64, as they were computed
         for tensor in self.graph.initializer:
             self.known[tensor.name] = _tensor(onnx.numpy_helper.to_array(tensor))
         entry = next(entry for entry in self.graph.input if entry.name not in self.known)
@@ -203,7 +204,7 @@ class _Reader:
         return value
 
     def _fold(self, node: onnx.NodeProto, inputs: list[Any]) -> list[Any]:
-        """Evaluates a small operator on constants."""
+        """Evaluates a small operator on constants; what is declared float32, in float64 and without rounding it."""
         if node.op_type not in _FOLDABLE:
             raise UnsupportedOperationError("is not supported on constants")
         arrays = [None if value is None else value.numpy() for value in inputs]
@@ -211,10 +212,26 @@ class _Reader:
             raise UnsupportedOperationError("a constant with so many entries is not supported")
         if len(node.output) != 1:
             raise UnsupportedOperationError("several results are not supported on constants")
+        if node.op_type == "Cast" and node.input[0] in self.wide and _cast_to(node) == onnx.TensorProto.FLOAT:
+            self.wide.add(node.output[0])
+            return inputs
+        given = {name: array for name, array in zip(node.input, arrays, strict=True) if array is not None}
+        single = {name for name, array in given.items() if array.dtype == np.float32 or name in self.wide}
+        feeds = {
+            name: array.astype(np.float64) if name in single and node.op_type != "Cast" else array
+            for name, array in given.items()
+        }
         evaluator = onnx.reference.ReferenceEvaluator(node, opsets={"": self.opset})
-        feeds = {name: array for name, array in zip(node.input, arrays, strict=True) if name}
         results: Any = evaluator.run(None, feeds)
-        return [_tensor(np.asarray(results[0]))]
+        result = np.asarray(results[0])
+        doubles = {name for name, array in given.items() if array.dtype == np.float64} - single
+        if single and not doubles and result.dtype == np.float64 and node.op_type != "Cast":
+            self.wide.add(node.output[0])
+        return [_tensor(result)]
+
+
+def _cast_to(node: onnx.NodeProto) -> int:
+    return next((int(entry.i) for entry in node.attribute if entry.name == "to"), 0)
 
 
 def _entries(operator: str, arrays: list[Any]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -32,6 +32,9 @@ class Graph(nn.Module):
 
     The graph owns the operations it is given: they lose ``requires_grad`` (turn it on again with
     ``requires_grad_(True)``) and stay in evaluation mode. Without nodes it is the identity.
+
+    An operation may carry constants in float64 that the graph's precision cannot hold, as a dictionary ``exact`` of
+    tensors by name. A conversion to another precision starts from them, unless they have been changed since.
 
     Raises:
         UnsupportedOperationError: an operation is not canonical.
@@ -104,11 +107,22 @@ class Graph(nn.Module):
                 )
             separate = torch.cat([values[name] for values in alone])
             scale = float(value.abs().max())
-            if separate.shape != value.shape or not torch.allclose(separate, value, rtol=0, atol=1e-4 * scale + 1e-30):
+            same = separate.shape == value.shape
+            if not same or not (
+                torch.allclose(separate, value, rtol=0, atol=1e-4 * scale + 1e-30)
+                or self._within_rounding(name, separate - value, batch)
+            ):
                 raise InvalidInputError(
                     f"node {name!r}: the value of a sample depends on the rest of its batch, expected "
                     "dimension 0 to be the batch only"
                 )
+
+    def _within_rounding(self, name: str, difference: Tensor, batch: Tensor) -> bool:
+        """Whether rounding may make as much of a difference, where large terms cancel."""
+        from flowverify.network.rounding import rounding_of_value
+
+        allowed = rounding_of_value(self, name, batch)
+        return bool((difference.abs() <= allowed).all())
 
     @property
     def output(self) -> str:
@@ -128,6 +142,20 @@ class Graph(nn.Module):
         """A tensor of the weights' precision and device, or the default if there are no weights."""
         tensors = (t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
         return next(tensors, torch.zeros((), dtype=torch.float32) if default is None else default)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to, .double and .cuda do; constants that are still as they were rounded are rounded afresh."""
+        unchanged = [
+            (operation, name, value)
+            for operation in self.operations
+            for name, value in exact_constants(operation).items()
+            if _is_rounding_of(getattr(operation, name), value)
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for operation, name, value in unchanged:
+                getattr(operation, name).copy_(value)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a graph is always in evaluation mode."""
@@ -222,6 +250,15 @@ class Graph(nn.Module):
             if node.name in names:
                 names.update(node.inputs)
         return names
+
+
+def exact_constants(operation: nn.Module) -> dict[str, Tensor]:
+    """The float64 values, by name, of constants of an operation that its precision cannot hold."""
+    return getattr(operation, "exact", {})
+
+
+def _is_rounding_of(present: Tensor, value: Tensor) -> bool:
+    return not present.is_meta and torch.equal(present.detach().cpu(), value.to(present.dtype))
 
 
 class Network(Graph):

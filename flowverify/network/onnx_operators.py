@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network.aten import sample_dim
 from flowverify.network.builder import Builder, Value
+from flowverify.network.constants import times
 from flowverify.network.onnx_shapes import SHAPE_HANDLERS, Attributes, Handler, depends, integers, listed
 from flowverify.network.windows import Pair, Sides
 
@@ -32,10 +33,10 @@ def _gemm(builder: Builder, inputs: list[Any], attributes: Attributes, label: st
     if isinstance(weight, Value) or isinstance(bias, Value) or weight.ndim != 2:
         raise UnsupportedOperationError("Gemm with a weight or bias that depends on the input is not supported")
     matrix = weight if attributes.pop("transB", 0) else weight.t()
-    scaled = None if bias is None else (bias if beta == 1 else bias * beta)
+    scaled = None if bias is None else times(bias, beta)
     if scaled is not None and scaled.ndim == 2 and scaled.shape[0] == 1:
         scaled = scaled[0]
-    return builder.linear(value, matrix if alpha == 1 else matrix * alpha, scaled, label)
+    return builder.linear(value, times(matrix, alpha), scaled, label)
 
 
 def _matmul(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
@@ -88,7 +89,8 @@ def _negate(builder: Builder, inputs: list[Any], attributes: Attributes, label: 
 def _total(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     result = inputs[0]
     for other in inputs[1:]:
-        result = _add(builder, [result, other], attributes, label) if depends(result, other) else result + other
+        either = depends(result, other)
+        result = _add(builder, [result, other], attributes, label) if either else result.double() + other.double()
     return result  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
 from flowverify.network.graph import INPUT, Node
 from flowverify.network.operations import ScaleShift
+from flowverify.network.rounding import gamma, magnitudes
 
 MAX_ENTRIES = 1 << 26
 CHUNK_ENTRIES = 1 << 23
@@ -32,17 +33,38 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How far a bound may be off (:func:`~flowverify.certify.complete.relaxation.lower_bound`).
+
+    Attributes:
+        gamma: relative, to the sum of absolute values.
+        magnitudes: P of each stage in two parts, (n_k, 2): first + reach * second is at least |z_k| on the ball, and
+            the sum of absolute values that it is computed from (:mod:`flowverify.network.rounding`).
+    """
+
+    gamma: float
+    magnitudes: tuple[Tensor, ...]
+
+    def largest(self, stage: int, reach: float) -> Tensor:
+        """P of a stage, (n_k,)."""
+        parts = self.magnitudes[stage]
+        return parts[:, 0] + reach * parts[:, 1]
+
+
+@dataclass(frozen=True)
 class AffineMaps:
     """The stages of a network in float64; ``stages[k]`` feeds ReLU k + 1, ``stages[-1]`` is the output.
 
     Attributes:
         names: of the values that the stages compute.
         pixels: of the image.
+        rounding: of bounds that are computed with these maps; None where nothing is to be proven.
     """
 
     stages: tuple[Stage, ...]
     names: tuple[str, ...]
     pixels: int
+    rounding: Rounding | None = None
 
     @property
     def layers(self) -> int:
@@ -103,7 +125,9 @@ def affine_maps(network: Network) -> AffineMaps:
         )
         for name in names
     )
-    return AffineMaps(stages, tuple(names), sizes[0])
+    found = magnitudes(precise, relaxed=False)
+    rounding = Rounding(gamma(precise), tuple(found[name].flatten(1).T.contiguous().to(device) for name in names))
+    return AffineMaps(stages, tuple(names), sizes[0], rounding)
 
 
 def _shape(network: Network, name: str) -> tuple[int, ...]:

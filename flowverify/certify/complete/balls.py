@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowverify.network.rounding import reach
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.prepared import Prepared
 from flowverify.transport.support import support
@@ -43,6 +44,11 @@ class Polytope:
         self.image, self.budget, self.ground, self.cap = image, budget, ground, cap
         self.flat = image.flatten()
         self._prepared: dict[torch.dtype, Prepared] = {}
+
+    @property
+    def reach(self) -> float:
+        """What multiplies the largest coefficient of a pixel in bounds on rounding."""
+        return float(reach(self.image.double().sum(), self.budget))
 
     @property
     def is_program(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.base import ROUNDING, BaseCertifier
+from flowverify.certify.base import BaseCertifier
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
 from flowverify.certify.complete.affine_maps import affine_maps
 from flowverify.certify.complete.budget import Budget, Progress
@@ -26,7 +26,6 @@ from flowverify.transport.ground import parse_ground
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
 TIMEOUT = 60.0  # seconds an image
 TOLERANCE = 0.01
-RELAXED_ROUNDING = 1e-9  # fraction of the network's largest value at the image that bounds must exceed
 NO_IMAGE = "what changes the class in the L1 ball is no image: it has negative pixels"
 
 
@@ -125,15 +124,18 @@ class CompleteCertifier(BaseCertifier):
         """min over t of the least f_y - f_t over the ball around one image (C, H, W), from both sides.
 
         Args:
-            tolerance: of the gap between the sides, as a share of the network's largest value at the image; at least
-                ``RELAXED_ROUNDING``. The gap is larger where the budget runs out, or a cap makes bounds inexact.
+            tolerance: of the gap between the sides, as a share of the network's largest value at the image. The gap is
+                larger where rounding is, where the budget runs out, or a cap makes bounds inexact.
 
         Raises:
             InvalidInputError: as :meth:`check`.
         """
         images, labels = self.check(image, torch.as_tensor(label), ball.ground, ball.cap)
         search = self._search_of(images[0].double(), int(labels[0]), ball.ground, ball.cap)
-        gap = max(tolerance / RELAXED_ROUNDING, 1.0) * search.allowance
+        with torch.no_grad():
+            largest = max(float(value.abs().max()) for value in self.precise.values(search.hunt.image[None]).values())
+        budget = search.ball(ball.radius).budget
+        gap = max(tolerance * largest, 2 * float(self.allowance(search.hunt.image[None], budget)))
         return least_margin(
             self.maps, search.ball(ball.radius), search.specification, search.hunt, gap, self.options.budget
         )
@@ -181,12 +183,10 @@ class CompleteCertifier(BaseCertifier):
         specification = margin_specification(
             torch.tensor([label], device=centre.device), self.network.num_classes, torch.float64
         )[0]
-        allowance = float(self.allowance(centre[None])) * (RELAXED_ROUNDING / ROUNDING)
         return RadiusSearch(
             self.maps,
             Hunt(self, centre, label, self.method == "complete", ground, cap),
             specification,
-            allowance,
             limit=parse_ground(ground).largest_distance(*centre.shape[-2:]),
             tolerance=self.options.tolerance,
             adversary=self.options.adversary,

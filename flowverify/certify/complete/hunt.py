@@ -59,13 +59,9 @@ class Hunt:
         self.witness: Tensor | None = None
         self.least_margin = float("inf")
         self._lock = RLock()
-<<<<<<< HEAD
-        self._precise, self._network = certifier.precise, certifier.network
+        self._precise, self._network, self._subject = certifier.precise, certifier.network, certifier.subject
         with torch.no_grad():
             self.largest = float(self._precise(image[None]).abs().max())
-=======
-        self._precise, self._network, self._subject = certifier.precise, certifier.network, certifier.subject
->>>>>>> claims
 
     def margins(self, points: Tensor) -> Tensor:
         """min over t of f_y - f_t, float64 (N,), for points (N, C, H, W)."""

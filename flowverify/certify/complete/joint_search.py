@@ -17,7 +17,7 @@ from flowverify.certify.complete.workers import each, parts
 
 ITERATIONS = 8  # above the first layer
 CHUNK = 4096  # functions
-SLACK = 1e-10  # limits are raised by this share of the largest: rounding decides nothing
+WEIGHED = 1e-14  # relative: what dividing a weight by the neuron's bounds, and adding a few, may round
 SPENT = 0.75
 LOOSE = 0.1  # of the maxima over the ball; they are sound at any
 
@@ -81,7 +81,7 @@ def _largest(
     bits = (torch.arange(2**size, device=weights.device)[:, None] >> torch.arange(size, device=weights.device)) & 1
     weights, members, up, down = (v.flatten(0, 1) for v in (weights, members, up, down))
     # At its own ends every neuron reaches its weight, whatever the ball allows.
-    largest = weights.sum(1, keepdim=True).repeat(1, 2**size)
+    largest = (1 + WEIGHED) * weights.sum(1, keepdim=True).repeat(1, 2**size)
     useful = (weights[:, 1:2] > 0).flatten().nonzero().flatten()
 
     def search(part: Tensor) -> None:
@@ -91,8 +91,15 @@ def _largest(
             largest[part] = torch.minimum(largest[part], found)
 
     each(search, parts(useful, max(1, CHUNK // 2**size)))
-    largest += SLACK * largest.abs().amax() if largest.numel() else 0.0
     return largest.reshape(count, groups, -1)
+
+
+def _rounding(maps: AffineMaps, ball: Polytope, terms: Tensor, members: Tensor) -> Tensor | float:
+    """By how much sums of the first layer's values, and of its weights, may be off, (K, P)."""
+    if maps.rounding is None:
+        return 0.0
+    largest = maps.rounding.largest(0, ball.reach)[members]
+    return maps.rounding.gamma * (terms.abs() @ largest[..., None])[..., 0]
 
 
 def _maximum(
@@ -105,7 +112,8 @@ def _maximum(
         functions = (terms @ maps.stages[0].weights[0][members]).flatten(0, 1).float()
         error = torch.finfo(functions.dtype).eps * functions.abs().amax(1).double()
         centre = (maps.stages[0].weights[0] @ ball.flat + maps.stages[0].bias)[members][..., None]
-        return ball.greatest_excess(functions, error, LOOSE).reshape(kinds, patterns) + (terms @ centre)[..., 0]
+        excess = ball.greatest_excess(functions, error, LOOSE).reshape(kinds, patterns)
+        return excess + (terms @ centre)[..., 0] + _rounding(maps, ball, terms, members)
     rows = terms.new_zeros(kinds, patterns, nodes.lower[layer].shape[1])
     rows = rows.scatter(2, members[:, None].expand_as(terms), -terms).flatten(0, 1)
     node = owner.repeat_interleave(patterns)

@@ -39,10 +39,10 @@ def least_margin(
     """
     hunt.offer(ball.image[None])
     begin = budget.clock()
-    tree = Tree(maps, ball, neuron_bounds(maps, ball), specification, hunt.least_margin - tolerance, hunt)
+    tree = Tree(maps, ball, neuron_bounds(maps, ball), specification, hunt, enough=hunt.least_margin - tolerance)
 
     def stop() -> bool:
-        tree.allowance = hunt.least_margin - tolerance
+        tree.enough = hunt.least_margin - tolerance
         late = budget.seconds is not None and budget.clock() - begin >= budget.seconds
         return late or (budget.nodes is not None and tree.counts.nodes >= budget.nodes)
 

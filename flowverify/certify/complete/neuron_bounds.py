@@ -21,7 +21,6 @@ ITERATIONS = 20
 CHILD_ITERATIONS = 6
 CHUNK = 256
 LIMITS = 4, 6  # joint limits of the first layer: groups, members
-SLACK = 1e-10  # bounds are widened by this share of the layer's largest one: rounding decides no phase
 
 
 @dataclass
@@ -64,7 +63,7 @@ def neuron_bounds(
             if len(open_rows):
                 better = torch.cat(each(tighter, parts(open_rows, CHUNK)))
                 values[open_rows] = torch.maximum(values[open_rows], better)
-        lower, upper = _widened(values[:width], -values[width:])
+        lower, upper = _cut_off(maps, ball, stage, values[:width], -values[width:])
         found.lower.append(lower)
         found.upper.append(upper)
     return found
@@ -88,7 +87,7 @@ def refine(
         specification = torch.cat([identity, -identity])
         start = torch.cat([lower[unstable], -upper[unstable]])
         values = _grow(maps, ball, stage, specification, start, result, rounds, stop)
-        lower[unstable], upper[unstable] = _widened(values[: len(unstable)], -values[len(unstable) :])
+        lower[unstable], upper[unstable] = values[: len(unstable)], -values[len(unstable) :]
     return result
 
 
@@ -114,9 +113,8 @@ def tighten(maps: AffineMaps, ball: Polytope, nodes: Nodes, neurons: list[Tensor
             multipliers = initial_multipliers(lower, upper, count * width)
             multipliers.guess = nodes.multipliers.guess.new_zeros(count * width)
             ends.append(lower_bound(maps, ball, layer, rows, lower, upper, multipliers, tolerance=1e-2).value)
-        slack = SLACK * torch.maximum(ends[0].abs(), ends[1].abs()).amax()
-        nodes.lower[layer][at] = torch.maximum(nodes.lower[layer][at], ends[0] - slack)
-        nodes.upper[layer][at] = torch.minimum(nodes.upper[layer][at], slack - ends[1])
+        nodes.lower[layer][at] = torch.maximum(nodes.lower[layer][at], ends[0])
+        nodes.upper[layer][at] = torch.minimum(nodes.upper[layer][at], -ends[1])
         empty = (nodes.lower[layer] > nodes.upper[layer]).any(1)
         nodes.bound = torch.where(empty, torch.inf, nodes.bound)
     return nodes
@@ -208,6 +206,9 @@ def _worst(tree: Nodes, count: int) -> Tensor:
     return order[torch.searchsorted(tree.row[order], torch.arange(count, device=order.device))]
 
 
-def _widened(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    slack = SLACK * torch.maximum(lower.abs(), upper.abs()).amax()
-    return lower - slack, upper + slack
+def _cut_off(maps: AffineMaps, ball: Polytope, stage: int, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds, none beyond what values can be: bounds on rounding count on it."""
+    if maps.rounding is None:
+        return lower, upper
+    largest = maps.rounding.largest(stage, ball.reach)
+    return torch.maximum(lower, -largest), torch.minimum(upper, largest)

@@ -53,14 +53,13 @@ class RadiusSearch:
         maps: AffineMaps,
         hunt: Hunt,
         specification: Tensor,
-        allowance: float,
         *,
         limit: float,
         tolerance: float,
         adversary: Adversary | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.maps, self.hunt, self.specification, self.allowance = maps, hunt, specification, allowance
+        self.maps, self.hunt, self.specification = maps, hunt, specification
         self.limit, self.tolerance = limit, tolerance
         self.radius, self.margin = 0.0, 0.0
         self.counts, self.seconds, self.exhausted = Counts(), 0.0, False
@@ -125,6 +124,9 @@ class RadiusSearch:
                 self.hunt.descend()
                 if self.hunt.radius <= radius:
                     return False
+            if not self._provable:
+                self.exhausted = True
+                return None
             with workers(self.hunt.image.device):
                 if self._tree is None or self._trial != radius:
                     self._plant(radius, stop)
@@ -159,13 +161,16 @@ class RadiusSearch:
         if self._adversary is not None:
             self.hunt.ask(self._adversary)
         self.hunt.descend()
+        if not self._provable:
+            self._started = self.exhausted = True
+            return
         low, high = 0.0, min(self.limit, self.hunt.radius)
         trial = min(FIRST_RADIUS, high / 2)
         for _ in range(BISECTIONS):
             if stop() or high <= low * 1.02:
                 break
             margin = self._root_margin(trial)
-            if margin > self.allowance:
+            if margin > 0:
                 low, self.margin = trial, margin
             else:
                 high = trial
@@ -176,10 +181,19 @@ class RadiusSearch:
             )
         self.radius, self._started = max(self.radius, low), True
 
+    @property
+    def _provable(self) -> bool:
+        """Whether bounds can be positive at all: the margins of the image itself exceed their rounding."""
+        rounding, image = self.maps.rounding, self.hunt.image
+        if rounding is None or not len(self.specification):
+            return True
+        size = self.specification.abs() @ rounding.largest(-1, self.ball(0.0).reach)
+        return bool(self.hunt.margins(image[None]) > rounding.gamma * size.amin())
+
     def _root_margin(self, radius: float) -> float:
         ball = self.ball(radius)
         bounds = neuron_bounds(self.maps, ball, iterations=1)
-        tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, iterations=4)
+        tree = Tree(self.maps, ball, bounds, self.specification, self.hunt, iterations=4)
         return float(tree.root_bounds.min()) if len(tree.root_bounds) else math.inf
 
     def _target(self) -> float:
@@ -239,7 +253,7 @@ class RadiusSearch:
         self._begun, self._before = self._left(), self.counts.nodes
         ball = self.ball(radius)
         bounds = neuron_bounds(self.maps, ball, iterations=1)
-        tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, counts=self.counts)
+        tree = Tree(self.maps, ball, bounds, self.specification, self.hunt, counts=self.counts)
         if len(tree.open):
             self._tree, self._trial = tree, radius
             enough, known = self.counts.nodes + EASY, self.hunt.radius
@@ -261,16 +275,13 @@ class RadiusSearch:
 
             bounds = neuron_bounds(self.maps, ball, stop=refined_enough)
             bounds = refine(self.maps, ball, bounds, ROUNDS, refined_enough)
-        tree = Tree(self.maps, ball, bounds, self.specification, self.allowance, self.hunt, counts=self.counts)
+        tree = Tree(self.maps, ball, bounds, self.specification, self.hunt, counts=self.counts)
         tree.limit(stop, None if small else 1)
         return tree
 
     def _margin(self) -> float:
-        """The proven margin at the radius: that of the roots where they suffice, else what counts as positive."""
-        tree = self._tree
-        if tree is None or not len(tree.root_bounds):
-            return math.inf
-        return max(self.allowance, float(tree.root_bounds.min()))
+        """The margin that the tree has proven."""
+        return math.inf if self._tree is None else self._tree.least
 
     def _watched(self, stop: Callable[[], bool]) -> Callable[[], bool]:
         def watched() -> bool:

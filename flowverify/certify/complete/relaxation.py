@@ -21,6 +21,13 @@ which makes neuron i steeper, with U = sum of theta up_i above 0 and D = sum of 
 
 It is 0 for rho between -D and A + U, if there is any such: alpha in [0, 1] chooses it. Otherwise rho is the chord's,
 that makes both ends equal. Neurons with one phase have rho = A + U or -D. To all, gamma is added, free on splits.
+
+What is computed may be off by rounding, and is lowered by as much. Any rho is sound, the rounded one too: only what
+is computed from it matters. With P_k the magnitudes of :mod:`flowverify.network.rounding`, which are at least |z_k|,
+|l_k| and |u_k| (bounds are cut off there), b_k and W_k weighted by rho_k, or by the specification, put in terms of at
+most |rho_k| . P_k in sum, with their own rounding; A is a sum of such rho_k W_k, and what the hull's minimum or the
+ball makes of it is no more than that again; U and D put in (U + D) . P_k, limits theta limit. gamma_n times the sum
+of all these is the lowering; a few units more for the minimum over the hull are among the n.
 """
 
 from __future__ import annotations
@@ -117,11 +124,15 @@ def relax(
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear lower bound on the ball: constant (N,) + on_image (N, pixels) . nu, and A_k (N, n_k) of each layer."""
+    """A linear lower bound on the ball: constant (N,) + on_image (N, pixels) . nu, and A_k (N, n_k) of each layer.
+
+    ``size`` (N, 2) are the absolute values of all terms in two parts, first + reach * second; None without rounding.
+    """
 
     constant: Tensor
     on_image: Tensor
     coefficients: list[Tensor]
+    size: Tensor | None
 
 
 def linear_bound(
@@ -142,44 +153,53 @@ def linear_bound(
     constant = specification @ maps.stages[stage].bias
     carried = {source: specification @ weight for source, weight in maps.stages[stage].weights.items()}
     coefficients: list[Tensor] = [specification] * stage
+    known = None if maps.rounding is None else maps.rounding.magnitudes
+    size = None if known is None else specification.detach().abs() @ known[stage]
     for index in range(stage - 1, -1, -1):
         own = carried.pop(index + 1, None)
         if own is None:
             own = torch.zeros_like(multipliers.alpha[index])
         coefficients[index] = own
         limits = joint[index] if joint else None
-        rho, term = _relax_layer(own, lower[index], upper[index], multipliers, index, limits)
+        rho, term, steepness, limited = _relax_layer(own, lower[index], upper[index], multipliers, index, limits)
         constant = constant + term + rho @ maps.stages[index].bias
+        if size is not None and known is not None:
+            size += (rho.detach().abs() + steepness.detach()) @ known[index]
+            size[:, 0] += limited.detach()
         for source, weight in maps.stages[index].weights.items():
             more = rho @ weight
             carried[source] = carried[source] + more if source in carried else more
     on_image = carried.get(0)
     if on_image is None:
         on_image = specification.new_zeros(len(specification), maps.pixels)
-    return Linear(constant, on_image, coefficients)
+    return Linear(constant, on_image, coefficients, size)
 
 
 def _relax_layer(
     coefficients: Tensor, lower: Tensor, upper: Tensor, multipliers: Multipliers, layer: int, limits: JointLimits | None
-) -> tuple[Tensor, Tensor]:
-    """rho (N, n) and the constants (N,) of a layer with its joint limits; compiled where no gradient is wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rho (N, n), constants (N,), U + D (N, n) and sizes of joint limits (N,); compiled where no gradient is wanted."""
     limits = JointLimits.none(len(coefficients), coefficients.device) if limits is None else limits
     alpha, gamma, theta = (group[layer] for group in (multipliers.alpha, multipliers.gamma, multipliers.theta))
     theta = theta[:, : limits.groups]
+    # A limit of -inf, which holds nowhere, makes an infinite bound, whatever is rounded.
+    used = (theta > 0) & torch.isfinite(limits.limit)
+    limited = torch.where(used, theta * limits.limit.abs(), 0.0).sum(1)
     if not _compilable(coefficients, alpha, gamma, theta):
-        rho, term = relax(coefficients, lower, upper, alpha, gamma, *limits.slopes(theta, coefficients.shape[1]))
-        return rho, term - torch.where(theta > 0, theta * limits.limit, 0.0).sum(1)
+        slopes = limits.slopes(theta, coefficients.shape[1])
+        rho, term = relax(coefficients, lower, upper, alpha, gamma, *slopes)
+        return rho, term - torch.where(theta > 0, theta * limits.limit, 0.0).sum(1), slopes[0] + slopes[1], limited
     from flowverify.certify.complete.relaxation_kernel import relax_rows
 
     wide = [v.expand_as(coefficients).contiguous().numpy() for v in (lower, upper, alpha, gamma)]
     sums = limits.members, limits.up, limits.down, limits.limit, theta
-    rho, *steeper = (torch.empty_like(coefficients) for _ in range(3))
+    rho, steeper, flatter = (torch.empty_like(coefficients) for _ in range(3))
     term = coefficients.new_zeros(len(coefficients), dtype=torch.float64)
     relax_rows(
         coefficients.contiguous().numpy(), *wide, *(v.contiguous().numpy() for v in sums), rho.numpy(),
-        *(v.numpy() for v in steeper), term.numpy(),
+        steeper.numpy(), flatter.numpy(), term.numpy(),
     )  # fmt: skip
-    return rho, term
+    return rho, term, steeper + flatter, limited
 
 
 def _compilable(*values: Tensor) -> bool:
@@ -200,19 +220,22 @@ def lower_bound(
     tolerance: float = 1e-9,
     point: bool = False,
 ) -> Bound:
-    """Lower bounds of specification . z_stage over the ball; differentiable in ``multipliers``.
+    """Lower bounds of specification . z_stage over the ball, rounding included; differentiable in ``multipliers``.
 
     Args:
         tolerance: of the minimum over the ball; the bound is sound at any.
     """
     linear = linear_bound(maps, stage, specification, lower, upper, multipliers, joint)
+    constant = linear.constant
+    if linear.size is not None and maps.rounding is not None:
+        constant = constant - maps.rounding.gamma * (linear.size[:, 0] + ball.reach * linear.size[:, 1])
     if linear.on_image.requires_grad and torch.is_grad_enabled():
         least, multiplier, nearest = _Concretise.apply(  # type: ignore[no-untyped-call]
             linear.on_image, ball, multipliers.guess, tolerance
         )
-        return Bound(linear.constant + least, multiplier, nearest)
+        return Bound(constant + least, multiplier, nearest)
     found = ball.minimum(linear.on_image, multipliers.guess, tolerance, point)
-    return Bound(linear.constant + found.value, found.multiplier, found.point)
+    return Bound(constant + found.value, found.multiplier, found.point)
 
 
 class _Concretise(torch.autograd.Function):

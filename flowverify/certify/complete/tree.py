@@ -55,8 +55,11 @@ class Tree:
         ball: around the image.
         bounds: of the neurons over the ball.
         specification: e_y - e_t for each other class, (classes - 1, classes).
-        allowance: a bound must exceed this to count: the rounding of float64.
         hunt: sees the minimiser of every bound.
+        enough: a node is done once its bound exceeds this.
+
+    Attributes:
+        least: the least bound of what is done: what a tree without open nodes proves.
     """
 
     def __init__(
@@ -65,14 +68,14 @@ class Tree:
         ball: Polytope,
         bounds: NeuronBounds,
         specification: Tensor,
-        allowance: float,
         hunt: Hunt,
         *,
+        enough: float = 0.0,
         counts: Counts | None = None,
         iterations: int = ROOT_ITERATIONS,
     ) -> None:
         self.maps, self.ball, self.specification = maps, ball, specification
-        self.allowance, self.hunt = allowance, hunt
+        self.enough, self.hunt = enough, hunt
         self.counts = Counts() if counts is None else counts
         self.batch_size, self.notes = BATCH, ""
         self._limited = False
@@ -85,7 +88,9 @@ class Tree:
         if len(nodes):
             nodes = self._improve(nodes, iterations)
         self.root_bounds = nodes.bound
-        self.open = nodes[self._undone(nodes)]
+        undone = self._undone(nodes)
+        self.least = float(nodes.bound[~undone].min()) if bool((~undone).any()) else float("inf")
+        self.open = nodes[undone]
         if len(self.open):
             self.open.share /= self.open.share.sum()
 
@@ -166,7 +171,7 @@ class Tree:
         if not bool(can.any()):
             return waiting
         children, neuron = branch(
-            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes[can], self.allowance
+            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes[can], self.enough
         )
         undone = self._settle(children)
         with self._lock:
@@ -189,6 +194,8 @@ class Tree:
         undone = self._undone(nodes)
         with self._lock:
             self.done += float(nodes.share[~undone].sum())
+            if not bool(undone.all()):
+                self.least = min(self.least, float(nodes.bound[~undone].min()))
         return undone
 
     def _limited_again(self, nodes: Nodes) -> Nodes:
@@ -205,11 +212,11 @@ class Tree:
         return join([renewed, nodes[~again]])
 
     def _undone(self, nodes: Nodes) -> Tensor:
-        return ~(nodes.bound > self.allowance)  # a NaN proves nothing
+        return ~(nodes.bound > self.enough)  # a NaN proves nothing
 
     def _improve(self, nodes: Nodes, iterations: int, pace: float = 1.0, precise: bool = False) -> Nodes:
         nodes, points = improve(
-            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes, iterations, self.allowance,
+            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes, iterations, self.enough,
             pace, precise,
         )  # fmt: skip
         descend = self._batches % DESCENT_EVERY == 0
@@ -259,7 +266,7 @@ class Tree:
         if not self.ball.is_program:
             node, _ = improve(
                 self.maps, self.ball, len(self.maps.stages) - 1, self.specification, node, 10 * LEAF_ITERATIONS,
-                self.allowance,
+                self.enough,
             )  # fmt: skip
             return not bool(self._settle(node).any())
         with self._lock:

@@ -1,0 +1,221 @@
+"""How far float64 arithmetic may be from exact arithmetic, a priori: a bound that sees cancellation.
+
+Every number that bounds of a network are made of is a sum of products along the network's paths: of weights, of slopes
+of activations, of what the image or a bias puts in at the start. Computed in any order with at most n roundings on each
+product, it is off by at most gamma_n = n u / (1 - n u), u = 2^-53, times the same sum of absolute values (Higham,
+Accuracy and Stability of Numerical Algorithms, 2nd ed., lemma 3.1 and section 3.1). :func:`magnitudes` are these sums,
+
+    P(image) = reach * (largest coefficient of a pixel),     P(z) = |W| P(a) + |b|,     P(a) = gain * P(z) + |f(0)|.
+
+*Reach.* A linear function c of the image that is bounded over a ball, c . mu + excess(c), has terms of at most
+max |c| times: the mass, for c . mu; four times the mass, for sums of mu_i (D_i - c_i), where a scan or a cost rounds
+c_j - lambda d(i, j), of which -|c_i| <= c_i <= c_j - lambda d(i, j) <= |c_j|; twice the budget, for lambda * budget,
+since no multiplier that is kept is worse than Lip(c) <= 2 max |c| (mass moves at a cost of at least 1); as much again,
+where a cap changes c. Reach is 8 (mass + budget). Points of the ball have sum |nu| <= mass + 2 budget, which is less.
+
+*Gain.* A relaxation of an activation is a line with a slope of at most L, its Lipschitz constant, that meets the
+activation within the neuron's bounds, which are at most P(z) themselves: |intercept| <= |f(0)| + 2 L P(z), for ReLU
+P(z) / 2. So gain >= 3 L, for ReLU 3/2, makes P the magnitude of all that relaxations pass on. A neuron's bounds may be
+off by e(z), and a relaxation holds within the bounds only: beyond, it is off by at most v e(z), v = 2 L, for ReLU
+v = 1. With gain >= 2 v, e <= (1 + k/2) gamma_n P after k activations on a path: in F = e - gamma_n P, the part that
+comes from below, F(a) <= L F(z) + v e(z), and F(z) <= (k/2) gamma_n P(z) makes F(a) <= (k/2 + 1/2) gamma_n P(a).
+
+*Roundings.* On a path through an operation lie at most: the products and sums of a value and, going backward, of a
+coefficient (fan-in and fan-out), one sum over all its entries (biases and intercepts), and a few for constants (which
+are the float64 numbers nearest to the user's, see :mod:`flowverify.network.builder`), slopes, intercepts, ends and the
+activation itself: ``FEW``. At the image: sums over pixels, edges and the scan's rows and columns. n is the sum of all.
+
+Assumed about bounds that are computed elsewhere (auto_LiRPA's): matrix products and convolutions are sums of products,
+in any order (no Strassen, Winograd or Fourier transform); relaxations are lines as above; steps of optimisers need no
+care, as any slope within [0, L] is sound. Underflow is covered by ``TINY``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flowverify.errors import UnsupportedOperationError
+from flowverify.network.graph import INPUT, Graph
+from flowverify.network.operations import (
+    Add,
+    Concatenate,
+    Index,
+    Pad,
+    Permute,
+    Reshape,
+    ScaleShift,
+    Subtract,
+    operation_name,
+)
+
+UNIT = 2.0**-53
+FEW = 32  # roundings of one operation beside its sums
+TINY = 1e-290  # far above what underflow loses, far below what matters
+INFLATED = 1 + 1e-6  # magnitudes are sums of nonnegative terms: their own rounding is a tiny share of them
+
+PRODUCTS = 1 << 33  # multiplications at most for the magnitudes of a network
+CHUNK_ENTRIES = 1 << 23
+
+# Their weights are not negative: they are their own |W|.
+_POSITIVE = (nn.AvgPool2d, nn.Flatten, Reshape, Permute, Index, Pad, Add, Concatenate)
+
+
+def reach(mass: Tensor, budget: Tensor | float) -> Tensor:
+    """By what the largest coefficient of a pixel is multiplied, for images of this mass and balls of this budget."""
+    return 8 * (mass + budget)
+
+
+def roundings(network: Graph) -> int:
+    """n: how many roundings lie on any path of a computation of bounds."""
+    count = 4 * math.prod(network.input_shape) + 4 * sum(network.input_shape[1:]) + 2 * FEW
+    for node in network.nodes:
+        count += math.prod(node.shape) + len(node.inputs) + FEW + sum(_fans(node.operation))
+    return count
+
+
+def _fans(operation: nn.Module) -> tuple[int, int]:
+    """How many products an entry is the sum of, and in how many an entry takes part."""
+    if isinstance(operation, nn.Linear):
+        return operation.in_features, operation.out_features
+    if isinstance(operation, nn.Conv2d):
+        window = math.prod(operation.kernel_size)
+        channels = operation.in_channels // operation.groups, operation.out_channels // operation.groups
+        return channels[0] * window, channels[1] * window
+    if isinstance(operation, nn.AvgPool2d | nn.MaxPool2d):
+        size = operation.kernel_size
+        window = size * size if isinstance(size, int) else math.prod(size)
+        return window, window
+    return 1, 1
+
+
+def gamma(network: Graph) -> float:
+    """gamma_n of a network; infinite for one that is too large for any claim."""
+    share = roundings(network) * UNIT
+    return share / (1 - share) if share < 0.5 else math.inf
+
+
+def depth(network: Graph) -> int:
+    """The largest number of activations on a path."""
+    deepest, activations = {INPUT: 0}, {node.name for node in network.activations}
+    for node in network.nodes:
+        deepest[node.name] = max(deepest[name] for name in node.inputs) + (node.name in activations)
+    return deepest[network.output]
+
+
+def magnitudes(network: Graph, *, relaxed: bool) -> dict[str, Tensor]:
+    """P of each value, in two parts (2, *shape), float64: P = first + reach * second.
+
+    The second part takes one pass through the network for each pixel. For networks for which that would be
+    ``PRODUCTS`` or more, pixels share passes: the sum of their coefficients is no less than the largest.
+
+    Args:
+        relaxed: for what passes through relaxations; otherwise the gain is L, and P bounds the values.
+
+    Raises:
+        UnsupportedOperationError: an operation without a rule, named.
+    """
+    device = next((tensor.device for tensor in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
+    pixels = math.prod(network.input_shape)
+    products = sum(math.prod(node.shape) * _fans(node.operation)[0] for node in network.nodes)
+    passes = min(pixels, max(1, PRODUCTS // max(1, products)))
+    widest = max([pixels, *(math.prod(node.shape) for node in network.nodes)])
+    groups = (torch.arange(pixels, device=device) * passes) // pixels
+    nothing = torch.zeros(1, *network.input_shape, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        fixed = _propagate(network, nothing, relaxed, biased=True)
+        moving = {name: torch.zeros_like(value) for name, value in fixed.items()}
+        for part in torch.split(torch.arange(passes, device=device), max(1, CHUNK_ENTRIES // widest)):
+            together = (groups == part[:, None]).double().reshape(-1, *network.input_shape)
+            for name, value in _propagate(network, together, relaxed, biased=False).items():
+                moving[name] = torch.maximum(moving[name], value.amax(0, keepdim=True))
+    return {name: torch.cat([fixed[name], moving[name]]) * INFLATED for name in fixed}
+
+
+def _propagate(network: Graph, start: Tensor, relaxed: bool, *, biased: bool) -> dict[str, Tensor]:
+    """P of each value from P of the image (N, *input_shape), with or without what does not depend on the image."""
+    values = {INPUT: start}
+    for node in network.nodes:
+        value = _through(node.operation, [values[name] for name in node.inputs], relaxed, biased)
+        values[node.name] = value + TINY if biased else value
+    return values
+
+
+def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, biased: bool) -> Tensor:
+    value = inputs[0]
+    if isinstance(operation, nn.Linear):
+        bias = operation.bias.double().abs() if biased and operation.bias is not None else None
+        return functional.linear(value, operation.weight.double().abs(), bias)
+    if isinstance(operation, nn.Conv2d):
+        bias = operation.bias.double().abs() if biased and operation.bias is not None else None
+        return functional.conv2d(
+            value, operation.weight.double().abs(), bias, operation.stride, operation.padding, operation.dilation,
+            operation.groups,
+        )  # fmt: skip
+    if isinstance(operation, ScaleShift):
+        scaled = value * operation.scale.double().abs()
+        shift = operation.shift.double().abs()
+        return scaled + (shift if biased else torch.zeros_like(shift))
+    if isinstance(operation, Subtract):
+        return inputs[0] + inputs[1]
+    if isinstance(operation, _POSITIVE):
+        return operation(*inputs)  # type: ignore[no-any-return]
+    if type(operation) not in _LIPSCHITZ:
+        raise UnsupportedOperationError(f"rounding: no rule for operation {operation_name(operation)}")
+    gain = _LIPSCHITZ[type(operation)](operation)
+    if relaxed:
+        gain *= 2.0 if isinstance(operation, nn.ReLU) else 6.0
+    if isinstance(operation, nn.MaxPool2d):
+        return gain * operation(value)  # type: ignore[no-any-return]
+    return gain * value + (_AT_ZERO.get(type(operation), 0.0) if biased else 0.0)
+
+
+# The largest slope. With a gain of 6 L, LeakyReLU may as well be computed as a x + (1 - a) relu(x).
+_LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.ReLU: lambda operation: 1.0,
+    nn.LeakyReLU: lambda operation: max(1.0, abs(float(operation.negative_slope))),
+    nn.Sigmoid: lambda operation: 0.25,
+    nn.Tanh: lambda operation: 1.0,
+    nn.MaxPool2d: lambda operation: 1.0,
+}
+_AT_ZERO: dict[type[nn.Module], float] = {nn.Sigmoid: 0.5}
+
+
+class RoundingBound:
+    """What rounding may change in lower bounds of margins of one network, and in its margins themselves.
+
+    Args:
+        network: in float64.
+
+    Raises:
+        UnsupportedOperationError: an operation without a rule, named.
+    """
+
+    def __init__(self, network: Graph) -> None:
+        self._gamma = gamma(network) * (1 + depth(network) / 2)
+        self._output = magnitudes(network, relaxed=True)[network.output].flatten(1)
+
+    def margins(self, mass: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
+        """By how much bounds of f_y - f_t for images of this mass (B,) over balls of this budget may be off, (B,).
+
+        ``displaced`` is the mass by which the centres that are computed with differ from the images. Infinite or NaN
+        where nothing can be said.
+        """
+        fixed, moving = self._output.to(mass.device)
+        logits = fixed + reach(mass.double(), budget)[:, None] * moving
+        found: Tensor = 2 * self._gamma * logits.amax(1) + 2 * displaced * moving.amax()
+        return found
+
+
+def rounding_of_value(network: Graph, name: str, batch: Tensor) -> Tensor:
+    """By how much two computations of a value may differ in the precision of the batch (B, ...), (B, *shape)."""
+    fixed, moving = magnitudes(network, relaxed=False)[name]
+    mass = reach(batch.double().flatten(1).abs().sum(1), 0.0).reshape(-1, *([1] * fixed.ndim))
+    coarser = torch.finfo(batch.dtype).eps / 2 / UNIT
+    size: Tensor = fixed + mass * moving
+    return 2 * coarser * gamma(network) * size
