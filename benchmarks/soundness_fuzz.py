@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
 
 import torch
 
 from benchmarks.common import header
-from benchmarks.soundness.checks import Case, Tally, run_case
+from benchmarks.soundness.checks import run_case
+from benchmarks.soundness.question import Question
+from benchmarks.soundness.tally import Tally, report
 
 CASES = 1_000_000  # of one seed
 
@@ -35,31 +36,6 @@ def run_cases(seed: int, start: int, count: int, tally: Tally) -> None:
         run_case(case_seed(seed, number), tally)
 
 
-def report(tally: Tally) -> str:
-    """The table of what was tried."""
-    lines = [
-        f"networks {tally.networks:,}, certificates {sum(tally.certificates.values()):,}, points {tally.points:,}, "
-        f"of them in exact arithmetic {tally.exact_points:,} (undecided {tally.undecided_points:,})",
-        f"bounds of an image at a radius {tally.bounds:,}, distances by an exact solver {tally.distances:,}, "
-        f"radii by enumeration {tally.enumerations:,}",
-        "",
-    ]
-    verdicts = sorted({verdict for _, _, verdict in tally.certificates})
-    lines += ["| method | bound | " + " | ".join(verdicts) + " |", "| --- | --- |" + " --- |" * len(verdicts)]
-    for method, bound in sorted({key[:2] for key in tally.certificates}):
-        counts = [f"{tally.certificates[method, bound, verdict]:,}" for verdict in verdicts]
-        lines.append(f"| {method} | {bound} | " + " | ".join(counts) + " |")
-    reasons: Counter[str] = Counter()
-    methods: dict[str, set[str]] = {}
-    for (method, reason), count in tally.refusals.items():
-        reasons[reason] += count
-        methods.setdefault(reason, set()).add(method.split(" ")[0])
-    lines += ["", f"refusals {sum(reasons.values()):,}"]
-    lines += [f"  {count:6,}  {', '.join(sorted(methods[reason]))}: {reason}" for reason, count in reasons.most_common()]
-    lines += ["", f"failures {len(tally.failures)} in {len({seed for seed, _ in tally.failures})} cases"]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group()
@@ -73,7 +49,7 @@ def main() -> None:
     header("Soundness")
     tally = Tally()
     if options.case is not None:
-        print(Case(options.case, Tally()).describe())
+        print(Question(options.case, Tally()).describe())
         run_case(options.case, tally)
         _print_failures(tally, 0)
     else:

@@ -72,7 +72,7 @@ class Threat:
         return (total / float(image.sum())) ** (1 / self.power)
 
     def shorten(self, image: Tensor, points: Tensor, spent: Tensor, budget: float) -> Tensor:
-        """Points (N, C, n), reached at these costs (N,), pulled back to the budget and below the cap: balls are convex."""
+        """Points (N, C, n), reached at these costs (N,), pulled back to budget and cap: balls are convex."""
         share = (budget / spent.clamp(min=1e-300)).clamp(max=1) * INSIDE
         change = points - image
         if self.cap is not None:

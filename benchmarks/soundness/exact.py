@@ -121,14 +121,17 @@ def _step(step: nn.Module, inputs: list[Array], convert: Callable[[Any], Any] | 
             return value if absolute else np.where(value > 0, value, 0 * value)
         case nn.LeakyReLU():
             slope = step.negative_slope
-            return value * max(1.0, abs(slope)) if convert is None else np.where(value > 0, value, value * convert(slope))
+            return (
+                value * max(1.0, abs(slope)) if convert is None else np.where(value > 0, value, value * convert(slope))
+            )
         case nn.Sigmoid():
             return value + 1 if absolute else np.frompyfunc(lambda x: 1 / (1 + mp.exp(-x)), 1, 1)(value)
         case nn.Tanh():
             return value + 1 if absolute else np.frompyfunc(mp.tanh, 1, 1)(value)
         case nn.BatchNorm1d() | nn.BatchNorm2d():
             side = (-1,) + (1,) * (value.ndim - 1)
-            mean, weight, bias = (constant(t).reshape(side) for t in (step.running_mean, step.weight, step.bias))
+            mean, bias = constant(step.running_mean).reshape(side), constant(step.bias).reshape(-1, *side[1:])
+            weight = constant(torch.ones(1) if step.weight is None else step.weight).reshape(-1, *side[1:])
             variance = constant(step.running_var).reshape(side) + (step.eps if convert is None else convert(step.eps))
             root = np.sqrt(variance) if absolute else np.frompyfunc(mp.sqrt, 1, 1)(variance)
             return (value + mean if absolute else value - mean) / root * weight + bias

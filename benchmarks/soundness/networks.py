@@ -1,4 +1,4 @@
-"""Random networks as users write them: canonical operations with every option, and layers that readers lower to them."""
+"""Random networks as users write them: canonical operations with every option, and layers that are lowered to them."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ class _Builder:
         if len(shape) < 3:
             return self.dice.choice([*flat, nn.BatchNorm1d(shape[0]), nn.BatchNorm1d(shape[0], affine=False)])
         channels = shape[0]
-        per_channel = (channels, 1, 1)
+        mean, deviation = torch.rand(2, channels, 1, 1, dtype=torch.float64)
         return self.dice.choice(
             [
                 *flat,
@@ -241,7 +241,7 @@ class _Builder:
                 nn.AvgPool2d(2, ceil_mode=True),
                 nn.MaxPool2d(2, ceil_mode=True),
                 nn.AvgPool2d(self.dice.choice([2, 3]), self.dice.choice([1, 2, 3]), 1),
-                Normalise(torch.rand(per_channel, dtype=torch.float64), 0.1 + torch.rand(per_channel, dtype=torch.float64)),
+                Normalise(mean, 0.1 + deviation),
             ]
         )  # fmt: skip
 
@@ -253,7 +253,8 @@ def _draw_weights(dice: random.Random, sequence: Sequence[nn.Module], dtype: tor
     offset = dice.choice([10, 20, 27, 40, 50]) if kind == "offset" else None
     for step in dict.fromkeys(sequence):
         if isinstance(step, nn.BatchNorm1d | nn.BatchNorm2d):
-            assert step.running_mean is not None and step.running_var is not None
+            assert step.running_mean is not None
+            assert step.running_var is not None
             step.running_mean.normal_()
             step.running_var.uniform_(0.05, 2)
             if step.weight is not None:
