@@ -19,7 +19,13 @@ class Tally:
     bounds: int = 0
     certificates: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
+    refused_first: dict[str, int] = field(default_factory=dict)  # the case with the first refusal of a kind
     failures: list[tuple[int, str]] = field(default_factory=list)
+
+    def refuse(self, asked: str, reason: str, seed: int) -> None:
+        """Counts a refusal of what was asked."""
+        self.refusals[asked, reason] += 1
+        self.refused_first.setdefault(reason, seed)
 
 
 def report(tally: Tally) -> str:
@@ -37,13 +43,17 @@ def report(tally: Tally) -> str:
         counts = [f"{tally.certificates[method, bound, verdict]:,}" for verdict in verdicts]
         lines.append(f"| {method} | {bound} | " + " | ".join(counts) + " |")
     reasons: Counter[str] = Counter()
-    methods: dict[str, set[str]] = {}
-    for (method, reason), count in tally.refusals.items():
+    asked: dict[str, set[str]] = {}
+    for (what, reason), count in tally.refusals.items():
         reasons[reason] += count
-        methods.setdefault(reason, set()).add(method.split(" ")[0])
-    lines += ["", f"refusals {sum(reasons.values()):,}"]
+        asked.setdefault(reason, set()).add(what)
     lines += [
-        f"  {count:6,}  {', '.join(sorted(methods[reason]))}: {reason}" for reason, count in reasons.most_common()
+        "",
+        f"refusals {sum(reasons.values()):,}, by reason, with the first case of each and what it was asked for",
     ]
+    for reason, count in reasons.most_common():
+        lines.append(
+            f"  {count:6,}  case {tally.refused_first[reason]}, {', '.join(sorted(asked[reason])[:4])}: {reason}"
+        )
     lines += ["", f"failures {len(tally.failures)} in {len({seed for seed, _ in tally.failures})} cases"]
     return "\n".join(lines)
