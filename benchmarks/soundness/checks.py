@@ -197,7 +197,13 @@ class Case:
             if one.verdict is Verdict.MISCLASSIFIED:
                 self._replay_clean(one, image, setting)
             upper = one.upper_radius
-            tie = "tie" in one.note and searched and one.radius > 0 and self.given.exact_ball
+            tie = (
+                setting.method == "complete"
+                and "tie" in one.note
+                and searched
+                and one.radius > 0
+                and self.given.exact_ball
+            )
             if tie and upper is not None and upper - one.radius > BRACKET * upper and not self._ties(image, one.radius):
                 self.fail(f"{setting}: image {image}: {one.note!r} on the bracket {one.radius:.6g} to {upper:.6g}")
 

@@ -92,6 +92,8 @@ def enumerated(given: Question, every: Sequence[Claim]) -> Iterator[str]:
         if any(one.certificate.verdict is Verdict.MISCLASSIFIED for one in own):
             continue
         exact = least_radius(given.drawn.oracle, given.threat, given.centres[image], int(given.labels[image]))
+        if math.isnan(exact):
+            continue
         given.tally.enumerations += 1
         for one in own:
             shown = one.certificate

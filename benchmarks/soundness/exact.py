@@ -205,7 +205,8 @@ def least_radius(network: Wired, threat: Threat, image: Tensor, label: int) -> f
     """The exact radius at an image (C, n) of a chain of Linear and ReLU: infinite if no image of the ball is other.
 
     One linear program for each pattern of active ReLUs and each other class: the cheapest plan to an image where the
-    pattern holds and the class has at least the label's value. Plans are counted in units of the image's mass.
+    pattern holds and the class has at least the label's value. Plans are counted in units of the image's mass. Not a
+    number where the nearest such image is one to the solver's tolerance only.
     """
     moves, mass = Moves(threat, image), float(image.sum())
     centre = image.flatten().numpy()
@@ -216,7 +217,8 @@ def least_radius(network: Wired, threat: Threat, image: Tensor, label: int) -> f
         sides.append((threat.cap - centre) / mass)
     layers = [step for step in network.sequence if isinstance(step, nn.Linear | nn.ReLU)]
     widths = [before.out_features for before, step in itertools.pairwise(layers) if isinstance(step, nn.ReLU)]
-    best = math.inf
+    best = doubtful = math.inf
+    clean = _margin(network, image, label)
     for code in itertools.product((False, True), repeat=sum(widths)):
         pattern, matrix, offset = list(code), np.eye(centre.size), np.zeros(centre.size)
         rows: list[Array] = []
@@ -256,5 +258,16 @@ def least_radius(network: Wired, threat: Threat, image: Tensor, label: int) -> f
                 method="highs", options=HIGHS,
             )  # fmt: skip
             if found.status == 0:
-                best = min(best, max(0.0, float(found.fun)))
-    return best ** (1 / threat.power)
+                point = image + torch.from_numpy(moves.change @ found.x * mass).reshape(image.shape)
+                if _margin(network, point, label) <= 1e-6 * clean:
+                    best = min(best, max(0.0, float(found.fun)))
+                else:
+                    doubtful = min(doubtful, max(0.0, float(found.fun)))
+    return math.nan if doubtful < best else best ** (1 / threat.power)
+
+
+def _margin(network: Wired, point: Tensor, label: int) -> float:
+    """min over t of f_y - f_t at a point (C, n) of a chain that begins with Flatten."""
+    with torch.no_grad():
+        values = network(point[None, :, None])[0]
+    return float(values[label] - torch.cat([values[:label], values[label + 1 :]]).max())
