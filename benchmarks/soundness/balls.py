@@ -19,6 +19,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 INSIDE = 1 - 1e-12  # points stay this much inside, so that their own rounding does not put them outside
+ROOM = 1e-10  # of a mass of 1: what each pixel may receive more, or sums that are rounded apart have no plan
 HIGHS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
@@ -89,7 +90,7 @@ def _least_cost(source: NDArray[np.float64], target: NDArray[np.float64], costs:
     one, n = np.ones(len(rows)), len(source)
     leaving, arriving = csr_array((one, (rows, at)), (n, len(rows))), csr_array((one, (columns, at)), (n, len(rows)))
     found = linprog(
-        costs[rows, columns], A_eq=vstack([leaving, arriving]), b_eq=np.concatenate([source, target]),
+        costs[rows, columns], A_eq=leaving, b_eq=source, A_ub=arriving, b_ub=target + ROOM,
         method="highs", options=HIGHS,
     )  # fmt: skip
     return float(found.fun) if found.status == 0 else float("inf")
