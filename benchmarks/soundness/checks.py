@@ -268,7 +268,10 @@ class Case:
                     f"{float(above.max()):.3g} (value {float(margins.min()):.6g}, rounding {slack:.3g})"
                 )
             largest = float(magnitudes(self.given.drawn.oracle, points.amax(0)).max())
-            if radius == 0 and not float((margins[0] - lower[image]).max()) <= slack + 1e-6 * largest:
+            # Tangents of curved activations are looked up in tables by the host: loose by their step, not wrong.
+            curved = any(isinstance(step, nn.Sigmoid | nn.Tanh) for step in self.given.drawn.oracle.steps)
+            share = 1e-4 if curved else 1e-6
+            if radius == 0 and not float((margins[0] - lower[image]).max()) <= slack + share * largest:
                 gap = float((margins[0] - lower[image]).max())
                 self.fail(
                     f"{setting}: image {image} at radius 0: bound {gap:.3g} below the margin (largest {largest:.3g})"
