@@ -75,7 +75,9 @@ def _through_relu(outer: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, 
 def _through_affine(node: Node, outer: Tensor, shapes: Sequence[torch.Size]) -> tuple[list[Tensor], Tensor]:
     operation, flat = node.operation, outer.flatten(0, 1)
     if isinstance(operation, nn.Linear):
-        bias = outer.new_zeros(outer.shape[:2]) if operation.bias is None else outer @ operation.bias
+        bias = outer.new_zeros(outer.shape[:2])
+        if operation.bias is not None:
+            bias = (outer @ operation.bias).reshape(*outer.shape[:2], -1).sum(2)
         return [outer @ operation.weight], bias
     # Any other affine operation: its adjoint by differentiation at 0, where its value is the constant.
     points = [flat.new_zeros(len(flat), *shape).requires_grad_(True) for shape in shapes]

@@ -8,7 +8,8 @@ from torch import nn
 
 from flowverify.certify.margins import MarginBounds
 from flowverify.certify.verify import Certifier
-from flowverify.errors import UnsupportedOperationError
+from flowverify.errors import BoundError, UnsupportedOperationError
+from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network
 
 
@@ -19,12 +20,49 @@ def pooled(kernel: int, stride: int) -> Network:
     return Network.sequential((1, 6, 6), [*modules, nn.Linear(width, 3)])
 
 
-def test_overlapping_pools_are_refused_where_auto_lirpa_would_break_down() -> None:
-    with pytest.raises(UnsupportedOperationError, match=r"layer '1_MaxPool2d': .*stride 2 and kernel size 3"):
-        MarginBounds(pooled(3, 2), bound="crown")
-    images = torch.rand(2, 1, 6, 6)
-    bounds = MarginBounds(pooled(3, 2), bound="ibp").lower_bounds(images, torch.tensor([0, 1]), torch.zeros(2))
-    assert bounds.shape == (2, 2)
+@pytest.mark.parametrize("bound", ["crown", "best"])
+def test_what_the_host_cannot_take_is_refused_or_bounded_by_intervals(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaking down as it is built, and in the middle of a batch."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BoundError("auto_LiRPA's backward failed: for the test")
+
+    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    expected = MarginBounds(pooled(3, 2), bound="ibp").lower_bounds(images, labels, budget)
+    for method in ("__init__", "crown"):
+        with monkeypatch.context() as patch:
+            engine = MarginBounds(pooled(3, 2), bound=bound) if method == "crown" else None
+            patch.setattr(BoundedNetwork, method, refuse)
+            if bound == "crown":
+                with pytest.raises(BoundError, match="for the test; the bounds ibp and best take this network"):
+                    (engine or MarginBounds(pooled(3, 2), bound=bound)).lower_bounds(images, labels, budget)
+                continue
+            engine = engine or MarginBounds(pooled(3, 2), bound=bound)
+            assert torch.equal(engine.lower_bounds(images, labels, budget), expected)
+            assert engine.notes == ["bounded by intervals alone: auto_LiRPA's backward failed: for the test"]
+
+
+def test_slopes_that_the_host_cannot_optimise_are_those_of_crown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BoundError("for the test")
+
+    network = Network.sequential((1, 6, 6), [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)])
+    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    engine = MarginBounds(network, bound="alpha-crown")
+    monkeypatch.setattr(BoundedNetwork, "alpha_crown", refuse)
+    expected = MarginBounds(network, bound="crown").lower_bounds(images, labels, budget)
+    for _ in range(2):
+        assert torch.equal(engine.lower_bounds(images, labels, budget), expected)
+    assert engine.notes == ["slopes are not optimised: for the test"]
+
+
+def test_operations_that_are_not_handed_over_are_named() -> None:
+    network = pooled(3, 2)
+    sample = torch.rand(2, 1, 6, 6)
+    with pytest.raises(UnsupportedOperationError, match=r"'1_MaxPool2d' \(MaxPool2d\): not handed over to auto_LiRPA"):
+        BoundedNetwork(network, (sample,), [network.values(sample)["0_Conv2d"]])
 
 
 def test_alpha_crown_through_a_pool_is_crown_and_says_so() -> None:

@@ -32,7 +32,7 @@ from flowverify.certify.margins import margin_specification
 from flowverify.certify.verify import Certifier
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Index, Network, Pad, Permute, Reshape, RoundingBound, ScaleShift, from_torch
-from flowverify.network.operations import CANONICAL, MULTIPLE_INPUTS
+from flowverify.network.operations import CANONICAL, RECORDS
 from flowverify.network.rounding import gamma, magnitudes, reach
 
 COUNT = int(os.environ.get("FLOWVERIFY_ROUNDING_NETWORKS", "300"))
@@ -421,7 +421,7 @@ OPERATIONS: list[tuple[nn.Module, int]] = [
     (ScaleShift(torch.tensor([[[-2.0]], [[3.0]]]), -0.3), 1), (Reshape((4, 8)), 1), (Permute((2, 0, 1)), 1),
     (Index(0, (1, 0, -1)), 1), (Pad((1, 0, 2, 1)), 1), (nn.ReLU(), 1), (nn.LeakyReLU(-3.0), 1), (nn.LeakyReLU(0.1), 1),
     (nn.Sigmoid(), 1), (nn.Tanh(), 1), *((kind(0) if kind.__name__ == "Concatenate" else kind(), 2)
-                                         for kind in MULTIPLE_INPUTS),
+                                         for kind in CANONICAL if RECORDS[kind].arity != 1),
 ]  # fmt: skip
 
 
