@@ -22,10 +22,12 @@ from flowverify.certify.margins import margin_specification
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
+from flowverify.witness import replay, surplus
 
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
 TIMEOUT = 60.0  # seconds an image
 TOLERANCE = 0.01
+OUTSIDE = "what changes the class in the l1 ball of flows that covers the ball lies outside of the ball itself"
 NO_IMAGE = "what changes the class in the L1 ball is no image: it has negative pixels"
 
 
@@ -157,11 +159,19 @@ class CompleteCertifier(BaseCertifier):
 
         def report(decided: bool | None) -> Certificate:
             verdict, radius, margin, note = _found(search) if searching else _decided(search, decided, ball)
+            if verdict is Verdict.CERTIFIED and not radius > 0 and not self._sure(image, label):
+                verdict, note = Verdict.UNKNOWN, "a tie to within rounding at the image itself"
             witness = search.hunt.witness
             if witness is not None and not bool((witness >= 0).all()):
                 witness, note = None, "; ".join(filter(None, [note, NO_IMAGE]))
                 verdict = Verdict.UNKNOWN if verdict is Verdict.FALSIFIED else verdict
             upper = search.upper_radius if math.isfinite(search.upper_radius) else None
+            if not search.hunt.feasible and (ball.ground != "l1" or ball.cap is not None):
+                # What was searched is an l1 ball of flows around the ball: the witness may lie outside of that.
+                upper = self._distance(search, witness, ball)
+                witness = None if upper is None else witness
+                if verdict is Verdict.FALSIFIED and not (upper is not None and upper <= radius):
+                    verdict, note = Verdict.UNKNOWN, "; ".join(filter(None, [note, OUTSIDE]))
             notes = "; ".join(filter(None, [note, search.notes]))
             found = self.certificate(
                 label, prediction, verdict, ball.ground, radius, self.options.clock() - begin, cap=ball.cap,
@@ -178,6 +188,20 @@ class CompleteCertifier(BaseCertifier):
         except KeyboardInterrupt:
             raise Interrupted([report(None)]) from None
         return report(decided)
+
+    def _sure(self, image: Tensor, label: Tensor) -> bool:
+        """Whether the image (C, H, W) itself is classified right in exact arithmetic too."""
+        with torch.no_grad():
+            margin = -surplus(self.precise(image[None]), label.reshape(1).to(image.device))
+        return bool((margin > self.allowance(image[None])).all())
+
+    def _distance(self, search: RadiusSearch, witness: Tensor | None, ball: WassersteinBall) -> float | None:
+        """The radius at which a witness is a counterexample of the threat model of ``ball``; None if it is none."""
+        if witness is None:
+            return None
+        hunt, label = search.hunt, torch.tensor([search.hunt.label], device=witness.device)
+        found = float(replay(self.subject, hunt.image[None], label, witness[None], ball.ground, ball.cap))
+        return found if math.isfinite(found) else None
 
     def _search_of(self, centre: Tensor, label: int, ground: str, cap: float | None) -> RadiusSearch:
         specification = margin_specification(

@@ -64,7 +64,7 @@ def matrices_of(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> list
 
     (An average is rounded once.)
     """
-    if isinstance(operation, nn.Linear):
+    if isinstance(operation, nn.Linear) and len(shapes[0]) == 1:
         return [sparse.csr_array(operation.weight.detach().numpy())]
     result = []
     for position, shape in enumerate(shapes):
