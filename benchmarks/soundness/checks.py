@@ -52,7 +52,10 @@ def run_case(seed: int, tally: Tally) -> None:
     """Draws the case of this seed, asks the package, and checks its answers; everything is counted in ``tally``."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Case(seed, tally).run()
+        try:
+            Case(seed, tally).run()
+        except Exception as error:  # so that hours of cases are not lost; the package's own errors are caught inside
+            tally.failures.append((seed, f"the case itself: {type(error).__name__}: {error}"))
 
 
 class Case:

@@ -114,7 +114,8 @@ class Drawn:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(t.dtype for t in [*self.module.parameters(), *self.module.buffers()] if t.is_floating_point())
+        tensors = (t for t in [*self.module.parameters(), *self.module.buffers()] if t.is_floating_point())
+        return next((tensor.dtype for tensor in tensors), torch.float32)
 
     @property
     def is_affine(self) -> bool:

@@ -132,6 +132,47 @@ class TestBracket:
             assert one.upper_radius / one.radius <= 1.00001 or "not closed" in one.note
 
 
+@pytest.mark.parametrize(("ground", "cap"), [("l2", None), ("local:3", None), ("l2^2", None), ("l1", 1.0)])
+def test_counterexamples_of_the_covering_ball_count_where_they_lie_in_the_ball(ground: str, cap: float | None) -> None:
+    """vanilla-complete searches an l1 ball of flows around the ball."""
+    shown = 0
+    for seed in range(12):
+        network = random_network((1, 3, 4), [nn.Flatten(), nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 2)], seed)
+        images = sparse_images((1, 3, 4), 1, seed, 1.0)
+        labels = network(images).argmax(1)
+        certifier = CompleteCertifier(network, "vanilla-complete", options=CompleteOptions(nodes=200, timeout=None))
+        found = certifier.search(images, labels, ground, cap)[0]
+        for one in (
+            found,
+            certifier.certify(images, labels, fv.WassersteinBall(4 * found.radius + 0.1, ground, cap))[0],
+        ):
+            assert (one.witness is None) == (one.upper_radius is None)
+            if one.witness is None:
+                assert one.verdict != "falsified"
+                continue
+            shown += 1
+            assert bool(
+                fv.WassersteinBall(one.upper_radius or 0.0, ground, cap).contains(images, one.witness[None], 1e-9)
+            )
+            if one.verdict == "falsified":
+                assert one.upper_radius is not None and one.upper_radius <= one.radius
+    assert shown
+
+
+@pytest.mark.parametrize("method", ["complete", "vanilla-complete"])
+def test_a_single_pixel_is_certified_by_its_margin(method: str) -> None:
+    """No image lies around it; with terms of 2^50 that cancel, its own class is a matter of rounding."""
+    image, label = torch.full((1, 1, 1, 1), 0.75, dtype=torch.float64), torch.tensor([0])
+    for bias, verdict in ((1.0, "certified"), (2.0**-40, "unknown")):
+        network = fv.Network.sequential((1, 1, 1), [nn.Flatten(), nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)]).double()
+        for value, name in (([[2.0**50], [2.0**50]], "weight"), ([0.0, 0.0], "bias")):
+            network.nodes[1].operation.get_parameter(name).copy_(torch.tensor(value))
+        size = 2.0**50 if bias < 1 else 2.0**-50
+        network.nodes[3].operation.get_parameter("weight").copy_(torch.tensor([[size, -size], [0.0, 0.0]]))
+        network.nodes[3].operation.get_parameter("bias").copy_(torch.tensor([bias, 0.0]))
+        assert CompleteCertifier(network, method).search(image, label)[0].verdict == verdict
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp", "cnn", "colour", "normalised", "logits after relu", "residual"])
 @pytest.mark.parametrize(
     ("method", "ground", "cap"),

@@ -215,3 +215,13 @@ def test_no_certificate_where_large_weights_cancel_to_a_negative_margin() -> Non
         certified += decided(MilpCertifier(network), image, label, 0.0).verdict == "certified"
     assert wrong_by_rounding > 5
     assert certified == 40
+
+
+def test_a_dense_layer_along_the_rows_of_an_image() -> None:
+    layers = [nn.Linear(4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2)]
+    network = random_network((1, 3, 4), layers, 1)
+    image = sparse_images((1, 3, 4), 1, 1)
+    label = network(image).argmax(1)
+    found = MilpCertifier(network).search(image, label)[0]
+    exact = fv.make_certifier(network, "complete").search(image, label)[0]
+    assert found.radius == pytest.approx(exact.radius, rel=0.01)
