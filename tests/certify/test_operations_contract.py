@@ -202,6 +202,33 @@ def test_bounds_hold(case: Case) -> None:
         assert not any("alone" in note for note in engine.notes), engine.notes
 
 
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+@pytest.mark.parametrize("bound", ["crown", "alpha-crown", "best"])
+@pytest.mark.parametrize("kind", [nn.Sigmoid, nn.Tanh])
+def test_chords_of_saturated_activations_are_bounds(kind: type[nn.Module], bound: str, side: float) -> None:
+    """A neuron reads from 1 to 3001 on one side of 0: a chord that begins at 500 would cut through the curve.
+
+    The second neuron is nearly linear, and pulls to the far end, where the first one is flat.
+    """
+    activation, share = kind(), torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    network = Network.sequential((1, 1, 2), [nn.Flatten(), nn.Linear(2, 2), activation, nn.Linear(2, 2)]).double()
+    first, last = network.nodes[1].operation, network.nodes[3].operation
+    low, high = activation(torch.tensor([-0.02, 0.02], dtype=torch.float64))
+    with torch.no_grad():
+        first.get_parameter("weight").copy_(torch.tensor([[1500.0, -1500.0], [0.02 * -side, 0.02 * side]]) * -side)
+        first.get_parameter("bias").copy_(torch.tensor([side * 1501.0, 0.0]))
+        last.get_parameter("weight").copy_(torch.tensor([[side, 1.6 / float(high - low)], [0.0, 0.0]]))
+        last.get_parameter("bias").zero_()
+    image = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    points = torch.stack([share, 1 - share], 1).reshape(1, POINTS, 1, 1, 2)
+    budget = torch.tensor([0.5], dtype=torch.float64)
+    for label in (0, 1):
+        labels = torch.tensor([label])
+        least = margins_at(network, points, labels).amin(1)
+        found = MarginBounds(network, bound=bound, dtype=torch.float64).lower_bounds(image, labels, budget)
+        assert (found <= least + 1e-9).all(), (found, least)
+
+
 def relu_only(network: Network) -> bool:
     return all(isinstance(node.operation, nn.ReLU) for node in network.activations)
 
