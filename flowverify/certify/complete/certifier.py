@@ -22,7 +22,7 @@ from flowverify.certify.margins import margin_specification
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
-from flowverify.witness import replay, surplus
+from flowverify.witness import replay
 
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
 TIMEOUT = 60.0  # seconds an image
@@ -159,7 +159,7 @@ class CompleteCertifier(BaseCertifier):
 
         def report(decided: bool | None) -> Certificate:
             verdict, radius, margin, note = _found(search) if searching else _decided(search, decided, ball)
-            if verdict is Verdict.CERTIFIED and not radius > 0 and not self._sure(image, label):
+            if searching and not search.limit > 0 and not decided:
                 verdict, note = Verdict.UNKNOWN, "a tie to within rounding at the image itself"
             witness = search.hunt.witness
             if witness is not None and not bool((witness >= 0).all()):
@@ -181,19 +181,13 @@ class CompleteCertifier(BaseCertifier):
 
         decided: bool | None = None
         try:
-            if searching:
+            if searching and search.limit > 0:
                 search.run(self.options.budget)
             else:
-                decided = search.decide(ball.radius, self.options.budget)
+                decided = search.decide(0.0 if searching else ball.radius, self.options.budget)
         except KeyboardInterrupt:
             raise Interrupted([report(None)]) from None
         return report(decided)
-
-    def _sure(self, image: Tensor, label: Tensor) -> bool:
-        """Whether the image (C, H, W) itself is classified right in exact arithmetic too."""
-        with torch.no_grad():
-            margin = -surplus(self.precise(image[None]), label.reshape(1).to(image.device))
-        return bool((margin > self.allowance(image[None])).all())
 
     def _distance(self, search: RadiusSearch, witness: Tensor | None, ball: WassersteinBall) -> float | None:
         """The radius at which a witness is a counterexample of the threat model of ``ball``; None if it is none."""
