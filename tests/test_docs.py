@@ -34,7 +34,7 @@ def test_citations_are_found_in_every_form():
 
 
 def test_sections_are_numbered_without_gaps():
-    assert SECTIONS == list(range(1, len(SECTIONS) + 1))
+    assert list(range(1, len(SECTIONS) + 1)) == SECTIONS
 
 
 def test_every_section_cited_exists():
