@@ -6,8 +6,8 @@ For rows G x <= h, columns 0 <= x <= u with a limit T on the sum of the first on
 
 (weak duality; theory, section 16). HiGHS's linear programs propose y; the right side is computed here, in float64, less
 what rounding may have added to it (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Where it is
-not enough, a binary is fixed to either side: a tree that covers all phases. A side is empty if the right side is positive
-for c = 0.
+not enough, a binary is fixed to either side: a tree that covers all phases. A side is empty if the right side is
+positive for c = 0.
 """
 
 from __future__ import annotations
