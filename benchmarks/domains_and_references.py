@@ -1,4 +1,4 @@
-"""The same certificate in image and in flow coordinates, and for every reference (design fact F6).
+"""The same certificate in image and in flow coordinates, and for every reference (theory, section 7).
 
 python -m benchmarks.domains_and_references [--images 20]
 """

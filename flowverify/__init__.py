@@ -8,6 +8,8 @@
 
 The names of ``__all__`` are the public interface. They are imported when they are first used: importing the
 package is cheap, and it works without auto_LiRPA, which only certification needs.
+
+Docstrings cite the sections of docs/theory.md as "theory, section 5": statements, proofs and sources are there.
 """
 
 from __future__ import annotations

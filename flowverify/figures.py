@@ -1,8 +1,8 @@
 """Pictures of certificates: an image, the worst that its ball holds to first order, and the flow between the two.
 
 The worst case to first order is nu*, the image of the ball that minimises f_y - f_t as linearised at the image, t the
-runner-up: what a gradient step on the network would pick, found exactly by the support function (design fact
-F4). The network's own minimum over the ball may lie elsewhere, and every picture says so.
+runner-up: what a gradient step on the network would pick, found exactly by the support function (theory,
+section 5). The network's own minimum over the ball may lie elsewhere, and every picture says so.
 """
 
 from __future__ import annotations

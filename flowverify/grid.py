@@ -139,7 +139,7 @@ class Grid:
 
         If a = A^T c for some c, the result is that c up to one constant per channel (so A^T of it is a).
         For any other a it is some image: use it only where the bound is then evaluated with a itself
-        (design fact F5).
+        (theory, section 6).
         """
         right, down = self.split(flow_coefficients)
         image = flow_coefficients.new_zeros(*flow_coefficients.shape[:-1], *self.image_shape)

@@ -77,7 +77,7 @@ class WassersteinBall:
         """The radius of a ball with l1 ground cost that contains this one.
 
         |di| + |dj| <= sqrt(2) * sqrt(di^2 + dj^2), so W1_l1 <= sqrt(2) * W1_l2: radius for l1, sqrt(2) *
-        radius for l2 (design, section 2); for powers see :meth:`flowverify.transport.ground.GroundCost.to_l1`.
+        radius for l2 (theory, section 9); for powers see :meth:`flowverify.transport.ground.GroundCost.to_l1`.
         """
         return parse_ground(self.ground).to_l1(self.radius)
 

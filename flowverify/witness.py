@@ -9,7 +9,8 @@ about. The rule, for an image of label y:
   in its own precision the network answers a class other than y.
 
 An image whose two best logits tie, or on which the precisions disagree, is neither: not classified right, and no
-counterexample. The same goes for NaN. Both questions have the same answer whatever batch an image comes in.
+counterexample. The same goes for NaN. Both questions have the same answer whatever batch an image comes in (theory,
+section 18).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The grid against brute-force constructions from design fact F1 and from the papers' formulas."""
+"""The grid against brute-force constructions from the theory (section 2) and from the papers' formulas."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ With beta fixed at lambda c, the dual (32) of the entropic problem (29) has alph
 
     h_lambda(psi) = psi eps + sum_i mu_i (1 / lambda) log sum_j exp(lambda (c_j - psi d(i, j))),
 
-a soft maximum in place of the dilation of design fact F4 (psi here is the paper's psi / lambda). A soft maximum is
+a soft maximum in place of the dilation (theory, section 5; psi here is the paper's psi / lambda). A soft maximum is
 never below the maximum, so every psi >= 0 gives an upper bound of the support function h(c), and the excess is at
 most mass * log(pixels) / lambda. Weak duality needs plans between all pixels of a channel: local plans would bound a
 smaller set. The paper omits the entropy's own constant, which this form includes; without it (32) is no bound.

@@ -124,7 +124,7 @@ def make_domain(
 ) -> Domain:
     """The named domain; "auto" is flows for vanilla (with l1 ground cost) and images for all else.
 
-    Fine-tuned bounds are the same in both (design fact F5), and images have half the coordinates. A network
+    Fine-tuned bounds are the same in both (theory, section 6), and images have half the coordinates. A network
     that cannot be folded is bounded in the image domain. The norm of a flow is the cost of its steps, so that only
     the l1 ball is a ball of flows.
 

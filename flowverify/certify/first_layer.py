@@ -1,7 +1,8 @@
 """Exact bounds of a value that is affine in the image, over the Wasserstein ball around each image.
 
-Entry k of the value is c_k . x + b_k, so its bounds over the ball are support functions (design facts F3 and
-F4). The coefficients do not depend on the image: they are computed once a network and shared by the batch.
+Entry k of the value is c_k . x + b_k, so its bounds over the ball are support functions (theory, sections 4
+and 5; section 13 for what stands above). The coefficients do not depend on the image: they are computed once a
+network and shared by the batch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Appendix A.
 
 The proof of the paper's Lemma 7 takes the edge j at which the signed coefficient (A^T w_t)_j is largest. It has
 to be the largest absolute value, as the statement of the lemma has it: flow goes either way along an edge. With
-the signed choice the radius is too large wherever the steepest edge points the other way (design fact F7).
+the signed choice the radius is too large wherever the steepest edge points the other way (theory, section 8).
 """
 
 from __future__ import annotations

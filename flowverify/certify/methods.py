@@ -11,7 +11,7 @@ METHODS: dict[str, str] = {
     "fine-tuned": "the flows of the L1 ball that lead to images, R + A delta >= 0 (Theorem 6)",
 }
 LINEAR_METHODS: dict[str, str] = {
-    "linear": "affine networks: the exact radius, without a solver (Lemma 8 by design fact F4)",
+    "linear": "affine networks: the exact radius, without a solver (Lemma 8, by duality)",
     "linear-lp": "affine networks: the exact radius by linear programs (Lemma 8)",
 }
 COMPLETE_METHODS: dict[str, str] = {

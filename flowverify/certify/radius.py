@@ -17,7 +17,7 @@ from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 
 RELATIVE_TOLERANCE = 0.01
-FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks (design fact F9)
+FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks (theory, section 20)
 SMALLEST_RADIUS = 1e-7
 RAISE = 1.25  # from trial to trial, above a radius that a looser bound has certified
 

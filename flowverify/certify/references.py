@@ -2,7 +2,7 @@
 
 The paper certifies the folded network f(Delta(R, .)) around a flow delta_mu with R + A delta_mu = mu, for
 several R, and reports that the maximum over R improves certificates substantially (Figure 1). A certifier whose
-bounds are exact functions of the set it is given cannot gain (design fact F6), in one line:
+bounds are exact functions of the set it is given cannot gain (theory, section 7), in one line:
 
     {R + A d : ||d - delta_mu||_1 <= eps} = {mu + A e : ||e||_1 <= eps},   with d = delta_mu + e,
 

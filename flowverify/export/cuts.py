@@ -2,9 +2,9 @@
 
 f(nu) = tail(z) with z = W nu + b, and the ball is a convex set of images. So z is in the convex set
 {z : a . z <= h(a) for all a}, h(a) = a . b + max of (a W) . nu over the ball, which the support function gives exactly
-(design fact F4; F3 for vanilla). Any choice of directions a leaves a set that is larger, so "no counterexample in
-it" is a proof. A point of it that is a counterexample may be the value of no image: then a direction that separates
-it from the values of images is one more cut, and the question is asked again.
+(theory, section 5; section 4 for vanilla). Any choice of directions a leaves a set that is larger, so "no
+counterexample in it" is a proof. A point of it that is a counterexample may be the value of no image: then a direction
+that separates it from the values of images is one more cut, and the question is asked again.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ class MarabouCertifier(BaseCertifier):
     def _first_layer(self, export: Export, instance: Instance) -> list[list[float]]:
         """Bias, lower and upper bound of every neuron of the first layer over the ball; none for vanilla.
 
-        The bounds are the exact ones (design fact F4), widened by what rounding the layer may change.
+        The bounds are the exact ones (theory, section 5), widened by what rounding the layer may change.
         """
         if not export.network.positivity:
             return []

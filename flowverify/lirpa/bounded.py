@@ -34,7 +34,7 @@ _HANDED_OVER = (
 
 
 def handed_over(operation: nn.Module) -> bool:
-    """Whether auto_LiRPA gets an operation, which it bounds right with these options (design fact F12).
+    """Whether auto_LiRPA gets an operation, which it bounds right with these options (theory, section 14).
 
     Not among them: average pooling, which it pulls back by interpolation, wrong where windows overlap, leave gaps or
     reach into padding; maximum pooling of any but windows side by side; dilated convolutions; LeakyReLU, whose chord

@@ -5,7 +5,7 @@
     lower, upper = network.compute_bounds(x=(BoundedTensor(images, ball),), method="CROWN")
 
 Both answer ``concretize``, by which the CROWN family turns linear bounds into numbers, with the exact
-maximum over the ball (design facts F4 and F5). Interval propagation never asks a perturbation; it reads
+maximum over the ball (theory, sections 5 and 6). Interval propagation never asks a perturbation; it reads
 ``norm``, ``eps`` and the end points of the input. So that no path through auto_LiRPA can lose part of the
 ball, both classes present themselves there as the smallest box that holds it (norm infinity, ``x_L``,
 ``x_U``): sound everywhere, exact where it counts. A class that claimed norm 1 in the image domain would be
@@ -156,7 +156,7 @@ class PerturbationWasserstein(_Polytope):
         radius: of the images divided by their mass, in pixels; one number, or one an image (B,).
         ground: the name of the ground cost; see :mod:`flowverify.transport.ground`.
         cap: largest value of a pixel of nu; None for no limit.
-        feasible: False drops nu >= 0, which gives the vanilla certificate (design fact F3). It has no use for a cap.
+        feasible: False drops nu >= 0, which gives the vanilla certificate (theory, section 4). It has no use for a cap.
         tolerance: duality gap at which the search over the multiplier stops; bounds are sound at any.
         warm_start: where to find and leave multipliers; see :class:`WarmStart`.
 
@@ -203,7 +203,7 @@ class PerturbationFlowPolytope(_Polytope):
 
     The input x holds the flows delta_mu of the images mu = R + A delta_mu, either as vectors (B, edges) or as
     planes (B, 2C, H, W) (:meth:`flowverify.grid.Grid.to_planes`). For a coefficient a on flows the bound is
-    that of design fact F5 with y = dilation(c) - c, where c is read off a along a spanning tree. What a
+    that of section 6 of the theory with y = dilation(c) - c, where c is read off a along a spanning tree. What a
     deviates from A^T c is charged to the bound, so its soundness does not rest on how c was found.
 
     Args:

@@ -1,7 +1,7 @@
 """Folds the affine start of a network and Delta(R, .) into one layer over flows.
 
 f(Delta(R, delta)) has the first layer W1 A delta + (W1 R + b1). Source: framework paper (2021),
-Corollary 2.1; design fact F2.
+Corollary 2.1; theory, section 3.
 """
 
 from __future__ import annotations

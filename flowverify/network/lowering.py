@@ -1,6 +1,6 @@
 """Rewrites a network in fewer operations: those that an outside verifier, or the host of the CROWN bounds, gets right.
 
-Every rewriting is exact up to the rounding of 1 / (window) in average pooling:
+Every rewriting is exact up to the rounding of 1 / (window) in average pooling (theory, section 14):
 
 - average pooling, zero padding: a convolution (and, where padding does not count, a scale);
 - convolutions with groups or dilation: without, their kernels filled up with zeros;

@@ -7,18 +7,13 @@ Accuracy and Stability of Numerical Algorithms, 2nd ed., lemma 3.1 and section 3
 
     P(image) = reach * (largest coefficient of a pixel),     P(z) = |W| P(a) + |b|,     P(a) = gain * P(z) + |f(0)|.
 
-*Reach.* A linear function c of the image that is bounded over a ball, c . mu + excess(c), has terms of at most
-max |c| times: the mass, for c . mu; four times the mass, for sums of mu_i (D_i - c_i), where a scan or a cost rounds
-c_j - lambda d(i, j), of which -|c_i| <= c_i <= c_j - lambda d(i, j) <= |c_j|; twice the budget, for lambda * budget,
-since no multiplier that is kept is worse than Lip(c) <= 2 max |c| (mass moves at a cost of at least 1); as much again,
-where a cap changes c. Reach is 8 (mass + budget). Points of the ball have sum |nu| <= mass + 2 budget, which is less.
+With k activations on a path, bounds over a ball are off by at most (1 + k/2) gamma_n P. Theory, section 15, has the
+theorem, its hypotheses and its proof; in short:
 
-*Gain.* A relaxation of an activation is a line with a slope of at most L, its Lipschitz constant, that meets the
-activation within the neuron's bounds, which are at most P(z) themselves: |intercept| <= |f(0)| + 2 L P(z), for ReLU
-P(z) / 2. So gain >= 3 L, for ReLU 3/2, makes P the magnitude of all that relaxations pass on. A neuron's bounds may be
-off by e(z), and a relaxation holds within the bounds only: beyond, it is off by at most v e(z), v = 2 L, for ReLU
-v = 1. With gain >= 2 v, e <= (1 + k/2) gamma_n P after k activations on a path: in F = e - gamma_n P, the part that
-comes from below, F(a) <= L F(z) + v e(z), and F(z) <= (k/2) gamma_n P(z) makes F(a) <= (k/2 + 1/2) gamma_n P(a).
+*Reach*, 8 (mass + budget), is at least the sum of what multiplies the largest coefficient in all terms at the image.
+
+*Gain*, 2 for ReLU and 6 L for what else has the Lipschitz constant L, covers the slope and the intercept of a
+relaxation (3 L), and what a relaxation does beyond a neuron's bounds that are off themselves: where k comes from.
 
 *Roundings.* On a path through an operation lie at most: the products and sums of a value and, going backward, of a
 coefficient (fan-in and fan-out), one sum over all its entries (biases and intercepts), and a few for constants (which

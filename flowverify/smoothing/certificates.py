@@ -1,7 +1,7 @@
 r"""Certified radii of smoothed classifiers, from a lower bound of the probability of the top class.
 
 For noise with independent coordinates, p(x) the probability that the base classifier answers the class at x + noise,
-and p = p(x) > 1/2:
+and p = p(x) > 1/2 (proofs: theory, section 11):
 
 Laplace noise of scale b. The density's derivative in one coordinate is that density times sign(t) / b, so a move
 along one coordinate changes p(x) at the rate E[f sign(t)] / b, and |E[f sign(t)]| <= 1 - p for any f in [0, 1] with

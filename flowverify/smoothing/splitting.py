@@ -20,7 +20,8 @@ probabilities p of the smoothed classifier therefore change by at most K * W1 / 
 
 The offsets are s_j = v_j + t with v fixed and one t, uniform on [0, step), so p is an integral over t of a function
 that only changes where a coordinate crosses its offset: it is computed exactly, with one evaluation of the base
-classifier for each piece. No sampling, no confidence: the certificate is certain.
+classifier for each piece. No sampling, no confidence: the certificate is certain
+(theory, section 12).
 """
 
 from __future__ import annotations

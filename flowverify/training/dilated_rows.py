@@ -1,6 +1,6 @@
 """Dilations of a layer's rows that gradients flow through, shared by a whole batch of training images.
 
-By design fact F4, sum_i mu_i D_lambda(c)_i + lambda * eps bounds c over the Wasserstein ball for EVERY
+By duality (theory, section 5), sum_i mu_i D_lambda(c)_i + lambda * eps bounds c over the Wasserstein ball for EVERY
 lambda >= 0. In training one lambda a row serves all images, so the bounds of a batch are one matrix product.
 The value at pixel i is c_j - lambda * d(i, j) for some j, its origin, so its derivative in c_j is 1.
 """

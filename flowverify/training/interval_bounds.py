@@ -1,7 +1,7 @@
 """Bounds of a network's values over Wasserstein balls through which its weights can be trained.
 
-Values that are affine in the image are bounded by design fact F4 with one multiplier lambda for every row and
-side, and by Lip(c) * eps where that is less: both are sound for every image, so what is trained is sound, but
+Values that are affine in the image are bounded by duality (theory, section 5) with one multiplier lambda for every row
+and side, and by Lip(c) * eps where that is less: both are sound for every image, so what is trained is sound, but
 not the tightest that the rows allow. Intervals above are those of certification
 (:mod:`flowverify.certify.intervals`, Gowal et al. 2018). The multipliers follow the weights: where moving the
 batch's mean image to the origins of its dilation costs more than the batch's mean budget, lambda is too small.

@@ -1,7 +1,8 @@
 """Upper bounds of linear functions over the balls around a batch of images, each image with functions of its own.
 
-By design fact F4 every lambda >= 0 gives one; here the least over a fixed set of shares of Lip(c) is taken, which
-is enough for training. The gradient in c is where that lambda moves the mass of the image (Danskin's theorem).
+By duality (theory, section 5) every lambda >= 0 gives one; here the least over a fixed set of shares of Lip(c) is
+taken, which is enough for training. The gradient in c is where that lambda moves the mass of the image (Danskin's
+theorem).
 """
 
 from __future__ import annotations

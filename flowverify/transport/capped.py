@@ -1,6 +1,6 @@
 """The support function of the ball with a cap on the pixels, nu <= cap: an upper bound, tightened step by step.
 
-The cap adds one multiplier eta_j >= 0 for every target pixel to the duality of design fact F4:
+The cap adds one multiplier eta_j >= 0 for every target pixel to the duality (theory, sections 5 and 10):
 
     h_cap(c) = min over lambda, eta >= 0 of
                lambda * eps + sum_i mu_i max_j (c_j - eta_j - lambda d(i, j)) + cap * sum_j eta_j

@@ -128,7 +128,7 @@ def lipschitz_constant(coefficients: Tensor, ground: str = "l1") -> Tensor:
 
     D_lambda(c) = c for every lambda >= Lip(c). For l1 the maximum is over neighbouring pixels, ||A^T c||_inf; for
     another cost, over the offsets that are not made of shorter ones. eps * Lip(c) is the largest gain in c of plans
-    that need not start from the mass of the image, and so may be chained: the vanilla bound (design fact F3). Chains
+    that need not start from the mass of the image, and so may be chained: the vanilla bound (theory, section 4). Chains
     make nothing cheaper for a metric. For d^p and windows they do: there it is the vanilla bound of the metric that
     chains of moves define, for l2^2 and every l1^p that of l1.
     """

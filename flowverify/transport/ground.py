@@ -175,7 +175,7 @@ def l1_over_ground(ground: str) -> float:
     """The least factor with W1_l1 <= factor * W_ground: 1 for costs built on l1, sqrt(2) for those on l2.
 
     The ground ball of radius r lies in the l1 ball of radius factor * r, and a certificate of radius r for l1 is one
-    of radius r / factor for the ground cost (design, section 2). :meth:`GroundCost.to_l1` is sharper for powers.
+    of radius r / factor for the ground cost (theory, section 9). :meth:`GroundCost.to_l1` is sharper for powers.
     """
     return _L1_OVER[parse_ground(ground).distance]
 

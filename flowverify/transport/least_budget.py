@@ -5,7 +5,7 @@ For an image mu, coefficients c and a target m, over the polytope of :mod:`flowv
     least eps >= 0 such that h_eps(c) - c . mu >= m
 
 is the cost of the cheapest plan from mu to {nu >= 0 of equal mass : c . (nu - mu) >= m}, on unnormalised measures: W1
-for a metric (design fact F7; framework paper, Lemma 8, where it is a linear program). The best gain as a function of
+for a metric (theory, section 8; framework paper, Lemma 8, where it is a linear program). The best gain as a function of
 the budget is concave and piecewise linear. Its vertices are the plans that move every source to its argmax at some
 multiplier; between a vertex that falls short of m and one that reaches it, the chord's slope is the next multiplier to
 try, until the two are neighbours: finitely many steps, no tolerance.

@@ -8,7 +8,7 @@ For an image mu >= 0, coefficients c and a ground cost d, over the images nu >= 
 are one problem read in two ways. In terms of plans it is: each source i sends its mass mu_i to pixels j, gaining
 c_j - c_i at cost d(i, j) a unit. The gains that a source can have at each cost form a concave envelope, and the
 optimum takes the steps of all envelopes in order of their slope until the budget is spent or the target is
-reached (a continuous multiple-choice knapsack; the slope at the end is the multiplier lambda of design fact F4).
+reached: a continuous multiple-choice knapsack, whose slope at the end is the dual's lambda (theory, section 5).
 :func:`flowverify.transport.support.support` and :func:`flowverify.transport.least_budget.least_budget` do the same
 for many functions of each image.
 

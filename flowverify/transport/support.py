@@ -2,12 +2,12 @@
 
 For an image mu >= 0, a ground cost d and a budget eps (radius times mass; radius^p times mass for a p-th power) the
 *polytope* is the set of images nu >= 0 of equal mass that a plan of cost at most eps leads to: W1(mu, nu) <= eps for
-a metric. By linear programming duality, design fact F4,
+a metric. By linear programming duality (theory, section 5),
 
     h(c) = max {c . nu : nu in polytope} = min over lambda >= 0 of  lambda * eps + sum_i mu_i D_lambda(c)_i
 
 with D the dilation of :mod:`flowverify.transport.dilation`. Every lambda >= 0 gives an upper bound, and
-lambda = Lip(c) gives the one without positivity, c . mu + eps * Lip(c) (design fact F3), so the result is
+lambda = Lip(c) gives the one without positivity, c . mu + eps * Lip(c) (theory, section 4), so the result is
 never worse than that. The function of lambda is convex and piecewise linear with slope eps minus the cost
 of moving every source to its argmax; crossing the tangents of a bracket ends in a few steps. Mixing the
 two sides so that the cost is exactly eps gives a primal solution, so that the stopping rule is a true

@@ -1,4 +1,4 @@
-"""What every method, bound and architecture must keep (design, section 7), by one class that all of them inherit."""
+"""What every method, bound and architecture must keep (theory, section 19), by one class that all of them inherit."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_best_is_at_least_intervals(kind: str, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_references_do_not_matter(kind: str, method: str, dtype: torch.dtype, tolerance: float) -> None:
-    # Design fact F6: R enters through R + A delta_mu = mu alone.
+    # Theory, section 7: R enters through R + A delta_mu = mu alone.
     network, (images, labels) = network_of(kind), images_of(kind)
     budget = 0.2 * images.flatten(1).sum(1)
     expected = lower_bounds(kind, method, "crown", 0.2, dtype, "flow")

@@ -1,4 +1,4 @@
-"""The contract of operations (design, section 7): each one, with each choice of options, by each engine that bounds it.
+"""The contract of operations (theory, section 19): each one, with each choice of options, by each engine.
 
 Cases come from the list of canonical operations that the readers use: an operation that is added there is tested here.
 At radius 0 the bounds equal the values, of what activations read and of the margins; at larger radii they contain the

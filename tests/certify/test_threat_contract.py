@@ -1,4 +1,4 @@
-"""The contracts of design section 7 for every ground cost, with a cap and in colour; few networks, all costs."""
+"""The contracts (theory, section 19) for every ground cost, with a cap and in colour; few networks, all costs."""
 
 from __future__ import annotations
 

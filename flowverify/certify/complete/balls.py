@@ -29,7 +29,7 @@ class Minimum:
 
 
 class Polytope:
-    """Images nu >= 0 of the mass of ``image`` that plans of cost at most ``budget`` reach (design fact F4).
+    """Images nu >= 0 of the mass of ``image`` that plans of cost at most ``budget`` reach (theory, section 5).
 
     Args:
         image: (C, H, W), float64.
@@ -111,7 +111,7 @@ class Polytope:
 
 
 class FlowBall(Polytope):
-    """{image + A d : ||d||_1 <= budget}: the L1 ball of flows, whose points may have negative pixels (fact F3)."""
+    """{image + A d : ||d||_1 <= budget}: the L1 ball of flows; pixels may be negative (theory, section 4)."""
 
     feasible = False
 

@@ -4,9 +4,10 @@ For rows G x <= h, columns 0 <= x <= u with a limit T on the sum of the first on
 
     min c . x >= -y . h + T min(0, min over flows of r) + sum over the rest of min(r x_low, r x_high),  r = c + G^T y
 
-(weak duality). HiGHS's linear programs propose y; the right side is computed here, in float64, less what rounding may
-have added to it (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Where it is not enough, a binary
-is fixed to either side: a tree that covers all phases. A side is empty if the right side is positive for c = 0.
+(weak duality; theory, section 16). HiGHS's linear programs propose y; the right side is computed here, in float64, less
+what rounding may have added to it (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Where it is
+not enough, a binary is fixed to either side: a tree that covers all phases. A side is empty if the right side is
+positive for c = 0.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ it. With w_i the gap times the coefficient of a bound, the cost of relaxing thes
 limit, about half of it for eight neurons of a network on MNIST. A split leaves half of the patterns.
 
 Relaxations of several neurons at once: k-ReLU (Singh et al. 2019), PRIMA (Mueller et al. 2022); these limits need no
-hull, one multiplier each, and use what is special about a Wasserstein ball, that its budget is shared.
+hull, one multiplier each, and use what is special about a Wasserstein ball, that its budget is shared (theory,
+section 17).
 """
 
 from __future__ import annotations

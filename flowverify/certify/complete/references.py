@@ -1,7 +1,7 @@
 """The maximum over references for a complete certifier on the L1 ball of flows (framework paper, Table 1).
 
 Every reference R names the same set of points, R + A delta_mu = mu being the centre of all of them, so no reference
-can gain more than rounding (design fact F6). The method is in the paper's table, so it is here, and can be measured.
+can gain more than rounding (theory, section 7). The method is in the paper's table, so it is here, and can be measured.
 """
 
 from __future__ import annotations

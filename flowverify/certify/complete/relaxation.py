@@ -11,7 +11,7 @@ separately can only lose, and does so by a vertex of the hull: with the coeffici
 The coefficients of the stage below are then rho_k W_k. CROWN (Zhang et al. 2018) is rho = slope * A; alpha-CROWN
 (Xu et al. 2021) optimises the slopes of unstable neurons with A > 0; the multipliers of split neurons, l or u = 0,
 are beta-CROWN's (Wang et al. 2021): rho = A - beta or beta. At its best it is the LP relaxation (Ehlers 2017; dual:
-Dvijotham et al. 2018).
+Dvijotham et al. 2018). Proof: theory, section 16.
 
 Joint limits (:mod:`~flowverify.certify.complete.joint`) go beyond the relaxation of single neurons. To
 sum_i max(up_i z_i, -down_i z_i) <= limit belongs a theta >= 0: theta times the difference of both sides may be added,
