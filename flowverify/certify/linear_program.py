@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,12 @@ class LinearProgram:
         Raises:
             SolverError: the solver stopped in any state but optimal; the message gives the state.
         """
-        self._image.value = image
-        self._gain.value = self._incidence.T @ normal
-        self._margin.value = margin
+        # HiGHS's tolerances are absolute: mass and gains are counted in units of their own, which round nothing.
+        gain = self._incidence.T @ normal
+        unit, steepest = _power_of_two(float(image.sum())), _power_of_two(float(np.abs(gain).max(initial=0.0)))
+        self._image.value = image / unit
+        self._gain.value = gain / steepest
+        self._margin.value = margin / steepest / unit
         try:
             with quiet():
                 self._problem.solve(solver=self._cvxpy.HIGHS)
@@ -64,7 +68,12 @@ class LinearProgram:
         status: str = self._problem.status
         if status != self._cvxpy.OPTIMAL:
             raise SolverError(f"linear program: HiGHS ended with status {status!r}, expected 'optimal'")
-        return float(self._problem.value), np.asarray(self._flow.value)
+        return float(self._problem.value) * unit, np.asarray(self._flow.value) * unit
+
+
+def _power_of_two(size: float) -> float:
+    """The power of two just above a number; 1 for 0."""
+    return math.ldexp(1.0, math.frexp(size)[1]) if size > 0 else 1.0
 
 
 def program_radius(spaces: HalfSpaces, program: LinearProgram | None = None) -> LinearRadius:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contracts import random_network, sparse_images
 from torch import nn
 
 from flowverify.certify.certificate import Verdict
@@ -230,3 +231,19 @@ def test_refusals() -> None:
         LinearCertifier(network, "crown")
     with pytest.raises(InvalidInputError, match="label 9"):
         LinearCertifier(network).search(images, labels * 0 + 9)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_programs_know_no_units(scale: float) -> None:
+    """Mass and weights far below and above the solver's absolute tolerances."""
+    network = random_network((1, 3, 3), [nn.Flatten(), nn.Linear(9, 3)], 5)
+    image = sparse_images((1, 3, 3), 1, 5)
+    for parameter in network.parameters():
+        parameter.mul_(scale)
+    network.nodes[1].operation.get_parameter("bias").mul_(1e-4)
+    label = network(1e-4 * image).argmax(1)
+    exact, program = (
+        LinearCertifier(network, method).search(1e-4 * image, label)[0] for method in ("linear", "linear-lp")
+    )
+    assert exact.radius > 0
+    assert program.radius == pytest.approx(exact.radius, rel=1e-6)
