@@ -232,7 +232,7 @@ class TestBadInput:
 def program(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flowverify", *arguments],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder, timeout=120, check=False,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder, check=False,
     )  # fmt: skip
 
 
