@@ -67,6 +67,7 @@ def disturbed(cluster, tmp_path_factory):
     return suite, folder, killed
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(disturbed):
     suite, folder, killed = disturbed
     assert 0 < killed[0] < PACED, "it was killed in the middle"
@@ -75,6 +76,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(disturbed):
     assert not {"error", "timeout"} & {record["verdict"] for record in found.values()}
 
 
+@pytest.mark.slow
 def test_same_records_as_local_workers(disturbed, monkeypatch):
     suite, folder, _ = disturbed
     monkeypatch.setattr(local, "available_processors", lambda: 2)  # one thread a worker, as in the cluster
