@@ -106,7 +106,7 @@ class TestForeignCheckpoints:
         with pytest.raises(InvalidInputError, match="saved with other training images"):
             train(recipe("cross-entropy"), checkpoint=checkpoint)
 
-    @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00."])
+    @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00."], ids=["empty", "text", "pickle"])
     def test_broken_file_is_refused(self, checkpoint: Path, content: bytes) -> None:
         checkpoint.write_bytes(content)
         with pytest.raises(ModelFileError, match=r"state\.pt: (cannot be read|another format)"):
