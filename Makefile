@@ -14,10 +14,10 @@ AUTO_LIRPA ?= auto-LiRPA==0.3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-slow lint bench clean
 
 help: ## say what can be made
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 install: $(INSTALLED) ## make the environment, with torch, auto_LiRPA and all extras
 
@@ -32,8 +32,11 @@ $(INSTALLED): pyproject.toml
 demo: install ## certify a shipped network on images of digits, and draw demo.png
 	$(BIN)/flowverify demo --picture demo.png
 
-test: install ## run the tests
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(PYTEST_ARGS)
+test: install ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 -m "not slow" $(PYTEST_ARGS)
+
+test-slow: install ## run the slow ones
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 -m slow $(PYTEST_ARGS)
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What all tests share: threads that fit the machine, and examples that are the same in every run of CI."""
 
 import os
+import signal
 
 # One thread for each of the processes that run tests side by side; read when torch and numba are loaded.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,6 +14,15 @@ from hypothesis import settings
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts what the test starts, even where the shell that started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 TOGETHER = {"test_bench_command.py", "test_cluster.py"}  # what these build takes longer than most of their tests
 

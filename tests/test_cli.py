@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -71,7 +73,8 @@ class TestVerify:
         assert "more images" not in everything.stdout and "median" not in everything.stdout
 
     def test_tables_are_not_broken_by_long_times(self, monkeypatch):
-        monkeypatch.setattr("flowverify.certify.verify.time.perf_counter", iter(range(0, 10**9, 12345678)).__next__)
+        clock = SimpleNamespace(perf_counter=count(step=12345678).__next__)
+        monkeypatch.setattr("flowverify.certify.verify.time", clock)
         result = run("verify", "digits-fc3", "--index", "0:2", "--bound", "ibp", "--radius", "0.01")
         assert "radius (pixels)" in result.stdout and "6172839000.0" in result.stdout
 
@@ -232,7 +235,7 @@ class TestBadInput:
 def program(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flowverify", *arguments],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder, timeout=120, check=False,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder, check=False,
     )  # fmt: skip
 
 

@@ -15,6 +15,10 @@ from flowverify.data import Dataset, load_dataset, parse_index
 from flowverify.errors import DataError, InvalidInputError, UnknownNameError
 
 
+def compressed(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # gzip files state a time
+
+
 def idx(array: np.ndarray) -> bytes:
     """IDX by its definition: 0, 0, type 8 (unsigned byte), dimensions, big-endian sizes, bytes."""
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
@@ -26,7 +30,7 @@ LABELS = np.array([7, 0, 2], dtype=np.uint8)
 
 @pytest.fixture
 def mnist_dir(tmp_path: Path) -> Path:
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES)))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(compressed(idx(IMAGES)))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(LABELS))
     return tmp_path
 
@@ -118,19 +122,19 @@ class TestMnist:
         ("file", "content", "message"),
         [
             ("t10k-images-idx3-ubyte.gz", b"not gzip", "cannot be read as gzip"),
-            ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(IMAGES))[:-12], "cannot be read as gzip"),
-            ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(IMAGES)[:-1]), "75 bytes, expected 76"),
-            ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(IMAGES)[:10]), "expected at least the 16"),
-            (
-                "t10k-images-idx3-ubyte.gz",
-                gzip.compress(idx(LABELS)),
-                "starts with 00000801, expected 00000803",
-            ),
-            ("t10k-images-idx3-ubyte.gz", gzip.compress(b""), "starts with nothing"),
+            ("t10k-images-idx3-ubyte.gz", compressed(idx(IMAGES))[:-12], "cannot be read as gzip"),
+            ("t10k-images-idx3-ubyte.gz", compressed(idx(IMAGES)[:-1]), "75 bytes, expected 76"),
+            ("t10k-images-idx3-ubyte.gz", compressed(idx(IMAGES)[:10]), "expected at least the 16"),
+            ("t10k-images-idx3-ubyte.gz", compressed(idx(LABELS)), "starts with 00000801, expected 00000803"),
+            ("t10k-images-idx3-ubyte.gz", compressed(b""), "starts with nothing"),
             ("t10k-labels-idx1-ubyte", idx(LABELS) + b"0", "12 bytes, expected 11"),
             ("t10k-labels-idx1-ubyte", idx(LABELS[:2]), "2 labels, expected 3"),
         ],
-    )
+        ids=[
+            "not gzip", "cut gzip", "byte missing", "cut header", "labels for images", "empty", "byte too many",
+            "labels missing",
+        ],
+    )  # fmt: skip
     def test_corrupt_file_is_named(self, mnist_dir: Path, file: str, content: bytes, message: str) -> None:
         (mnist_dir / file).write_bytes(content)
         with pytest.raises(DataError, match=message) as caught:

@@ -39,7 +39,7 @@ class TestQuiet:
         assert seen.err == "errors are heard\n"
 
     def test_the_last_of_several_threads_restores_the_output(self, capfd: pytest.CaptureFixture[str]) -> None:
-        inside, one_left = Barrier(2, timeout=30), Barrier(2, timeout=30)
+        inside, one_left = Barrier(2), Barrier(2)
 
         def first() -> None:
             with quiet():
@@ -73,14 +73,12 @@ class TestQuiet:
             "print_native(b'before|')\nwith quiet(): print_native(b'inside|')\nprint_native(b'after')"
         )
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=buffered, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=buffered, capture_output=True, text=True, check=False)
         assert done.stdout == "before|after", done.stderr
 
     def test_without_a_standard_output(self) -> None:
         code = "import os; os.close(1)\nfrom flowverify.quiet import quiet\nwith quiet(): pass"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
@@ -101,7 +99,7 @@ def test_json_and_nothing_else(tmp_path: Path) -> None:
         "import sys, json\nfrom flowverify.cli import app\n"
         f"for call in {calls!r}:\n    app(['verify', *call], standalone_mode=False)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record["method"] for record in records] == [way for _, way in ways]

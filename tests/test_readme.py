@@ -33,10 +33,8 @@ def run(command: str) -> None:
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_runs_as_pasted(number, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", blocks("python")[number]],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", blocks("python")[number]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,12 +9,13 @@ import typer
 from flowverify import __version__
 from flowverify.cli.options import Json
 from flowverify.cli.report import FAILED, json_line, user_errors
-from flowverify.doctor import Status, examine
 
 
 @user_errors
 def doctor(json: Json = False) -> None:
     """Check the installation; exit code 1 if certification cannot work."""
+    from flowverify.doctor import Status, examine
+
     findings = examine()
     failed = [finding for finding in findings if finding.status is Status.FAILED]
     if json:

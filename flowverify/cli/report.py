@@ -7,14 +7,16 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from flowverify.errors import FlowverifyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
 
 P = ParamSpec("P")
 
@@ -53,6 +55,16 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 def progress_bar(*, quiet: bool = False) -> Progress:
     """A progress bar on standard error, shown on terminals only."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -68,6 +80,8 @@ def progress_bar(*, quiet: bool = False) -> Progress:
 
 def output() -> Console:
     """Standard output for tables and summaries; in a file or a pipe no line is broken for want of width."""
+    from rich.console import Console
+
     console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = max(console.width, UNBROKEN)
@@ -76,6 +90,8 @@ def output() -> Console:
 
 def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
     """A table whose columns are numbers, aligned right, except those in ``left``."""
+    from rich.table import Table
+
     result = Table()
     for column in columns:
         is_text = column in left

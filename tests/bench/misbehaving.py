@@ -10,7 +10,10 @@ from flowverify.errors import InvalidInputError
 
 
 class Misbehaving(Kind):
-    """``deeds`` maps positions to deeds; ``seconds`` is what each image takes; ``once`` is done a single time."""
+    """``deeds`` maps positions to deeds; ``seconds`` is what each image takes; ``once`` is done a single time.
+
+    Who hangs adds a byte to the file ``tell`` just before.
+    """
 
     name = "misbehaving"
 
@@ -21,6 +24,7 @@ class Misbehaving(Kind):
             "setup": fields.text("setup", ""),
             "marks": fields.text("marks", ""),
             "pids": fields.text("pids", ""),
+            "tell": fields.text("tell", ""),
         }
         count = fields.integer("count", 10)
         fields.finish()
@@ -58,7 +62,11 @@ def act(deed, settings, position):
     if first == "refuse":
         raise InvalidInputError("this model cannot be had")
     if first == "hang":
-        time.sleep(1000)
+        if settings["tell"]:
+            with open(settings["tell"], "ab", buffering=0) as file:
+                file.write(b".")
+        while True:
+            signal.pause()
     if first == "die":
         os.kill(os.getpid(), signal.SIGSEGV)
     if first == "exit":

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -172,35 +171,31 @@ class TestBadInput:
 
 
 def start(path, out):
-    """The command in a process of its own, as soon as it has added a record."""
-    command = [sys.executable, "-m", "flowverify", "bench", str(path), "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    kept, deadline = out / "records.jsonl", time.monotonic() + 100
-    before = kept.stat().st_size if kept.is_file() else 0
-    while process.poll() is None and time.monotonic() < deadline and not (
-        kept.is_file() and kept.stat().st_size > before
-    ):  # fmt: skip
-        time.sleep(0.005)
-    return process
+    """The command in a process of its own, with one worker."""
+    command = [sys.executable, "-m", "flowverify", "bench", str(path), "--out", str(out), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
-def test_interrupted_killed_and_continued(tmp_path):
+def test_interrupted_killed_and_continued(tmp_path, hanging, interruptible):
     """First by Ctrl-C, then by kill -9; its workers go with it, and the third command ends as if nothing had been."""
     path, out = tmp_path / "suite.yaml", tmp_path / "out"
-    suite = misbehaving(tmp_path, count=80, chunk=2, seconds=0.03)
+    suite = misbehaving(
+        tmp_path, count=80, chunk=2, budget={"seconds": 1e6}, deeds={20: "hang once", 50: "hang once"},
+        marks=str(tmp_path), tell=str(hanging.path),
+    )  # fmt: skip
     process = start(path, out)
+    assert hanging.wait(process.stdout), process.communicate()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert re.search(r"error: interrupted with \d+ of 80 records in .*out; the same command goes on", errors)
-    first = len(records(out))
-    assert 0 < first < 80
+    _, errors = process.communicate()
+    assert process.returncode == 130 and b"Traceback" not in errors
+    assert re.search(rb"error: interrupted with 20 of 80 records in .*out; the same command goes on", errors)
+    assert len(records(out)) == 20
     process = start(path, out)
+    assert hanging.wait(process.stdout), process.communicate()
     process.kill()
-    process.communicate(timeout=60)  # ends when no process is left that holds its standard error
-    second = (out / "records.jsonl").read_bytes().count(b"\n")
-    assert first < second < 80
+    process.communicate()  # ends when no process is left that holds its standard error
+    assert (out / "records.jsonl").read_bytes().count(b"\n") == 50
     assert "80 records in" in run("bench", path, "--out", out).stderr
     run_local(suite, tmp_path / "undisturbed")
     assert records(out) == records(tmp_path / "undisturbed")

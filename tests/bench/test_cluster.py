@@ -2,8 +2,6 @@
 
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -44,11 +42,11 @@ def cluster():
     ray.shutdown()
 
 
-def run_cluster(suite, folder, workers=2):
+def run_cluster(suite, folder, workers=2, on_progress=None):
     from flowverify.bench.cluster import RayBackend
 
     with Store(folder, suite) as store:
-        run_suite(suite, store, RayBackend(suite.context, workers, suite.budget.memory))
+        run_suite(suite, store, RayBackend(suite.context, workers, suite.budget.memory), on_progress=on_progress)
         return {index: record for (_, index), record in store.records.items()}
 
 
@@ -57,23 +55,19 @@ def disturbed(cluster, tmp_path_factory):
     """The suite above from the cluster, with one of its two workers killed in the middle of the first task."""
     folder = tmp_path_factory.mktemp("cluster")
     suite = read_suite(write_suite(folder, SUITE.format(pids=folder)))
-    path, killed = folder / "cluster" / "records.jsonl", []
+    killed = []
 
-    def kill_one():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (path.is_file() and path.stat().st_size):
-            time.sleep(0.005)
-        victim = min(folder.glob("worker.*"), key=lambda mark: mark.stat().st_mtime)
-        os.kill(int(victim.suffix[1:]), signal.SIGKILL)
-        killed.append(path.read_bytes().count(b"\n"))
+    def kill_one(progress):
+        if progress.added and not killed:
+            victim = min(folder.glob("worker.*"), key=lambda mark: mark.stat().st_mtime)
+            os.kill(int(victim.suffix[1:]), signal.SIGKILL)
+            killed.append(progress.added)
 
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    run_cluster(suite, folder / "cluster")
-    thread.join()
+    run_cluster(suite, folder / "cluster", on_progress=kill_one)
     return suite, folder, killed
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(disturbed):
     suite, folder, killed = disturbed
     assert 0 < killed[0] < PACED, "it was killed in the middle"
@@ -82,6 +76,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(disturbed):
     assert not {"error", "timeout"} & {record["verdict"] for record in found.values()}
 
 
+@pytest.mark.slow
 def test_same_records_as_local_workers(disturbed, monkeypatch):
     suite, folder, _ = disturbed
     monkeypatch.setattr(local, "available_processors", lambda: 2)  # one thread a worker, as in the cluster
@@ -91,8 +86,9 @@ def test_same_records_as_local_workers(disturbed, monkeypatch):
     assert theirs == ours
 
 
-def test_failures_are_of_their_images(cluster, tmp_path):
-    suite = misbehaving(tmp_path, count=3, chunk=3, budget={"seconds": 1}, deeds={1: "raise", 2: "hang"})
+def test_failures_are_of_their_images(cluster, tmp_path, late):
+    deeds = {1: "raise", 2: "hang"}
+    suite = misbehaving(tmp_path, count=3, chunk=3, budget={"seconds": 1}, deeds=deeds, tell=str(late))
     found = run_cluster(suite, tmp_path / "out", workers=1)
     assert [found[position]["verdict"] for position in range(3)] == ["certified", "error", "timeout"]
     assert "image 1 is odd" in found[1]["note"] and "budget of 1 s" in found[2]["note"]

@@ -16,24 +16,36 @@ from flowverify.bench.store import Store
 KILLS = 20
 
 
-def run_in_own_process(suite, folder):
+def in_own_process(run):
     """Forked, since it computes nothing itself: a fresh interpreter would take seconds to load torch."""
     multiprocessing.forkserver.set_forkserver_preload(["flowverify.bench.preload"])
     multiprocessing.forkserver.ensure_running()  # here, and not in the fork
 
-    def run():
+    def main():
         multiprocessing.forkserver.ensure_running = lambda: None  # it runs, but is no child of this process
         multiprocessing.forkserver._forkserver.ensure_running = lambda: None
-        run_local(suite, folder)
+        run()
 
-    process = multiprocessing.get_context("fork").Process(target=run)
+    process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
     return process
 
 
-def lines(folder):
-    path = folder / "records.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+def start_until(suite, folder, wanted, most):
+    """A run of its own that has added as many records as wanted; it adds little more than ``most``."""
+    ours, theirs = os.pipe()
+
+    def report(progress):
+        if progress.added >= wanted:
+            os.write(theirs, b".")
+        while progress.added >= most:
+            signal.pause()
+
+    process = in_own_process(lambda: run_local(suite, folder, on_progress=report))
+    os.close(theirs)
+    assert os.read(ours, 1) == b".", "it ended"
+    os.close(ours)
+    return process
 
 
 def test_killed_twenty_times_at_random_moments(tmp_path):
@@ -43,19 +55,12 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
     assert len(expected) == suite.size == 720
     moments = random.Random(7)
     out = tmp_path / "killed"
-    unfinished = []
     for _ in range(KILLS):
-        before = lines(out)
-        process = run_in_own_process(suite, out)
-        deadline = time.monotonic() + 30
-        wanted = before + moments.randrange(0, 40)  # a few records each time, and then a moment more
-        while lines(out) < wanted and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(moments.random() * 0.02)
+        process = start_until(suite, out, wanted=moments.randrange(0, 24), most=32)
+        time.sleep(moments.random() * 0.02)  # any moment will do: nothing below depends on which it is
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        unfinished.append(lines(out) < suite.size)
-    assert sum(unfinished) >= KILLS // 2, "most kills should have come before the end"
+        assert (out / "records.jsonl").read_bytes().count(b"\n") < suite.size
     run_local(suite, out)
     assert records(out) == expected
 
@@ -80,22 +85,44 @@ def test_torn_in_the_middle_of_a_write(whole, tmp_path, missing):
     assert records(tmp_path / "out") == expected
 
 
-def test_impatient_interruptions_leave_no_worker(tmp_path, monkeypatch):
+def test_impatient_interruptions_leave_no_worker(tmp_path, monkeypatch, hanging, interruptible):
+    """The second one comes while the workers are being ended."""
     kill = local._LocalWorker.kill
-    # Slow enough for a second interruption to come in between.
-    monkeypatch.setattr(local._LocalWorker, "kill", lambda worker: (time.sleep(0.2), kill(worker)))
-    suite = misbehaving(tmp_path, chunk=1, count=2, deeds={0: "hang", 1: "hang"}, pids=str(tmp_path))
-    process = run_in_own_process(suite, tmp_path / "out")
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("worker.*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for _ in range(2):
-        os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.05)
-    process.join(20)
-    assert not process.is_alive(), "it waits for workers that nothing ends"
+    (seen, said), (heard, told) = os.pipe(), os.pipe()
+
+    def patient(worker):
+        os.write(said, b"k")
+        os.read(heard, 1)
+        kill(worker)
+        os.write(said, b"d")
+
+    monkeypatch.setattr(local._LocalWorker, "kill", patient)
+    deeds = {0: "hang", 1: "hang"}
+    suite = misbehaving(
+        tmp_path, chunk=1, count=2, deeds=deeds, budget={"seconds": 1e6}, pids=str(tmp_path), tell=str(hanging.path)
+    )
+
+    def run():
+        try:
+            run_local(suite, tmp_path / "out")
+        finally:
+            os.write(said, b"e")
+
+    process = in_own_process(run)
+    os.close(said)
+    assert all(hanging.wait(process.sentinel) for _ in deeds)
+    os.kill(process.pid, signal.SIGINT)
+    events = os.read(seen, 1)
+    os.kill(process.pid, signal.SIGINT)
+    os.write(told, b"..")
+    while events[-1:] not in (b"e", b""):
+        events += os.read(seen, 1)
+    assert events == b"kdkde", "it ends before its workers, and so waits for them forever"
+    process.join()
     workers = [int(mark.suffix[1:]) for mark in tmp_path.glob("worker.*")]
     assert len(workers) == 2
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+    for file in (seen, heard, told):
+        os.close(file)

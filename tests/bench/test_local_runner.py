@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 
 import pytest
 from suites import misbehaving, records, run_local
@@ -31,11 +30,9 @@ class TestIsolation:
         found = run_local(misbehaving(tmp_path, deeds={2: "die once"}, marks=str(tmp_path)), tmp_path / "out")
         assert len(found) == 10 and others(found)
 
-    def test_a_hang_is_a_timeout_of_its_image(self, tmp_path):
-        suite = misbehaving(tmp_path, chunk=2, budget={"seconds": 1}, deeds={4: "hang"})
-        start = time.monotonic()
-        found = run_local(suite, tmp_path / "out")
-        assert time.monotonic() - start < 60
+    def test_a_hang_is_a_timeout_of_its_image(self, tmp_path, late):
+        suite = misbehaving(tmp_path, chunk=2, budget={"seconds": 1}, deeds={4: "hang"}, tell=str(late))
+        found = run_local(suite, tmp_path / "out", workers=1)
         assert found[4]["verdict"] == "timeout" and "budget of 1 s" in found[4]["note"]
         assert len(found) == 10 and others(found, 4)
 
@@ -50,9 +47,11 @@ class TestIsolation:
         assert {record["note"] for record in found.values()} == {"this model cannot be had"}
         assert {record["verdict"] for record in found.values()} == {"error"}
 
-    def test_preparation_has_a_budget_of_its_own(self, tmp_path):
-        suite = misbehaving(tmp_path, count=2, budget={"preparation": 0.3, "seconds": 100}, setup="hang")
-        found = run_local(suite, tmp_path / "out")
+    def test_preparation_has_a_budget_of_its_own(self, tmp_path, late):
+        budget = {"preparation": 0.3, "seconds": 1e6}
+        found = run_local(
+            misbehaving(tmp_path, count=2, budget=budget, setup="hang", tell=str(late)), tmp_path / "out", workers=1
+        )
         assert {record["verdict"] for record in found.values()} == {"timeout"}
         assert "not prepared after 0.3 s" in found[0]["note"]
 
@@ -69,11 +68,11 @@ class TestResume:
         assert [second[k]["finished"] for k in (0, 9)] == [first[k]["finished"] for k in (0, 9)]
         assert set(records(tmp_path / "out")) == set(before)
 
-    def test_timeouts_are_tried_again_when_asked_for(self, tmp_path):
-        suite = misbehaving(tmp_path, count=2, budget={"seconds": 0.3}, deeds={1: "hang"})
-        first = run_local(suite, tmp_path / "out")
-        assert run_local(suite, tmp_path / "out")[1] == first[1]
-        again = run_local(suite, tmp_path / "out", retry_timeouts=True)[1]
+    def test_timeouts_are_tried_again_when_asked_for(self, tmp_path, late):
+        suite = misbehaving(tmp_path, count=2, budget={"seconds": 0.3}, deeds={1: "hang"}, tell=str(late))
+        first = run_local(suite, tmp_path / "out", workers=1)
+        assert run_local(suite, tmp_path / "out", workers=1)[1] == first[1]
+        again = run_local(suite, tmp_path / "out", workers=1, retry_timeouts=True)[1]
         assert again["verdict"] == "timeout" and again["finished"] > first[1]["finished"]
         assert len(records(tmp_path / "out")) == 2
 
@@ -117,8 +116,9 @@ class _Stillborn:
         pass
 
 
-def test_nothing_is_left_running(tmp_path):
-    run_local(misbehaving(tmp_path, budget={"seconds": 0.3}, count=3, deeds={1: "hang"}), tmp_path / "out")
+def test_nothing_is_left_running(tmp_path, late):
+    suite = misbehaving(tmp_path, budget={"seconds": 0.3}, count=3, deeds={1: "hang"}, tell=str(late))
+    run_local(suite, tmp_path / "out", workers=1)
     shown = subprocess.run(
         ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=False
     )

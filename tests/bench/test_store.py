@@ -161,7 +161,7 @@ def test_a_killed_run_holds_no_lock(suite, tmp_path):
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(60)
+    process.join()
     assert process.exitcode == -signal.SIGKILL
     run_local(suite, tmp_path / "out")
     assert len(records(tmp_path / "out")) == 20

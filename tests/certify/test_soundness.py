@@ -82,14 +82,15 @@ def with_mnist() -> bool:
     return (Path(os.environ.get("FLOWVERIFY_DATA", "/nowhere")) / "mnist").is_dir()
 
 
+NEEDS_MNIST = pytest.mark.skipif(not with_mnist(), reason="needs MNIST")
+
+
 @pytest.mark.parametrize(
     ("model", "dataset"),
     [
         ("digits-fc3", "digits"),
-        *(
-            pytest.param(model, "mnist", marks=pytest.mark.skipif(not with_mnist(), reason="needs MNIST"))
-            for model in ("mnist-fc3", "mnist-linear", "mnist-cnn")
-        ),
+        *(pytest.param(model, "mnist", marks=NEEDS_MNIST) for model in ("mnist-fc3", "mnist-linear")),
+        pytest.param("mnist-cnn", "mnist", marks=[NEEDS_MNIST, pytest.mark.slow]),  # small ones of its kind are above
     ],
 )
 def test_shipped_networks(model: str, dataset: str) -> None:

@@ -26,7 +26,7 @@ def two_threads() -> Iterator[None]:
 
 
 def test_parts_are_done_at_the_same_time_and_come_back_in_order(two_threads: None) -> None:
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2)
 
     def meet(part: int) -> tuple[int, int]:
         both.wait()
@@ -66,7 +66,7 @@ def test_rows_are_divided_among_the_threads(two_threads: None) -> None:
 
 def exact_radii(tolerance: float = 1e-2) -> list[float]:
     data = fv.load_dataset("digits")[1:3]
-    certifier = CompleteCertifier(fv.load_model("digits-fc3"), options=CompleteOptions(tolerance=tolerance))
+    certifier = CompleteCertifier(fv.load_model("digits-fc3"), options=CompleteOptions(None, tolerance=tolerance))
     found = certifier.search(data.images, data.labels)
     assert all(
         one.upper_radius is not None and one.upper_radius <= one.radius * (1 + 1.01 * tolerance) for one in found

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import flowverify as fv
 from flowverify.certify.certificate import Verdict
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
-from flowverify.export import marabou_process
+from flowverify.export import marabou, marabou_process
 from flowverify.export.marabou import MarabouCertifier
 from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
 from flowverify.threat import WassersteinBall
@@ -33,7 +34,7 @@ def process():
         yield running
 
 
-def certifier(network, process, method="fine-tuned", encoding="linear", timeout=20.0):
+def certifier(network, process, method="fine-tuned", encoding="linear", timeout=3600.0):
     found = MarabouCertifier(network, method, encoding=encoding, timeout=timeout)
     found.close = lambda: None  # the process is shared
     found._process = process
@@ -143,9 +144,19 @@ def test_a_false_counterexample_is_unknown_even_if_no_clearer_one_exists(monkeyp
     assert not fake.outcomes
 
 
+# Told before the worker hangs: the clock that the engine sees is moved by this alone, an hour each time.
+HANG = """
+import os, signal, sys
+print("still at it", flush=True)
+with open("late", "ab", buffering=0) as late:
+    late.write(b".")
+os.write(int(sys.argv[1]), b"{")
+while True:
+    signal.pause()
+"""
 SCRIPTS = {
     "crash": ("import sys; print('the last thing'); sys.stdout.flush(); import os; os._exit(3)", "error", "code 3"),
-    "hang": ("import time; print('still at it', flush=True); time.sleep(60)", "timeout", "still at it"),
+    "hang": (HANG, "timeout", "still at it"),
     "nonsense": (
         'import os, sys\nfor _ in sys.stdin: os.write(int(sys.argv[1]), b\'{"result": "quit", "seconds": 0}\\n\')',
         "error",
@@ -161,11 +172,16 @@ def test_an_engine_that_breaks_down_is_an_outcome(name, encoding, monkeypatch, t
     script, result, message = SCRIPTS[name]
     worker = tmp_path / "worker.py"
     worker.write_text(script)
+    late = tmp_path / "late"
+    late.touch()
+    monkeypatch.chdir(tmp_path)
+    clock = SimpleNamespace(perf_counter=lambda: 3600.0 * late.stat().st_size)
+    monkeypatch.setattr(marabou, "time", clock)
+    monkeypatch.setattr(marabou_process, "time", clock)
     monkeypatch.setattr(marabou_process, "_WORKER", worker)
-    monkeypatch.setattr(marabou_process, "GRACE", 0.5)
     monkeypatch.setattr(marabou_process, "marabou_missing", lambda: "")
     network, image, label = case(1, "linear")
-    engine = MarabouCertifier(network, encoding=encoding, timeout=0.5)
+    engine = MarabouCertifier(network, encoding=encoding, timeout=600.0)
     found = engine.certify(image[None], torch.tensor([label]), WassersteinBall(0.01))[0]
     engine.close()
     assert found.verdict == result

@@ -58,13 +58,17 @@ def balls(images: Tensor, radius: Tensor = RADII) -> Tensor:
     return radius * images.flatten(1).sum(1)
 
 
+# auto_LiRPA 0.3 fails in this method with its default sparse options, for every perturbation.
+FAILING = {("CROWN-Optimized", False)} if VERSION.startswith("0.3") else set()
+WAYS = [(method, own) for own in (True, False) for method in METHODS if (method, own) not in FAILING]
+
+
 @pytest.mark.parametrize("layers", [MLP, CNN], ids=["mlp", "cnn"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("own_options", [True, False], ids=["ours", "default options"])
+@pytest.mark.parametrize(
+    ("method", "own_options"), WAYS, ids=[f"{method}-{'ours' if own else 'default options'}" for method, own in WAYS]
+)
 @pytest.mark.parametrize("feasible", [True, False])
 def test_bounds_hold_at_samples(layers: list[nn.Module], method: str, own_options: bool, feasible: bool) -> None:
-    if method == "CROWN-Optimized" and not own_options and VERSION.startswith("0.3"):
-        pytest.skip("auto_LiRPA 0.3 fails there with its default sparse options, for every perturbation")
     network = network_of(layers)
     images = sparse_images((1, 5, 5), 3, 1)
     ball = PerturbationWasserstein(RADII, feasible=feasible)

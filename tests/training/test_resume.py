@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,24 +57,35 @@ def test_goes_on_to_the_same_bits(loss: str, tmp_path: Path) -> None:
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and lines[3]["loss"] == whole.history[3].loss
 
 
+KILLED = """
+import signal, sys
+from flowverify.training import train_and_save
+
+def here(epoch, step, steps):
+    if (epoch, step) == (4, 2):
+        print("here", flush=True)
+        signal.pause()
+
+train_and_save(*sys.argv[1:], on_step=here)
+"""
+
+
 def test_killed_process_resumes_to_the_same_file(tmp_path: Path) -> None:
     source = tmp_path / "mine.json"
-    source.write_text(json.dumps(recipe("certified", epochs=60).to_dict()))
-    folders = [tmp_path / "killed", tmp_path / "whole"]
-    command = [sys.executable, "-m", "flowverify", "train", "--recipe", str(source), "--out", str(folders[0])]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    checkpoint, metrics = folders[0] / "mine.checkpoint.pt", folders[0] / "mine.metrics.jsonl"
-    limit = time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and checkpoint.exists()
-    before = len(metrics.read_text().splitlines())
-    assert before < 60 and not (folders[0] / "mine.onnx").exists()
-    for folder in folders:
+    source.write_text(json.dumps(recipe("certified", epochs=6).to_dict()))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    checkpoint, metrics = killed / "mine.checkpoint.pt", killed / "mine.metrics.jsonl"
+    command = [sys.executable, "-c", KILLED, str(source), str(killed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"here\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and checkpoint.exists()
+    assert len(metrics.read_text().splitlines()) == 3 and not (killed / "mine.onnx").exists()
+    for folder in (killed, whole):
         train_and_save(source, folder)
-    assert (folders[0] / "mine.onnx").read_bytes() == (folders[1] / "mine.onnx").read_bytes()
-    assert len(metrics.read_text().splitlines()) == 60
+    assert (killed / "mine.onnx").read_bytes() == (whole / "mine.onnx").read_bytes()
+    assert len(metrics.read_text().splitlines()) == 6
     assert not checkpoint.exists()
 
 
@@ -96,7 +106,7 @@ class TestForeignCheckpoints:
         with pytest.raises(InvalidInputError, match="saved with other training images"):
             train(recipe("cross-entropy"), checkpoint=checkpoint)
 
-    @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00."])
+    @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00."], ids=["empty", "text", "pickle"])
     def test_broken_file_is_refused(self, checkpoint: Path, content: bytes) -> None:
         checkpoint.write_bytes(content)
         with pytest.raises(ModelFileError, match=r"state\.pt: (cannot be read|another format)"):
