@@ -27,6 +27,7 @@ STEPS = 15
 FIRST_SHARE = 0.15  # by which the optimum is first believed to lie below the best value
 SHRINK = 0.6  # of that share when a step does not improve
 ENOUGH = 1e-3  # relative; no more steps where the share has become this small
+DEAREST = 5.0  # prices at most this many times the largest coefficient: the bound on rounding counts on it
 CHUNK = 1 << 22  # entries of coefficients at a time
 
 
@@ -68,7 +69,7 @@ def support_capped(
     """
     check_below(images, cap)
     if use_compiled(backend, images):
-        rule = (steps, FIRST_SHARE, SHRINK, ENOUGH)
+        rule = (steps, FIRST_SHARE, SHRINK, ENOUGH, DEAREST)
         return CappedSupport(*compiled.solve_capped(coefficients, images, budget, cap, rule, maximiser, ground))
     batch, shape = images.shape[0], coefficients.shape[-4:]
     if coefficients.ndim == 4:
@@ -145,6 +146,7 @@ def _descend(
             break
         length = torch.where(size > 0, (value - (1 - share) * best) / size, 0.0)
         prices = (prices - length[..., None, None, None] * slope).clamp(min=0)
+        prices = torch.minimum(prices, DEAREST * coefficients.double().abs().amax((-3, -2, -1), keepdim=True))
         reduced = (coefficients.double() - prices).to(coefficients.dtype)
         reduced = torch.minimum(reduced, coefficients)
     assert best is not None

@@ -78,7 +78,7 @@ def solve_capped(
     images: Tensor,
     budget: Tensor,
     cap: float,
-    rule: tuple[int, float, float, float],
+    rule: tuple[int, float, float, float, float],
     maximiser: bool,
     ground: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

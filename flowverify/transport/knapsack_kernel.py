@@ -83,15 +83,16 @@ def lipschitz_constants(
 @numba.njit(nogil=True, cache=True)
 def solve_capped(
     coefficients: Array, mass: Array, shape: tuple[int, int, int], offsets: Array, costs: Array, budget: float,
-    cap: float, rule: tuple[int, float, float, float], first: int, last: int, excess: Array, multipliers: Array,
+    cap: float, rule: tuple[int, float, float, float, float], first: int, last: int, excess: Array, multipliers: Array,
     reduced: Array, maximisers: Array,
 ) -> None:  # fmt: skip
     """The descent of :mod:`flowverify.transport.capped`; ``reduced`` and ``maximisers`` of no rows if not wanted."""
-    steps, first_share, shrink, enough = rule
+    steps, first_share, shrink, enough, dearest = rule
     moved, slope_of = np.empty(mass.size), np.empty(mass.size)
     for problem in range(first, last):
         own = coefficients[problem].astype(np.float64)
         row = own.copy()
+        limit = dearest * np.abs(own).max()
         best, share = np.inf, first_share
         for step in range(steps + 1):
             value, _, slope = move_best(row, mass, shape, offsets, costs, budget, np.inf, moved)
@@ -117,5 +118,5 @@ def solve_capped(
             length = (value - (1 - share) * best) / size
             for pixel in range(mass.size):
                 price = max(0.0, own[pixel] - row[pixel] - length * slope_of[pixel])
-                row[pixel] = min(own[pixel], own[pixel] - price)
+                row[pixel] = min(own[pixel], own[pixel] - min(price, limit))
         excess[problem] = best
