@@ -125,6 +125,16 @@ class Drawn:
 
 def draw_network(dice: random.Random, shape: tuple[int, int, int], kind: str) -> Drawn:
     """A random network of this kind for images of this shape; its weights come from torch's generator."""
+    while True:
+        drawn = _draw(dice, shape, kind)
+        try:  # an operation that is used twice may have constants that fit a batch of 2 only by chance
+            drawn.oracle(torch.zeros(3, *shape, dtype=torch.float64))
+        except RuntimeError:
+            continue
+        return drawn
+
+
+def _draw(dice: random.Random, shape: tuple[int, int, int], kind: str) -> Drawn:
     dtype = dice.choice([torch.float32, torch.float64])
     builder = _Builder(dice, shape, dtype)
     if kind in ("tiny", "offset"):

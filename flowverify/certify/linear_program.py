@@ -14,6 +14,8 @@ from flowverify.errors import DependencyError, SolverError
 from flowverify.grid import Grid
 from flowverify.quiet import quiet
 
+REACHED = 1e-5  # of the margin: a flow that misses it by more reaches no other class
+
 
 class LinearProgram:
     """min ||delta||_1 subject to x + A delta >= 0 and (A^T w) . delta >= m, for one grid.
@@ -68,7 +70,12 @@ class LinearProgram:
         status: str = self._problem.status
         if status != self._cvxpy.OPTIMAL:
             raise SolverError(f"linear program: HiGHS ended with status {status!r}, expected 'optimal'")
-        return float(self._problem.value) * unit, np.asarray(self._flow.value) * unit
+        flow = np.asarray(self._flow.value) * unit
+        if float(gain @ flow) < margin * (1 - REACHED):
+            raise SolverError(
+                f"linear program: HiGHS's flow gains {float(gain @ flow):g}, expected the margin, {margin:g}"
+            )
+        return float(self._problem.value) * unit, flow
 
 
 def _power_of_two(size: float) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from contracts import random_network, sparse_images
@@ -247,3 +250,11 @@ def test_programs_know_no_units(scale: float) -> None:
     )
     assert exact.radius > 0
     assert program.radius == pytest.approx(exact.radius, rel=1e-6)
+
+
+def test_a_flow_that_misses_the_margin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, image, normal = LinearProgram(Grid(1, 3)), np.full(3, 1 / 3), np.arange(3.0)
+    assert program.solve(image, normal, 0.1)[0] == pytest.approx(0.1)
+    monkeypatch.setattr(program, "_flow", SimpleNamespace(value=np.zeros(2)))
+    with pytest.raises(SolverError, match="HiGHS's flow gains 0, expected the margin, 0.1"):
+        program.solve(image, normal, 0.1)
