@@ -19,7 +19,7 @@ from torch import nn
 
 import flowverify as fv
 from benchmarks.soundness.balls import Threat
-from benchmarks.soundness.claims import BRACKET, Claim, failures
+from benchmarks.soundness.claims import BEYOND_TIE, BRACKET, Claim, failures
 from benchmarks.soundness.exact import magnitudes
 from benchmarks.soundness.networks import Normalise
 from benchmarks.soundness.question import Question
@@ -212,7 +212,7 @@ class Case:
 
     def _ties(self, image: int, radius: float) -> bool:
         """Whether a little beyond this radius some image ties, as all images do where the last activation is flat."""
-        points, margins = self.given.attacked(image, radius * (1 + BRACKET))
+        points, margins = self.given.attacked(image, radius * (1 + BEYOND_TIE))
         return not float(margins.min()) > self.given.rounding(points)
 
     def _replay(self, one: Certificate, image: int, setting: Setting, certifier: Any) -> None:

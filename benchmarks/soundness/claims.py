@@ -13,6 +13,7 @@ from benchmarks.soundness.question import Question
 from flowverify.certify.certificate import Certificate, Verdict
 
 LIMIT = 1e-5  # relative: what linear programs of the oracle may be off
+BEYOND_TIE = 0.05  # of the radius: so far inside of a region that ties, descent finds an image that does
 BRACKET = 0.015  # what a bracket that is closed to 1% may measure, with the tolerances of its last steps
 
 
