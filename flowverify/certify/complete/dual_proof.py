@@ -21,7 +21,8 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from flowverify.certify.complete.program import NetworkProgram, Objective
-from flowverify.certify.complete.program_values import TINY, Array, gamma
+from flowverify.certify.complete.program_values import Array, gamma
+from flowverify.network.rounding import TINY
 from flowverify.quiet import quiet
 
 TOLERANCE = 1e-10

@@ -27,9 +27,6 @@ from torch import Tensor, nn
 
 from flowverify.certify.complete.affine_maps import drop_biases
 from flowverify.certify.complete.program_values import (
-    FEW,
-    TINY,
-    UNIT,
     Array,
     Value,
     affine_value,
@@ -41,6 +38,7 @@ from flowverify.certify.intervals import Interval
 from flowverify.errors import SolverError, UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
 from flowverify.network.graph import INPUT
+from flowverify.network.rounding import FEW, TINY, UNIT
 from flowverify.quiet import quiet
 
 REACH = 8.0  # times mass and budget: what the terms of a linear function's maximum over the ball come to

@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
-Array = NDArray[np.float64]
+from flowverify.network.rounding import FEW, INFLATED, TINY, UNIT
 
-UNIT = 2.0**-53
-FEW = 32  # roundings of an operation beside its sums
-TINY = 1e-290  # above what underflow loses
-INFLATED = 1 + 1e-6  # the magnitudes that gamma is multiplied by are rounded themselves
+Array = NDArray[np.float64]
 
 
 def gamma(roundings: int) -> float:
