@@ -52,6 +52,9 @@ def draw_images(dice: random.Random, shape: tuple[int, int, int], count: int) ->
     return torch.stack(images)
 
 
+CLOSE = 64  # units in the last place of the largest logit
+
+
 class Question:
     """Everything that is random about the case of a seed; with a network of any kind unless one is given.
 
@@ -161,7 +164,7 @@ class Question:
         return total if math.isfinite(total) else math.inf
 
     def misclassified(self, point: Tensor, image: int) -> bool:
-        """In the module's own precision or in float64, to rounding."""
+        """In the module's own precision or in float64, to rounding: the canonical form may round otherwise."""
         label = int(self.labels[image])
         point = point.reshape(1, *self.shape)
         exact = float(self.margins(point.double(), label).min())
@@ -169,7 +172,8 @@ class Question:
         with torch.no_grad():
             rounded = own(point.to(self.drawn.dtype))[0]
         others = torch.cat([rounded[:label], rounded[label + 1 :]])
-        return not exact > self.rounding(point) or not float(rounded[label]) > float(others.max())
+        near = CLOSE * torch.finfo(rounded.dtype).eps * float(rounded.abs().max())
+        return not exact > self.rounding(point) or not float(rounded[label]) > float(others.max()) + near
 
     def contradiction(self, image: int, radius: float, point: Tensor, margin: float) -> str:
         """What is wrong with a certificate of this radius, confirmed beyond rounding; "" if nothing."""
