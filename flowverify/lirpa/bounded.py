@@ -44,7 +44,8 @@ def handed_over(operation: nn.Module) -> bool:
         return tuple(operation.dilation) == (1, 1)
     if isinstance(operation, nn.MaxPool2d):
         size = operation.kernel_size
-        return isinstance(size, tuple) and size[1] == 1 and operation.stride == size and operation.padding == 0
+        apart = isinstance(size, tuple) and size[1] == 1 and operation.stride == size
+        return apart and operation.padding == 0 and operation.dilation == 1
     return isinstance(operation, _HANDED_OVER)
 
 

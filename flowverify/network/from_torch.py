@@ -286,9 +286,6 @@ class Given(dict[str, Any]):
         self.read.add(name)
         return super().get(name, default)
 
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name)
-
 
 def _handled(handler: Handler, builder: Builder, given: Given, defaults: dict[str, Any], label: str) -> Any:
     """The handler's result.

@@ -109,7 +109,9 @@ class _Builder:
         inputs = tuple(self.names[name] for name in node.inputs)
         operation: Any = node.operation
         label = f"{len(self.names)}_{operation_name(operation)}"
-        if self.keeps(operation) and (not isinstance(operation, nn.Linear) or self.permutes or len(node.shape) == 1):
+        if isinstance(operation, nn.MaxPool2d) and self.permutes:
+            name = self._maximum(label, operation, node.inputs[0], node.shape)
+        elif self.keeps(operation) and (not isinstance(operation, nn.Linear) or self.permutes or len(node.shape) == 1):
             if not is_affine(operation):
                 self.preactivations.append(Preactivation(node.inputs[0]))
             name = self.emit(label, operation, inputs, node.shape)
@@ -125,8 +127,6 @@ class _Builder:
         elif isinstance(operation, nn.LeakyReLU):
             self.preactivations.append(Preactivation(node.inputs[0]))
             name = self._leaky(label, float(operation.negative_slope), inputs, node.shape)
-        elif isinstance(operation, nn.MaxPool2d) and self.permutes:
-            name = self._maximum(label, operation, node.inputs[0], node.shape)
         elif isinstance(operation, Index) and self.permutes:
             name = self._select(label, operation, inputs[0], node.shape)
         elif is_affine(operation):

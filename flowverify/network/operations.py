@@ -240,6 +240,7 @@ def _maximum_pools(shape: tuple[int, ...]) -> list[nn.Module]:
         {"kernel_size": 2, "padding": 1}, {"kernel_size": 3, "stride": 2, "padding": (1, 0)},
         {"kernel_size": 2, "stride": 2, "dilation": 2}, {"kernel_size": 2, "stride": 1, "dilation": (1, 2)},
         {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 3},
+        {"kernel_size": (2, 1)}, {"kernel_size": (2, 1), "dilation": 2},
     ]  # fmt: skip
     return [nn.MaxPool2d(**options) for options in chosen]
 
