@@ -33,7 +33,7 @@ def affine_rows(network: Graph, node_name: str, dtype: torch.dtype = torch.float
     zero = torch.zeros(1, *part.input_shape, dtype=torch.float64)
     with torch.no_grad():
         bias = part(zero).flatten().to(dtype)
-        _drop_biases(part)
+        drop_biases(part)
         pixels, entries = math.prod(part.input_shape), math.prod(part.output_shape)
         rows = torch.empty(entries, pixels, dtype=dtype)
         widest = max([pixels, *(math.prod(node.shape) for node in part.nodes)])
@@ -46,8 +46,9 @@ def affine_rows(network: Graph, node_name: str, dtype: torch.dtype = torch.float
     return rows, bias
 
 
-def _drop_biases(part: Graph) -> None:
-    for node in part.nodes:
+def drop_biases(graph: Graph) -> None:
+    """Makes the affine operations of a graph linear, in place."""
+    for node in graph.nodes:
         operation = node.operation
         if isinstance(operation, nn.Linear | nn.Conv2d) and operation.bias is not None:
             operation.bias.zero_()

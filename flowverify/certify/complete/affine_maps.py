@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
+from flowverify.network.affine import drop_biases
 from flowverify.network.graph import INPUT, Node
-from flowverify.network.operations import ScaleShift
 from flowverify.network.rounding import gamma, magnitudes
 
 MAX_ENTRIES = 1 << 26
@@ -179,13 +179,3 @@ def _columns(
 
 def _nodes(network: Network) -> tuple[Node, ...]:
     return network.nodes
-
-
-def drop_biases(network: Network) -> None:
-    """Makes the affine operations of a network linear, in place."""
-    for node in network.nodes:
-        operation = node.operation
-        if isinstance(operation, nn.Linear | nn.Conv2d) and operation.bias is not None:
-            operation.bias.zero_()
-        elif isinstance(operation, ScaleShift):
-            operation.shift.zero_()

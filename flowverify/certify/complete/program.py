@@ -25,7 +25,6 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from flowverify.certify.complete.affine_maps import drop_biases
 from flowverify.certify.complete.program_values import (
     Array,
     Value,
@@ -37,6 +36,7 @@ from flowverify.certify.complete.program_values import (
 from flowverify.certify.intervals import Interval
 from flowverify.errors import SolverError, UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
+from flowverify.network.affine import drop_biases
 from flowverify.network.graph import INPUT
 from flowverify.network.rounding import FEW, TINY, UNIT
 from flowverify.quiet import quiet
