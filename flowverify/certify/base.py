@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowverify.certify.certificate import Certificate, Interrupted, Verdict
 from flowverify.conventions import check_labels
-from flowverify.errors import SolverError
+from flowverify.errors import BoundError, SolverError
 from flowverify.network import Network, RoundingBound, load_network
 from flowverify.threat import WassersteinBall, check_cap, check_images
 from flowverify.transport.ground import check_ground, parse_ground
@@ -120,7 +120,7 @@ class BaseCertifier(ABC):
     ) -> list[Certificate]:
         """What ``one`` says of each image (C, H, W), float64, with its label and prediction, if it is classified right.
 
-        An image for which a solver fails has the verdict ``error``, and the message in its note.
+        An image for which a solver or a bound fails has the verdict ``error``, and the message in its note.
 
         Args:
             ball: its ground cost and cap, and, unless ``searching``, its radius.
@@ -144,7 +144,7 @@ class BaseCertifier(ABC):
                 continue
             try:
                 result.append(one(image.double(), label, prediction))
-            except SolverError as error:
+            except (SolverError, BoundError) as error:
                 result.append(nothing(label, prediction, Verdict.ERROR, str(error)))
             except Interrupted as stopped:
                 raise Interrupted([*result, *stopped.certificates]) from None

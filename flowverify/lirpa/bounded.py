@@ -21,7 +21,7 @@ from flowverify.lirpa.backend import (
     BoundedTensor,
     PerturbationLpNorm,
 )
-from flowverify.network import Add, Concatenate, Graph, Permute, Reshape, ScaleShift, Subtract, operation_name
+from flowverify.network import Add, Graph, Permute, Reshape, ScaleShift, Subtract, operation_name
 
 Interval = tuple[Tensor, Tensor]
 
@@ -29,7 +29,7 @@ __all__ = ["BoundedNetwork", "Interval", "handed_over", "l1_ball"]
 
 _HANDED_OVER = (
     nn.Linear, nn.Conv2d, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Flatten,
-    Reshape, Permute, ScaleShift, Add, Subtract, Concatenate,
+    Reshape, Permute, ScaleShift, Add, Subtract,
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def handed_over(operation: nn.Module) -> bool:
 
     Not among them: average pooling, which it pulls back by interpolation, wrong where windows overlap, leave gaps or
     reach into padding; maximum pooling of any but windows side by side; dilated convolutions; LeakyReLU, whose chord
-    it takes for an upper bound whatever the slope; entries picked twice, of which it forgets one.
+    it takes for an upper bound whatever the slope; entries picked twice, of which it forgets one; values side by
+    side, which 0.7.1 refuses to pull back.
     """
     if isinstance(operation, nn.Conv2d):
         return tuple(operation.dilation) == (1, 1)

@@ -7,7 +7,7 @@ Every rewriting is exact up to the rounding of 1 / (window) in average pooling (
 - LeakyReLU of any slope s: s x + (1 - s) relu(x);
 - maximum pooling of any windows: the windows side by side, each pixel as often as it is read, then pooling of windows
   that neither overlap nor lack anything;
-- entries picked along a dimension: a dense layer along it;
+- entries picked along a dimension, values side by side along one: dense layers along it;
 - any other affine operation: a sum of dense layers, one an input.
 """
 
@@ -26,6 +26,7 @@ from flowverify.errors import UnsupportedOperationError
 from flowverify.network.graph import INPUT, Graph, Node
 from flowverify.network.operations import (
     Add,
+    Concatenate,
     Index,
     Pad,
     Permute,
@@ -129,6 +130,8 @@ class _Builder:
             name = self._leaky(label, float(operation.negative_slope), inputs, node.shape)
         elif isinstance(operation, Index) and self.permutes:
             name = self._select(label, operation, inputs[0], node.shape)
+        elif isinstance(operation, Concatenate) and self.permutes:
+            name = self._side_by_side(label, operation.dim, inputs, node.shape)
         elif is_affine(operation):
             name = self._dense(label, operation, inputs, node.shape)
         else:
@@ -197,22 +200,40 @@ class _Builder:
         return self.emit(label, Reshape(shape), (largest,), shape)
 
     def _select(self, label: str, operation: Index, value: str, shape: tuple[int, ...]) -> str:
-        """A dense layer along the dimension, which goes last and comes back."""
-        given, dim = self.shapes[value], operation.dim
+        """A dense layer along the dimension."""
+        size = self.shapes[value][operation.dim]
         if isinstance(operation.selection, slice):
-            positions = torch.arange(given[dim])[operation.selection]
+            positions = torch.arange(size)[operation.selection]
         else:
-            positions = torch.as_tensor(operation.selection).reshape(-1) % given[dim]
+            positions = torch.as_tensor(operation.selection).reshape(-1) % size
+        picked = self._along(label, operation.dim, _selection(positions, size), value)
+        return picked if self.shapes[picked] == shape else self.emit(label, Reshape(shape), (picked,), shape)
+
+    def _side_by_side(self, label: str, dim: int, values: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        """Each value in its place among zeros, by a dense layer along the dimension; then their sum."""
+        parts, begin = list[str](), 0
+        for position, value in enumerate(values):
+            end = begin + self.shapes[value][dim]
+            parts.append(self._along(f"{label}_{position}", dim, _placement(begin, end, shape[dim]), value))
+            begin = end
+        total = parts[0]
+        for position, part in enumerate(parts[1:], 1):
+            total = self.emit(f"{label}_sum{position}", Add(), (total, part), shape)
+        return total
+
+    def _along(self, label: str, dim: int, layer: nn.Linear, value: str) -> str:
+        """A dense layer along any dimension, which goes last and comes back."""
+        given = self.shapes[value]
         last = (*(k for k in range(len(given)) if k != dim), dim)
         back = tuple(last.index(k) for k in range(len(given)))
         turned = tuple(given[k] for k in last)
         if last != tuple(range(len(given))):
             value = self.emit(f"{label}_last", Permute(last), (value,), turned)
-        picked = (*turned[:-1], len(positions))
-        value = self.emit(f"{label}_picked", _selection(positions, given[dim]), (value,), picked)
+        result = (*turned[:-1], layer.out_features)
+        value = self.emit(f"{label}_along", layer, (value,), result)
         if back != tuple(range(len(given))):
-            value = self.emit(f"{label}_back", Permute(back), (value,), tuple(picked[k] for k in back))
-        return value if self.shapes[value] == shape else self.emit(label, Reshape(shape), (value,), shape)
+            value = self.emit(f"{label}_back", Permute(back), (value,), tuple(result[k] for k in back))
+        return value
 
     def _dense(self, label: str, operation: nn.Module, inputs: tuple[str, ...], shape: tuple[int, ...]) -> str:
         """Any affine operation, as a sum of dense layers, one an input."""
@@ -304,6 +325,14 @@ def _selection(positions: Tensor, size: int) -> nn.Linear:
     _check_entries(len(positions) * size, "selection")
     layer = nn.Linear(size, len(positions), bias=False, dtype=torch.float64)
     layer.load_state_dict({"weight": torch.eye(size, dtype=torch.float64)[positions]})
+    return layer
+
+
+def _placement(begin: int, end: int, size: int) -> nn.Linear:
+    """The dense layer that writes its inputs to the places from begin to end among zeros."""
+    _check_entries((end - begin) * size, "placement")
+    layer = nn.Linear(end - begin, size, bias=False, dtype=torch.float64)
+    layer.load_state_dict({"weight": torch.eye(size, dtype=torch.float64)[:, begin:end]})
     return layer
 
 

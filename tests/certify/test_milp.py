@@ -23,6 +23,7 @@ from flowverify.certify.complete import program as program_module
 from flowverify.certify.complete.dual_proof import DualProof
 from flowverify.certify.complete.milp import MilpCertifier
 from flowverify.certify.complete.program import NetworkProgram, Objective
+from flowverify.errors import BoundError
 
 
 def case(seed: int) -> tuple[Network, Tensor, int]:
@@ -154,6 +155,22 @@ class TestHighsIsNotBelieved:
         first, second = certifier.certify(images, labels, WassersteinBall(radius / 2))
         assert (first.verdict, second.verdict) == ("error", "certified")
         assert "out of order" in first.note
+
+    def test_a_bound_that_breaks_down_is_the_error_of_its_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        certifier, radius = self.beyond()
+        genuine, calls = certifier.program, []
+
+        def fails_once(image: Tensor, trial: float) -> NetworkProgram:
+            calls.append(trial)
+            if len(calls) == 1:
+                raise BoundError("bounds out of order")
+            return genuine(image, trial)
+
+        monkeypatch.setattr(certifier, "program", fails_once)
+        images, labels = self.image.repeat(2, 1, 1, 1), torch.tensor([self.label] * 2)
+        first, second = certifier.certify(images, labels, WassersteinBall(radius / 2))
+        assert (first.verdict, second.verdict) == ("error", "certified")
+        assert "bounds out of order" in first.note
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (3, 1, 1), (2, 2, 1)])
