@@ -111,7 +111,7 @@ def move_best(
                 steps += 1
         # Steps of a source are stored in order; a stable sort keeps them in order where slopes tie.
         order = np.argsort(-step_slope[:steps], kind="mergesort")
-        gain, cost = 0.0, 0.0
+        gain, gain_lost, cost, cost_lost = 0.0, 0.0, 0.0, 0.0
         finished = False
         last = -1
         share, slope = 1.0, 0.0
@@ -121,8 +121,8 @@ def move_best(
             slope = step_slope[k]
             last = position
             share = min(1.0, (budget - cost) / step, (target - gain) / (step * slope))
-            cost += share * step
-            gain += share * step * slope
+            cost, cost_lost = _add(cost, cost_lost, share * step)
+            gain, gain_lost = _add(gain, gain_lost, share * step * slope)
             if share < 1.0 or cost >= budget or gain >= target:
                 finished = True
                 break
@@ -142,6 +142,14 @@ def move_best(
             amount -= share * amount
         moved[moved_to[s]] += amount
     return gain, cost, slope if finished else 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _add(total: float, lost: float, term: float) -> tuple[float, float]:
+    """Kahan's compensated sum: its rounding does not grow with the number of terms."""
+    term -= lost
+    larger = total + term
+    return larger, (larger - total) - term
 
 
 @numba.njit(nogil=True, cache=True)
