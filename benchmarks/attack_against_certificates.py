@@ -17,8 +17,8 @@ import torch
 import flowverify as fv
 from benchmarks.common import header, quartiles, stopwatch
 from flowverify.attack import make_attack
-from flowverify.certify.radius import search_radius
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.radius import search_radius
+from flowverify.certifiers.verify import Certifier
 
 OPTIONS = {"minimal": {"effort": "normal"}, "sinkhorn": {"shorten": True}}
 SLOW = ("flow-pgd", "sinkhorn")

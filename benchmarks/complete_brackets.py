@@ -16,9 +16,9 @@ import torch
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.attack import make_attack
-from flowverify.certify.complete.certifier import CompleteCertifier, CompleteOptions
-from flowverify.certify.radius import search_radius
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.radius import search_radius
+from flowverify.certifiers.verify import Certifier
 from flowverify.zoo import load_card
 
 

@@ -18,10 +18,10 @@ import torch
 import flowverify as fv
 from benchmarks.common import header
 from flowverify.attack import make_attack
-from flowverify.certify.complete.certifier import CompleteCertifier
-from flowverify.certify.complete.neuron_bounds import neuron_bounds, refine
-from flowverify.certify.complete.radius_search import ROUNDS
-from flowverify.certify.complete.tree import Tree
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.neuron_bounds import neuron_bounds, refine
+from flowverify.certifiers.complete.radius_search import ROUNDS
+from flowverify.certifiers.complete.tree import Tree
 from flowverify.zoo import load_card
 
 

@@ -11,7 +11,7 @@ import torch
 
 import flowverify as fv
 from benchmarks.common import header
-from flowverify.certify.margins import MarginBounds
+from flowverify.bounds.margins import MarginBounds
 from flowverify.transport.reference import make_reference
 
 

@@ -11,8 +11,8 @@ import torch
 
 import flowverify as fv
 from benchmarks.common import header, quartiles, stopwatch
-from flowverify.certify.radius import search_radius
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.radius import search_radius
+from flowverify.certifiers.verify import Certifier
 
 
 def measure(model: str, count: int, bound: str, dataset: str) -> None:

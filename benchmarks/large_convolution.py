@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from benchmarks.common import header, stopwatch
-from flowverify.certify.certificate import Verdict
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.verify import Certifier
 from flowverify.network import Network
+from flowverify.results import Verdict
 from flowverify.threat import WassersteinBall
 
 

@@ -12,8 +12,8 @@ import torch
 
 import flowverify as fv
 from benchmarks.common import header, quartiles
-from flowverify.certify.references import Reference, ReferenceMaximum, maximum_over_references, sample_references
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.references import Reference, ReferenceMaximum, maximum_over_references, sample_references
+from flowverify.certifiers.verify import Certifier
 
 
 def spread_of_margins(

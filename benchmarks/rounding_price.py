@@ -12,9 +12,9 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header
-from flowverify.certify.base import BaseCertifier
-from flowverify.certify.radius import search_radius
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.base import BaseCertifier
+from flowverify.certifiers.radius import search_radius
+from flowverify.certifiers.verify import Certifier
 
 CASES = (
     ("digits-fc3", "fine-tuned", "best"), ("digits-certified", "fine-tuned", "best"),

@@ -17,9 +17,9 @@ from torch import nn
 import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack import make_attack
-from flowverify.certify.certificate import Verdict
-from flowverify.certify.radius import search_radius
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.radius import search_radius
+from flowverify.certifiers.verify import Certifier
+from flowverify.results import Verdict
 
 
 def train(images: torch.Tensor, labels: torch.Tensor, epochs: int) -> nn.Sequential:

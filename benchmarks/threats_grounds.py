@@ -16,9 +16,9 @@ import torch
 import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack import make_attack
-from flowverify.certify.certificate import Verdict
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.verify import Certifier
 from flowverify.network import affine_rows
+from flowverify.results import Verdict
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.support import support
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header, stopwatch
-from flowverify.certify.radius import search_radius
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.radius import search_radius
+from flowverify.certifiers.verify import Certifier
 from flowverify.training import accuracy
 from flowverify.zoo import load_card, models_folder, record_certified
 

@@ -15,42 +15,40 @@ Docstrings cite the sections of docs/theory.md as "theory, section 5": statement
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowverify.certify.certificate import Certificate, Verdict
-    from flowverify.certify.functions import certified_radius, certify, certify_batch
-    from flowverify.certify.make import make_certifier
-    from flowverify.certify.radius import search_radius
-    from flowverify.certify.verify import Certifier
+    from flowverify.api import certified_radius, certify, certify_batch
+    from flowverify.certifiers.make import make_certifier
+    from flowverify.certifiers.radius import search_radius
+    from flowverify.certifiers.verify import Certifier
     from flowverify.data import Dataset, load_dataset
     from flowverify.errors import FlowverifyError
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
+    from flowverify.results import Certificate, Verdict
     from flowverify.threat import WassersteinBall
     from flowverify.zoo import load_model
-else:
-    from flowverify import certify
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Certificate": "certify.certificate",
-    "Certifier": "certify.verify",
+    "Certificate": "results",
+    "Certifier": "certifiers.verify",
     "Dataset": "data",
     "FlowverifyError": "errors",
     "FoldedNetwork": "network",
     "Network": "network",
-    "Verdict": "certify.certificate",
+    "Verdict": "results",
     "WassersteinBall": "threat",
-    "certified_radius": "certify.functions",
-    "certify_batch": "certify.functions",
+    "certified_radius": "api",
+    "certify": "api",
+    "certify_batch": "api",
     "fold": "network",
     "load_dataset": "data",
     "load_model": "zoo",
-    "make_certifier": "certify.make",
+    "make_certifier": "certifiers.make",
     "read_onnx": "network",
-    "search_radius": "certify.radius",
+    "search_radius": "certifiers.radius",
     "write_onnx": "network",
 }
 
@@ -87,30 +85,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _CallablePackage(ModuleType):
-    """``flowverify.certify`` is the function of that name and the subpackage that holds it.
-
-    The import system would put the subpackage in the function's place as soon as anything in it is imported.
-    """
-
-    def __call__(
-        self,
-        model: Any,
-        image: Any,
-        label: Any,
-        ball: Any,
-        method: str = "fine-tuned",
-        bound: str = "best",
-        *,
-        domain: Any = "auto",
-    ) -> Any:
-        """Certifies one image; see :func:`flowverify.certify.functions.certify`."""
-        from flowverify.certify.functions import certify
-
-        return certify(model, image, label, ball, method, bound, domain=domain)
-
-
-if not TYPE_CHECKING:
-    certify.__class__ = _CallablePackage

@@ -113,7 +113,7 @@ def _lirpa() -> Finding:
     import torch
     from torch import nn
 
-    from flowverify.certify.functions import certified_radius
+    from flowverify.api import certified_radius
     from flowverify.lirpa.backend import VERSION
 
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)

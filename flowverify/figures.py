@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.grid import Grid
 from flowverify.network import Network
+from flowverify.results import Certificate, Verdict
 from flowverify.threat import check_images, distance_name
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, wasserstein_distance
 from flowverify.transport.ground import parse_ground

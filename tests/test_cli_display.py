@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.cli import app
+from flowverify.results import Certificate, Verdict
 from flowverify.zoo import list_models
 
 CERTIFIED, FALSIFIED, MISCLASSIFIED = Verdict.CERTIFIED, Verdict.FALSIFIED, Verdict.MISCLASSIFIED

@@ -9,8 +9,9 @@ from torch import nn
 
 import flowverify as fv
 from flowverify.attack import ATTACKS, make_attack
-from flowverify.certify.make import make_certifier
-from flowverify.certify.methods import COMPLETE_METHODS, LINEAR_METHODS, METHODS
+from flowverify.bounds.recipes import METHODS
+from flowverify.certifiers.make import make_certifier
+from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
 from flowverify.conventions import check_channels_first, check_labels
 from flowverify.errors import DataError, FlowverifyError, InvalidInputError, UnsupportedOperationError
 from flowverify.export.folder import Source, write_folder

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import flowverify as fv
-from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.figures import draw_adversarial, draw_worst_cases, worst_cases
 from flowverify.grid import Grid
 from flowverify.network import from_torch
+from flowverify.results import Certificate, Verdict
 
 RADII = (0.05, 0.2, 1.0)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flowverify.certify.methods import BOUNDS, COMPLETE_METHODS, LINEAR_METHODS, METHODS
+from flowverify.bounds.recipes import BOUNDS, METHODS
+from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
 from flowverify.cli import app
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from benchmarks.soundness.networks import KINDS, Wired, draw_network
 from benchmarks.soundness.question import draw_images
 from benchmarks.soundness.tally import Tally, report
 from benchmarks.soundness_fuzz import case_seed, run_cases
-from flowverify.certify.complete.certifier import CompleteCertifier
-from flowverify.certify.linear_certifier import LinearCertifier
-from flowverify.certify.margins import MarginBounds
+from flowverify.bounds.margins import MarginBounds
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.errors import InvalidInputError
 
 GROUNDS = ("l1", "l2", "l2^2", "l1^1.5", "local:3", "local:5:l1")

@@ -12,9 +12,9 @@ from torch import nn
 
 import flowverify as fv
 from flowverify.attack import BaseAttack, Schedule, make_attack
-from flowverify.certify.complete.certifier import CompleteCertifier
-from flowverify.certify.complete.hunt import Hunt
-from flowverify.certify.linear_certifier import LinearCertifier
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.hunt import Hunt
+from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export import marabou
 from flowverify.export.folder import PlainCertifier, Source, write_folder

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flowverify import zoo
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.verify import Certifier
 from flowverify.data import Dataset, load_dataset
 from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
 from flowverify.network import Network

@@ -24,11 +24,11 @@ from benchmarks.soundness.exact import magnitudes
 from benchmarks.soundness.networks import Normalise
 from benchmarks.soundness.question import Question
 from benchmarks.soundness.tally import Tally
-from flowverify.certify.certificate import Certificate, Verdict
-from flowverify.certify.complete.certifier import CompleteOptions
-from flowverify.certify.verify import Certifier
+from flowverify.certifiers.complete.certifier import CompleteOptions
+from flowverify.certifiers.verify import Certifier
 from flowverify.errors import FlowverifyError
 from flowverify.network import Network, load_network
+from flowverify.results import Certificate, Verdict
 
 BOUNDS = ("ibp", "crown-ibp", "crown", "alpha-crown", "best")
 NODES = 40  # of a search tree: by number, not by the clock, so that a case says the same every time

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.soundness.exact import least_radius
 from benchmarks.soundness.question import Question
-from flowverify.certify.certificate import Certificate, Verdict
+from flowverify.results import Certificate, Verdict
 
 LIMIT = 1e-5  # relative: what linear programs of the oracle may be off
 BEYOND_TIE = 0.05  # of the radius: so far inside of a region that ties, descent finds an image that does

@@ -9,10 +9,11 @@ from flowverify.bench import sources
 from flowverify.bench.fields import Fields
 from flowverify.bench.image_tasks import ImageTasks
 from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
-from flowverify.certify.methods import BOUNDS, COMPLETE_METHODS, LINEAR_METHODS, METHODS
+from flowverify.bounds.recipes import BOUNDS, METHODS
+from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
 
 if TYPE_CHECKING:
-    from flowverify.certify.base import BaseCertifier
+    from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
     from flowverify.threat import WassersteinBall
 
@@ -49,8 +50,8 @@ class Certify(Kind):
         return list(images.expand(self.name, ways, sources.positions_of(fields, images.data, defaults)))
 
     def prepare(self, task: Task, context: Context) -> Prepared:
-        from flowverify.certify.complete.certifier import CompleteOptions
-        from flowverify.certify.make import make_certifier
+        from flowverify.certifiers.complete.certifier import CompleteOptions
+        from flowverify.certifiers.make import make_certifier
         from flowverify.threat import WassersteinBall
 
         settings = task.settings

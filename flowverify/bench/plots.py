@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from flowverify.bench import sources
 from flowverify.bench.statistics import FAILURES, TaskRecords, radius_of
-from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.figures import draw_worst_cases, require_matplotlib
+from flowverify.results import Certificate, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

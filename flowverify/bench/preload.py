@@ -8,7 +8,7 @@ import flowverify.bench.limits
 import flowverify.bench.session
 
 with suppress(ImportError):  # auto_LiRPA is missing: the jobs that need it say so
-    import flowverify.certify.make
+    import flowverify.certifiers.make
 flowverify.bench.limits.environment()
 gc.collect()
 gc.freeze()  # what is here stays: collections in the workers need not look at it, nor copy its pages

@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from flowverify.bench.tasks import Record, Task
-from flowverify.certify.ends import CLOSED, Ends, bracketed, count_closed, ends_of, median_text, upper_text
+from flowverify.certifiers.ends import CLOSED, Ends, bracketed, count_closed, ends_of, median_text, upper_text
 from flowverify.threat import distance_name
 
 FAILURES = ("error", "timeout")

@@ -13,7 +13,7 @@ from typing import Any
 from flowverify.bench.comparisons import Comparison, evidence, measured
 from flowverify.bench.statistics import CERTIFIED_ON_WORD, TaskRecords, quantiles
 from flowverify.bench.tasks import Record
-from flowverify.certify.ends import CLOSED, count_closed, median_upper
+from flowverify.certifiers.ends import CLOSED, count_closed, median_upper
 
 VERDICTS = ("certified", CERTIFIED_ON_WORD, "falsified", "unknown", "misclassified", "timeout", "error")
 _LATEX = {

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flowverify.certify.certificate import Certificate, Interrupted, Verdict
 from flowverify.cli.report import one_line, print_error
+from flowverify.results import Certificate, Interrupted, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowverify.certify.base import BaseCertifier
+    from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
     from flowverify.threat import WassersteinBall
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowverify.certify.methods import COMPLETE_METHODS
+from flowverify.certifiers.methods import COMPLETE_METHODS
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -28,7 +28,7 @@ class Watch:
         self._bar, self._task, self._name = bar, task, str(bar.tasks[task].description)
 
     def show(self, state: Any) -> None:
-        """Takes a :class:`~flowverify.certify.complete.radius_search.Progress`."""
+        """Takes a :class:`~flowverify.certifiers.complete.radius_search.Progress`."""
         if self._bar is None or self._task is None:
             return
         upper = f"{state.upper_radius:.4f}" if math.isfinite(state.upper_radius) else "?"
@@ -48,7 +48,7 @@ def complete_options(network: Network, method: str, timeout: float | None, show:
     if method not in COMPLETE_METHODS:
         return None
     from flowverify.attack import make_attack
-    from flowverify.certify.complete.certifier import TIMEOUT, CompleteOptions
+    from flowverify.certifiers.complete.certifier import TIMEOUT, CompleteOptions
 
     limit = TIMEOUT if timeout is None else timeout
     return CompleteOptions(timeout=limit, adversary=make_attack("minimal", network), progress=show)

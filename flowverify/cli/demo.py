@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowverify.certify.certificate import Verdict
 from flowverify.cli.options import check_picture
 from flowverify.cli.report import output, table, user_errors
+from flowverify.results import Verdict
 
 if TYPE_CHECKING:
-    from flowverify.certify.certificate import Certificate
+    from flowverify.results import Certificate
 
 MODEL, DATASET = "digits-fc3", "digits"
 GROUND = "l1"
@@ -28,7 +28,7 @@ def demo(
     picture: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
 ) -> None:
     """Certify the first images of digits with both methods and draw their worst cases, to first order."""
-    from flowverify.certify.methods import check_bound
+    from flowverify.bounds.recipes import check_bound
     from flowverify.data import load_dataset
     from flowverify.zoo import load_card, load_model
 
@@ -37,8 +37,8 @@ def demo(
     card, network = load_card(MODEL), load_model(MODEL)
     data = load_dataset(DATASET)[:count]
 
-    from flowverify.certify.radius import search_radius
-    from flowverify.certify.verify import Certifier
+    from flowverify.certifiers.radius import search_radius
+    from flowverify.certifiers.verify import Certifier
     from flowverify.figures import draw_worst_cases
     from flowverify.threat import distance_name
 

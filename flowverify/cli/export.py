@@ -13,8 +13,8 @@ from flowverify.cli.report import FAILED, json_line, progress_bar, user_errors
 from flowverify.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from flowverify.certify.certificate import Certificate
     from flowverify.network import Network
+    from flowverify.results import Certificate
 
 
 @user_errors
@@ -105,9 +105,9 @@ def _load(model: str, shape: tuple[int, int, int] | None = None) -> Network:
 
 
 def _collect(model: str, folder: Path, results: Path, *, json: bool) -> None:
-    from flowverify.certify.certificate import Verdict
     from flowverify.export.folder import load_arrays
     from flowverify.export.results import collect
+    from flowverify.results import Verdict
     from flowverify.threat import distance_name
 
     shape = load_arrays(folder)["images"].shape[1:]

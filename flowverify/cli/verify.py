@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from flowverify.certify.certificate import Verdict
-from flowverify.certify.methods import COMPLETE_METHODS
+from flowverify.certifiers.methods import COMPLETE_METHODS
 from flowverify.cli.batches import Result, certify_batches
 from flowverify.cli.complete import Watch, complete_options, write_witnesses
 from flowverify.cli.options import (
@@ -34,9 +33,10 @@ from flowverify.cli.options import (
 )
 from flowverify.cli.report import FAILED, INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.results import Verdict
 
 if TYPE_CHECKING:
-    from flowverify.certify.base import BaseCertifier
+    from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
     from flowverify.network import Network
 
@@ -96,7 +96,7 @@ def verify(
     a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
     2: bad input.
     """
-    from flowverify.certify.methods import check_bound
+    from flowverify.bounds.recipes import check_bound
     from flowverify.data import parse_index
     from flowverify.threat import WassersteinBall, distance_name
 
@@ -123,7 +123,7 @@ def verify(
         limit = MARABOU_TIMEOUT if timeout is None else timeout
         certifier, batch_size = MarabouCertifier(network, method, encoding=encoding, timeout=limit), 1
     else:
-        from flowverify.certify.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
+        from flowverify.certifiers.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
         certifier = make_certifier(
             network.to(target),
@@ -213,7 +213,7 @@ def _print_table(results: Sequence[Result], name: str, *, everything: bool) -> N
 
 
 def _summary(results: Sequence[Result], seconds: float, name: str, *, searched: bool) -> str:
-    from flowverify.certify.ends import CLOSED, bracketed, count_closed, ends_of, median_text
+    from flowverify.certifiers.ends import CLOSED, bracketed, count_closed, ends_of, median_text
 
     if not results:
         return "no image was finished"

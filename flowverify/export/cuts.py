@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from flowverify.certify.intervals import Interval, intersect, propagate
+from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.errors import SolverError
 from flowverify.export.networks import Parts, append_rows, margin_rows
 from flowverify.export.program import Program, with_cuts, write_program

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 import flowverify
-from flowverify.certify.base import BaseCertifier
-from flowverify.certify.certificate import Certificate
+from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export.configuration import LOADER, LOADER_TEXT, configuration
 from flowverify.export.encodings import ENCODINGS
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.vnnlib import VERSIONS, write_property
 from flowverify.network import Network, onnx_model
+from flowverify.results import Certificate
 
 MANIFEST, IMAGES, INSTANCES = "manifest.json", "images.npz", "instances.csv"
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.base import BaseCertifier
-from flowverify.certify.certificate import Certificate, Verdict
-from flowverify.certify.methods import check_method
+from flowverify.bounds.recipes import check_method
+from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.marabou_cuts import Decision, decide_by_cuts
@@ -24,6 +23,7 @@ from flowverify.export.properties import by_a_gap
 from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
+from flowverify.results import Certificate, Verdict
 from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
@@ -102,7 +102,7 @@ class MarabouCertifier(BaseCertifier):
 
         It starts at the radius of CROWN's certificate. A radius at which Marabou does not decide ends the search.
         """
-        from flowverify.certify.verify import Certifier
+        from flowverify.certifiers.verify import Certifier
 
         started = Certifier(self.network, self.method).search(images, labels, ground, cap)
         return [

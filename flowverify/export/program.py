@@ -12,7 +12,7 @@ import scipy.sparse
 import torch
 from torch import nn
 
-from flowverify.certify.intervals import Interval
+from flowverify.bounds.intervals import Interval
 from flowverify.export.relaxation import unsettled, upper_slope
 from flowverify.export.rounding import FloatArray
 from flowverify.network import INPUT, Add, Graph

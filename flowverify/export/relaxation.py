@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.intervals import Interval
+from flowverify.bounds.intervals import Interval
 from flowverify.network import INPUT, Graph
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flowverify import witness
-from flowverify.certify.base import BaseCertifier
-from flowverify.certify.complete.hunt import Hunt
+from flowverify.certifiers.base import BaseCertifier
+from flowverify.certifiers.complete.hunt import Hunt
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from flowverify.certify.certificate import Certificate, Verdict
 from flowverify.errors import InvalidInputError
 from flowverify.export.encodings import check_encoding
 from flowverify.export.folder import MANIFEST, PlainCertifier, load_arrays, model_digest, read_contents
@@ -27,6 +26,7 @@ from flowverify.export.inputs import FlowInputs
 from flowverify.export.replay import replay
 from flowverify.export.rounding import FloatArray
 from flowverify.network import Network
+from flowverify.results import Certificate, Verdict
 from flowverify.threat import WassersteinBall
 
 WORDS = {

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from flowverify.certify.certificate import Verdict
 from flowverify.errors import InvalidInputError
+from flowverify.results import Verdict
 from flowverify.smoothing.certificates import check_certificate, wasserstein_radius
 from flowverify.smoothing.inputs import check_inputs
 from flowverify.smoothing.noise import Noise

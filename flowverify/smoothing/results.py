@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flowverify.certify.certificate import Verdict
+from flowverify.results import Verdict
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowverify.certify.certificate import Verdict
+from flowverify.results import Verdict
 from flowverify.smoothing.results import SmoothedCertificate, SmoothedPrediction
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.intervals import Interval
+from flowverify.bounds.intervals import Interval
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network.graph import Node
 from flowverify.network.operations import is_affine, operation_name

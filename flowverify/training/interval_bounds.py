@@ -3,7 +3,7 @@
 Values that are affine in the image are bounded by duality (theory, section 5) with one multiplier lambda for every row
 and side, and by Lip(c) * eps where that is less: both are sound for every image, so what is trained is sound, but
 not the tightest that the rows allow. Intervals above are those of certification
-(:mod:`flowverify.certify.intervals`, Gowal et al. 2018). The multipliers follow the weights: where moving the
+(:mod:`flowverify.bounds.intervals`, Gowal et al. 2018). The multipliers follow the weights: where moving the
 batch's mean image to the origins of its dilation costs more than the batch's mean budget, lambda is too small.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.intervals import Interval, propagate
+from flowverify.bounds.intervals import Interval, propagate
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network
 from flowverify.training.backward_bounds import check_relaxable, pull_back

@@ -8,7 +8,7 @@ from torch import nn
 from flowverify.attack import Binarised, FlowDescent, FrankWolfe, MinimalRadius, binarise
 from flowverify.attack.art_adapter import art_attack
 from flowverify.attack.foolbox_adapter import foolbox_attack
-from flowverify.certify.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.network import load_network
 from flowverify.threat import WassersteinBall

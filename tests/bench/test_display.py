@@ -12,7 +12,7 @@ from flowverify.bench.certify_kind import Certify
 from flowverify.bench.comparisons import Comparison, evidence
 from flowverify.bench.statistics import TaskRecords
 from flowverify.bench.tasks import Task
-from flowverify.certify.ends import CLOSED
+from flowverify.certifiers.ends import CLOSED
 
 DIGITS = {"name": "digits", "split": "test", "index": ":4", "folder": None}
 PLAIN = {"verdict": "certified", "seconds": 0.1}

@@ -9,12 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.certify.certificate import Verdict
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
 from flowverify.export import marabou, marabou_process
 from flowverify.export.marabou import MarabouCertifier
 from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
+from flowverify.results import Verdict
 from flowverify.threat import WassersteinBall
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 

@@ -5,14 +5,14 @@ from functools import cache
 import pytest
 import torch
 
-from flowverify.certify.certificate import Verdict
-from flowverify.certify.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.export.folder import Layout, Source, write_folder
 from flowverify.export.marabou import MarabouCertifier
 from flowverify.export.marabou_process import MarabouProcess, marabou_missing
 from flowverify.export.plan import Request
 from flowverify.export.replay import descend, repaired
 from flowverify.export.results import collect
+from flowverify.results import Verdict
 from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import l1_over_ground

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from flowverify.certify.certificate import Verdict
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.results import Verdict
 from flowverify.smoothing import Noise, SmoothedClassifier, noisy_images, wasserstein_radius
 from flowverify.smoothing.classifier import BOUND, PREDICT, SELECT
 from flowverify.smoothing.counter import derive_key

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowverify.certify.certificate import Verdict
+from flowverify.results import Verdict
 from flowverify.smoothing import SmoothedCertificate, SmoothedPrediction
 from flowverify.smoothing.summary import accuracy_and_abstentions, base_accuracy, median_certified_robustness
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowverify.certify.margins import MarginBounds
+from flowverify.bounds.margins import MarginBounds
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network
 from flowverify.training.interval_bounds import TrainableBounds

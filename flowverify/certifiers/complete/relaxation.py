@@ -1,0 +1,256 @@
+"""Lower bounds of linear functions of a stage, by a Lagrangian dual that any multipliers make sound.
+
+For rho_k in R^n and a ReLU a_k = relu(z_k) with z_k in [l, u], adding rho_k . (z_k(...) - z_k) changes nothing
+where z_k is the network's own. Minimising over the pairs (z_k, a_k) of the ReLU's convex hull and over the ball
+separately can only lose, and does so by a vertex of the hull: with the coefficient A on a,
+
+    min over the hull of A a - rho z = min(-rho l, 0, (A - rho) u)     l < 0 < u
+                                     = min((A - rho) l, (A - rho) u)   l >= 0, where a = z
+                                     = min(-rho l, -rho u)             u <= 0, where a = 0
+
+The coefficients of the stage below are then rho_k W_k. CROWN (Zhang et al. 2018) is rho = slope * A; alpha-CROWN
+(Xu et al. 2021) optimises the slopes of unstable neurons with A > 0; the multipliers of split neurons, l or u = 0,
+are beta-CROWN's (Wang et al. 2021): rho = A - beta or beta. At its best it is the LP relaxation (Ehlers 2017; dual:
+Dvijotham et al. 2018). Proof: theory, section 16.
+
+Joint limits (:mod:`~flowverify.certifiers.complete.joint`) go beyond the relaxation of single neurons. To
+sum_i max(up_i z_i, -down_i z_i) <= limit belongs a theta >= 0: theta times the difference of both sides may be added,
+which makes neuron i steeper, with U = sum of theta up_i above 0 and D = sum of theta down_i below:
+
+    min over the hull = min((rho + D) (-l), 0, (A + U - rho) u)     l < 0 < u
+
+It is 0 for rho between -D and A + U, if there is any such: alpha in [0, 1] chooses it. Otherwise rho is the chord's,
+that makes both ends equal. Neurons with one phase have rho = A + U or -D. To all, gamma is added, free on splits.
+
+What is computed may be off by rounding, and is lowered by as much. Any rho is sound, the rounded one too: only what
+is computed from it matters. With P_k the magnitudes of :mod:`flowverify.network.rounding`, which are at least |z_k|,
+|l_k| and |u_k| (bounds are cut off there), b_k and W_k weighted by rho_k, or by the specification, put in terms of at
+most |rho_k| . P_k in sum, with their own rounding; A is a sum of such rho_k W_k, and what the hull's minimum or the
+ball makes of it is no more than that again; U and D put in (U + D) . P_k, limits theta limit. gamma_n times the sum
+of all these is the lowering; a few units more for the minimum over the hull are among the n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowverify.certifiers.complete.affine_maps import AffineMaps
+from flowverify.certifiers.complete.balls import Polytope
+from flowverify.certifiers.complete.joint import JointLimits
+
+
+@dataclass
+class Multipliers:
+    """The dual variables of N bounds.
+
+    Attributes:
+        alpha, gamma: of the neurons' slopes and splits, (N, n_k) a layer.
+        theta: of the joint limits, (N, G_k) a layer.
+        guess: of the ball's multiplier, (N,).
+    """
+
+    alpha: list[Tensor]
+    gamma: list[Tensor]
+    theta: list[Tensor]
+    guess: Tensor
+
+    @property
+    def variables(self) -> list[Tensor]:
+        """All but the guess."""
+        return [*self.alpha, *self.gamma, *self.theta]
+
+    @classmethod
+    def of(cls, variables: Sequence[Tensor], guess: Tensor) -> Multipliers:
+        """The inverse of :attr:`variables`."""
+        layers = len(variables) // 3
+        alpha, gamma, theta = (list(variables[kind * layers : (kind + 1) * layers]) for kind in range(3))
+        return cls(alpha, gamma, theta, guess)
+
+    def to(self, kind: torch.dtype) -> Multipliers:
+        """In this precision, but for the guess."""
+        return Multipliers.of([v.to(kind) for v in self.variables], self.guess)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Multipliers:
+        return Multipliers.of([v[chosen] for v in self.variables], self.guess[chosen])
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Lower bounds (N,), the ball's multipliers (N,), and minimisers over the ball (N, pixels) where asked for."""
+
+    value: Tensor
+    multiplier: Tensor
+    point: Tensor | None
+
+
+def initial_multipliers(lower: Sequence[Tensor], upper: Sequence[Tensor], count: int) -> Multipliers:
+    """CROWN's choice of slopes, nothing for splits, no joint limits; bounds (n_k,) or (N, n_k)."""
+    alpha = [
+        (high > -low).to(low.dtype).expand(count, low.shape[-1]).clone() for low, high in zip(lower, upper, strict=True)
+    ]
+    guess = torch.zeros(count, dtype=torch.float64, device=alpha[0].device if alpha else None)
+    return Multipliers(alpha, [torch.zeros_like(a) for a in alpha], [a.new_zeros(count, 0) for a in alpha], guess)
+
+
+def relax(
+    coefficient: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    up: Tensor | float = 0.0,
+    down: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """rho (N, n) and the constants (N,) of one ReLU layer for coefficients A (N, n) on its outputs, with U and D."""
+    active, inactive = lower >= 0, upper <= 0
+    unstable = ~(active | inactive)
+    least, most = torch.zeros_like(coefficient) - down, coefficient + up
+    chord = (upper * most - lower * least) / (upper - lower).clamp(min=1e-300)
+    free = torch.where(most < least, chord, least + alpha * (most - least))
+    rho = torch.where(active, most, torch.where(unstable, free, least)) + gamma
+    below = torch.where(active, most - rho, least - rho) * lower
+    above = torch.where(inactive & ~active, least - rho, most - rho) * upper
+    # Where both ends agree, at gamma = 0 or between the lines, the gradient is that of the side to which to go.
+    constant = torch.where((below < above) | ((below == above) & active), below, above)
+    constant = torch.where(unstable & (constant >= 0), 0.0, constant)
+    # The comparisons pass over what is not a number, and that proves nothing.
+    return rho, torch.where(torch.isnan(lower + upper), torch.nan, constant).sum(-1)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear lower bound on the ball: constant (N,) + on_image (N, pixels) . nu, and A_k (N, n_k) of each layer.
+
+    ``size`` (N, 2) are the absolute values of all terms in two parts, first + reach * second; None without rounding.
+    """
+
+    constant: Tensor
+    on_image: Tensor
+    coefficients: list[Tensor]
+    size: Tensor | None
+
+
+def linear_bound(
+    maps: AffineMaps,
+    stage: int,
+    specification: Tensor,  # (N, n_stage)
+    lower: Sequence[Tensor],
+    upper: Sequence[Tensor],
+    multipliers: Multipliers,
+    joint: Sequence[JointLimits] = (),
+) -> Linear:
+    """A linear function of the image below specification . z_stage, wherever the neurons' bounds hold.
+
+    Args:
+        lower, upper: of the inputs of the ReLU layers below the stage, (N, n_k) or (n_k,).
+        joint: limits of each of these layers; none if not given.
+    """
+    constant = specification @ maps.stages[stage].bias
+    carried = {source: specification @ weight for source, weight in maps.stages[stage].weights.items()}
+    coefficients: list[Tensor] = [specification] * stage
+    known = None if maps.rounding is None else maps.rounding.magnitudes
+    size = None if known is None else specification.detach().abs() @ known[stage]
+    for index in range(stage - 1, -1, -1):
+        own = carried.pop(index + 1, None)
+        if own is None:
+            own = torch.zeros_like(multipliers.alpha[index])
+        coefficients[index] = own
+        limits = joint[index] if joint else None
+        rho, term, steepness, limited = _relax_layer(own, lower[index], upper[index], multipliers, index, limits)
+        constant = constant + term + rho @ maps.stages[index].bias
+        if size is not None and known is not None:
+            size += (rho.detach().abs() + steepness.detach()) @ known[index]
+            size[:, 0] += limited.detach()
+        for source, weight in maps.stages[index].weights.items():
+            more = rho @ weight
+            carried[source] = carried[source] + more if source in carried else more
+    on_image = carried.get(0)
+    if on_image is None:
+        on_image = specification.new_zeros(len(specification), maps.pixels)
+    return Linear(constant, on_image, coefficients, size)
+
+
+def _relax_layer(
+    coefficients: Tensor, lower: Tensor, upper: Tensor, multipliers: Multipliers, layer: int, limits: JointLimits | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rho (N, n), constants (N,), U + D (N, n) and sizes of joint limits (N,); compiled where no gradient is wanted."""
+    limits = JointLimits.none(len(coefficients), coefficients.device) if limits is None else limits
+    alpha, gamma, theta = (group[layer] for group in (multipliers.alpha, multipliers.gamma, multipliers.theta))
+    theta = theta[:, : limits.groups]
+    # A limit of -inf, which holds nowhere, makes an infinite bound, whatever is rounded.
+    used = (theta > 0) & torch.isfinite(limits.limit)
+    limited = torch.where(used, theta * limits.limit.abs(), 0.0).sum(1)
+    if not _compilable(coefficients, alpha, gamma, theta):
+        slopes = limits.slopes(theta, coefficients.shape[1])
+        rho, term = relax(coefficients, lower, upper, alpha, gamma, *slopes)
+        return rho, term - torch.where(theta > 0, theta * limits.limit, 0.0).sum(1), slopes[0] + slopes[1], limited
+    from flowverify.certifiers.complete.relaxation_kernel import relax_rows
+
+    wide = [v.expand_as(coefficients).contiguous().numpy() for v in (lower, upper, alpha, gamma)]
+    sums = limits.members, limits.up, limits.down, limits.limit, theta
+    rho, steeper, flatter = (torch.empty_like(coefficients) for _ in range(3))
+    term = coefficients.new_zeros(len(coefficients), dtype=torch.float64)
+    relax_rows(
+        coefficients.contiguous().numpy(), *wide, *(v.contiguous().numpy() for v in sums), rho.numpy(),
+        steeper.numpy(), flatter.numpy(), term.numpy(),
+    )  # fmt: skip
+    return rho, term, steeper + flatter, limited
+
+
+def _compilable(*values: Tensor) -> bool:
+    """Whether the kernels take these: on the CPU, with no gradient wanted."""
+    return all(value.device.type == "cpu" and not value.requires_grad for value in values)
+
+
+def lower_bound(
+    maps: AffineMaps,
+    ball: Polytope,
+    stage: int,
+    specification: Tensor,
+    lower: Sequence[Tensor],
+    upper: Sequence[Tensor],
+    multipliers: Multipliers,
+    joint: Sequence[JointLimits] = (),
+    *,
+    tolerance: float = 1e-9,
+    point: bool = False,
+) -> Bound:
+    """Lower bounds of specification . z_stage over the ball, rounding included; differentiable in ``multipliers``.
+
+    Args:
+        tolerance: of the minimum over the ball; the bound is sound at any.
+    """
+    linear = linear_bound(maps, stage, specification, lower, upper, multipliers, joint)
+    constant = linear.constant
+    if linear.size is not None and maps.rounding is not None:
+        constant = constant - maps.rounding.gamma * (linear.size[:, 0] + ball.reach * linear.size[:, 1])
+    if linear.on_image.requires_grad and torch.is_grad_enabled():
+        least, multiplier, nearest = _Concretise.apply(  # type: ignore[no-untyped-call]
+            linear.on_image, ball, multipliers.guess, tolerance
+        )
+        return Bound(constant + least, multiplier, nearest)
+    found = ball.minimum(linear.on_image, multipliers.guess, tolerance, point)
+    return Bound(constant + found.value, found.multiplier, found.point)
+
+
+class _Concretise(torch.autograd.Function):
+    """The minimum over the ball; by Danskin's theorem its gradient in c is the minimiser."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, coefficients: Tensor, ball: Polytope, guess: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = ball.minimum(coefficients, guess, tolerance, True)
+        assert found.point is not None
+        ctx.save_for_backward(found.point)
+        ctx.mark_non_differentiable(found.multiplier, found.point)
+        return found.value, found.multiplier, found.point
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient[:, None] * ctx.saved_tensors[0], None, None, None

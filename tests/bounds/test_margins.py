@@ -1,0 +1,92 @@
+"""What the margin engine refuses, falls back on, and does not let a batch change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flowverify.bounds.margins import MarginBounds
+from flowverify.certifiers.verify import Certifier
+from flowverify.errors import BoundError, UnsupportedOperationError
+from flowverify.lirpa.bounded import BoundedNetwork
+from flowverify.network import Network
+
+
+def pooled(kernel: int, stride: int) -> Network:
+    torch.manual_seed(0)
+    modules = [nn.Conv2d(1, 2, 3, padding=1), nn.MaxPool2d(kernel, stride), nn.ReLU(), nn.Flatten()]
+    width = Network.sequential((1, 6, 6), modules).num_classes
+    return Network.sequential((1, 6, 6), [*modules, nn.Linear(width, 3)])
+
+
+@pytest.mark.parametrize("bound", ["crown", "best"])
+def test_what_the_host_cannot_take_is_refused_or_bounded_by_intervals(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaking down as it is built, and in the middle of a batch."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BoundError("auto_LiRPA's backward failed: for the test")
+
+    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    expected = MarginBounds(pooled(3, 2), bound="ibp").lower_bounds(images, labels, budget)
+    for method in ("__init__", "crown"):
+        with monkeypatch.context() as patch:
+            engine = MarginBounds(pooled(3, 2), bound=bound) if method == "crown" else None
+            patch.setattr(BoundedNetwork, method, refuse)
+            if bound == "crown":
+                with pytest.raises(BoundError, match="for the test; the bounds ibp and best take this network"):
+                    (engine or MarginBounds(pooled(3, 2), bound=bound)).lower_bounds(images, labels, budget)
+                continue
+            engine = engine or MarginBounds(pooled(3, 2), bound=bound)
+            assert torch.equal(engine.lower_bounds(images, labels, budget), expected)
+            assert engine.notes == ["bounded by intervals alone: auto_LiRPA's backward failed: for the test"]
+
+
+def test_slopes_that_the_host_cannot_optimise_are_those_of_crown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BoundError("for the test")
+
+    network = Network.sequential((1, 6, 6), [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)])
+    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    engine = MarginBounds(network, bound="alpha-crown")
+    monkeypatch.setattr(BoundedNetwork, "alpha_crown", refuse)
+    expected = MarginBounds(network, bound="crown").lower_bounds(images, labels, budget)
+    for _ in range(2):
+        assert torch.equal(engine.lower_bounds(images, labels, budget), expected)
+    assert engine.notes == ["slopes are not optimised: for the test"]
+
+
+def test_operations_that_are_not_handed_over_are_named() -> None:
+    network = pooled(3, 2)
+    sample = torch.rand(2, 1, 6, 6)
+    with pytest.raises(UnsupportedOperationError, match=r"'1_MaxPool2d' \(MaxPool2d\): not handed over to auto_LiRPA"):
+        BoundedNetwork(network, (sample,), [network.values(sample)["0_Conv2d"]])
+
+
+def test_alpha_crown_through_a_pool_is_crown_and_says_so() -> None:
+    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    optimised, plain = (MarginBounds(pooled(2, 2), bound=bound) for bound in ("alpha-crown", "crown"))
+    assert torch.equal(optimised.lower_bounds(images, labels, budget), plain.lower_bounds(images, labels, budget))
+    assert "cannot optimise slopes through MaxPool2d" in optimised.notes[0]
+    certifier = Certifier(pooled(2, 2), "fine-tuned", "alpha-crown")
+    predicted = pooled(2, 2)(images[:1]).argmax(1)
+    assert "MaxPool2d" in certifier.search(images[:1], predicted)[0].note
+
+
+@pytest.mark.parametrize("bound", ["crown", "best"])
+def test_bounds_of_an_image_do_not_depend_on_its_batch(bound: str) -> None:
+    torch.manual_seed(3)
+    layers = [nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)]
+    network = Network.sequential((1, 6, 6), layers).double()
+    images = torch.rand(8, 1, 6, 6, dtype=torch.float64)
+    labels = network(images).argmax(1)
+    budget = torch.linspace(0, 2, 8, dtype=torch.float64)
+    engine = MarginBounds(network, bound=bound, dtype=torch.float64)
+    together = engine.lower_bounds(images, labels, budget)
+    for index in range(8):
+        one = slice(index, index + 1)
+        torch.testing.assert_close(
+            engine.lower_bounds(images[one], labels[one], budget[one]), together[one], rtol=1e-9, atol=1e-9
+        )

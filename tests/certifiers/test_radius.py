@@ -1,0 +1,249 @@
+"""Radius search, and certificates as users get them: exact where the exact radius is known, sound where it is not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from contracts import descend, least_radius, margins_at, random_network, samples, sparse_images
+from torch import Tensor, nn
+
+import flowverify as fv
+from flowverify.bounds.margins import MarginBounds, margin_specification
+from flowverify.bounds.recipes import BOUNDS, METHODS
+from flowverify.certifiers.verify import Certifier
+from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.lirpa.bounded import BoundedNetwork
+from flowverify.network import Network
+from flowverify.results import Verdict
+
+MLP = [nn.Flatten(), nn.Linear(25, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)]
+CNN = [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+
+
+def problem(layers: list[nn.Module], seed: int = 0, count: int = 6) -> tuple[Network, Tensor, Tensor]:
+    network = random_network((1, 5, 5), layers, seed)
+    images = sparse_images((1, 5, 5), count, seed + 1)
+    return network, images, network(images).argmax(1)
+
+
+def radii(model: Any, images: Tensor, labels: Tensor, *args: Any, **options: Any) -> Tensor:
+    return fv.certified_radius(model, images, labels, *args, **options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_linear_networks_to_one_percent(seed: int) -> None:
+    network, images, labels = problem([nn.Flatten(), nn.Linear(25, 4)], seed)
+    found = radii(network, images, labels)
+    vanilla = radii(network, images, labels, "vanilla")
+    finer = radii(network, images, labels, tolerance=1e-3)
+    for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        exact = min(least_radius(network, image, label), network.grid.diameter)
+        assert exact * 0.985 <= float(found[index]) <= exact * (1 + 1e-9)
+        assert exact * 0.996 <= float(finer[index]) <= exact * (1 + 1e-9)
+    assert (vanilla <= 1.01 * found).all()  # both searches end within 1% of their exact radii
+    assert (vanilla < 0.95 * found).any()
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_radii_are_sound_and_fine_tuned_ones_larger(bound: str) -> None:
+    network, images, labels = problem(CNN, 2, 3)
+    count = 2 if bound == "alpha-crown" else 3
+    images, labels = images[:count], labels[:count]
+    vanilla, found = (radii(network, images, labels, method, bound) for method in METHODS)
+    assert (found >= vanilla).all()
+    assert (found > 0).all()
+    budget = found * images.flatten(1).sum(1)
+    points = torch.cat([samples(images, budget, 500), descend(network, images, labels, budget, 6)], 1)
+    assert (margins_at(network, points, labels) > 0).all()
+
+
+def test_certificates_are_nested_and_agree_with_the_search() -> None:
+    network, images, labels = problem(MLP, 1)
+    found = fv.search_radius(Certifier(network), images, labels)
+    for index, certificate in enumerate(found):
+        assert certificate.verdict is Verdict.CERTIFIED
+        assert certificate.margin is not None
+        assert certificate.margin > 0
+        for share, verdict in ((0.25, Verdict.CERTIFIED), (1.0, Verdict.CERTIFIED), (1.2, Verdict.UNKNOWN)):
+            ball = fv.WassersteinBall(certificate.radius * share)
+            assert fv.certify(network, images[index], labels[index], ball).verdict is verdict
+
+
+def test_the_batch_does_not_matter() -> None:
+    network, images, labels = problem(MLP, 3, 7)
+    certifier = Certifier(network)
+    seen: list[int] = []
+    together = [certificate.radius for certificate in fv.search_radius(certifier, images, labels)]
+    apart = [c.radius for c in fv.search_radius(certifier, images, labels, batch_size=3, progress=seen.append)]
+    assert seen == [3, 3, 1]
+    assert apart == pytest.approx(together, rel=0.02)
+    images_back = radii(network, images.flip(0), labels.flip(0)).flip(0)
+    torch.testing.assert_close(images_back, torch.tensor(together, dtype=torch.float64), rtol=0.02, atol=0)
+
+
+def test_a_constant_network_is_robust_to_the_diameter() -> None:
+    network, images, _ = problem([nn.Flatten(), nn.Linear(25, 4), nn.ReLU(), nn.Linear(4, 2)])
+    for parameter in network.parameters():
+        parameter.zero_()
+    network.nodes[-1].operation.load_state_dict({"weight": torch.zeros(2, 4), "bias": torch.tensor([1.0, 0.0])})
+    for method in METHODS:
+        found = radii(network, images, torch.zeros(6, dtype=torch.int64), method)
+        assert (found == 8.0).all()  # 4 rows down and 4 columns to the right: no plan costs more
+    half = radii(network, images, torch.zeros(6, dtype=torch.int64), ground="l2")
+    torch.testing.assert_close(half, torch.full_like(half, 8 / math.sqrt(2)))
+
+
+def test_l2_ground_lies_between_l1_over_sqrt_two_and_l1() -> None:
+    network, images, labels = problem(MLP, 1)
+    first, second = (radii(network, images, labels, ground=ground) for ground in ("l1", "l2"))
+    converted = radii(network, images, labels, ground="l2", domain="flow")
+    torch.testing.assert_close(converted, first / math.sqrt(2), rtol=0.011, atol=0)
+    assert (second > 1.05 * converted).all() and (second <= first * 1.011).all()
+    certificate = fv.certify(network, images[0], labels[0], fv.WassersteinBall(float(second[0]), ground="l2"))
+    assert (certificate.verdict, certificate.ground) == (Verdict.CERTIFIED, "l2")
+    beyond = fv.WassersteinBall(float(first[0]) * 1.02, ground="l2")
+    assert fv.certify(network, images[0], labels[0], beyond).verdict is Verdict.UNKNOWN
+
+
+def test_a_misclassified_image_is_a_verdict() -> None:
+    network, images, labels = problem(MLP)
+    wrong = (labels + 1) % 3
+    labels = torch.where(torch.arange(6) < 3, labels, wrong)
+    for certificates in (
+        fv.search_radius(Certifier(network), images, labels),
+        fv.certify_batch(network, images, labels, fv.WassersteinBall(1e-3)),
+    ):
+        verdicts = [certificate.verdict for certificate in certificates]
+        assert verdicts == [Verdict.CERTIFIED] * 3 + [Verdict.MISCLASSIFIED] * 3
+        assert all(certificate.margin is None for certificate in certificates[3:])
+    assert (radii(network, images, labels)[3:] == 0).all()
+
+
+def test_optimistic_single_precision_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search in float32 is told margins that are far too good; what comes out must hold all the same."""
+    network, images, labels = problem(MLP, 1)
+    honest = radii(network, images, labels)
+    genuine = MarginBounds.lower_bounds
+
+    def optimistic(self: MarginBounds, *args: Any, **options: Any) -> Tensor:
+        bounds = genuine(self, *args, **options)
+        return bounds + 0.5 * bounds.abs().max() if self.dtype == torch.float32 else bounds
+
+    monkeypatch.setattr(MarginBounds, "lower_bounds", optimistic)
+    found = radii(network, images, labels)
+    monkeypatch.undo()
+    budget = found * images.flatten(1).sum(1)
+    exact = MarginBounds(network, "fine-tuned", "best", dtype=torch.float64).lower_bounds(images, labels, budget)
+    vanilla = MarginBounds(network, "vanilla", "best", dtype=torch.float64).lower_bounds(images, labels, budget)
+    assert (torch.maximum(exact.amin(1), vanilla.amin(1)) > 0).all()
+    assert (found <= honest * 1.03).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_small_chunks_change_nothing(method: str) -> None:
+    network, images, labels = problem(CNN)
+    budget = 0.2 * images.flatten(1).sum(1)
+    bounds = MarginBounds(network, method, "best", dtype=torch.float64)
+    whole = bounds.lower_bounds(images, labels, budget)
+    for entries in (1, 1000, 50_000):
+        bounds.chunk_entries = entries
+        torch.testing.assert_close(bounds.lower_bounds(images, labels, budget), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_out_of_memory_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images, labels = problem(CNN)
+    ball = fv.WassersteinBall(0.01)
+    expected = fv.certify_batch(network, images, labels, ball)
+    genuine, refused = BoundedNetwork.crown, []
+
+    def crown(self: BoundedNetwork, inputs: Any, ball: Any, specification: Tensor, *args: Any, **options: Any) -> Any:
+        if len(refused) < 1:
+            refused.append(specification.shape)
+            raise MemoryError("no room")
+        return genuine(self, inputs, ball, specification, *args, **options)
+
+    monkeypatch.setattr(BoundedNetwork, "crown", crown)
+    found = fv.certify_batch(network, images, labels, ball)
+    assert refused
+    assert "out of memory" in found[0].note
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.verdict is theirs.verdict
+        assert ours.margin == pytest.approx(theirs.margin, rel=1e-9)
+
+
+def test_margins_in_ascending_order_of_class() -> None:
+    rows = margin_specification(torch.tensor([1, 0]), 3, torch.float64)
+    assert rows.tolist() == [[[-1, 1, 0], [0, 1, -1]], [[1, -1, 0], [1, 0, -1]]]
+
+
+def test_nan_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images, labels = problem(MLP)
+
+    def overflow(self: MarginBounds, images: Tensor, *args: Any, **options: Any) -> Tensor:
+        return images.new_full((len(images), 2), math.nan)
+
+    monkeypatch.setattr(MarginBounds, "lower_bounds", overflow)
+    ball = fv.WassersteinBall(0.01)
+    assert {c.verdict for c in fv.certify_batch(network, images, labels, ball)} == {Verdict.UNKNOWN}
+    assert (radii(network, images, labels) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 1, 3])}, r"label 3 \(image 2\): expected a class of the model, 0 to 2"),
+        ({"labels": torch.tensor([-1, 0, 0])}, r"label -1 \(image 0\)"),
+        ({"labels": torch.zeros(3)}, r"labels of type torch.float32 and length 3: expected 3 integers"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, r"length 2: expected 3 integers"),
+        ({"images": torch.ones(3, 1, 4, 5)}, r"images of shape \(3, 1, 4, 5\)"),
+        ({"images": -torch.ones(3, 1, 5, 5)}, r"images: value -1.0 at .*, expected finite and >= 0"),
+        ({"images": torch.full((3, 1, 5, 5), math.nan)}, r"images: value nan"),
+        ({"images": torch.zeros(3, 1, 5, 5)}, r"images: image 0 has mass 0.0, expected a positive mass"),
+    ],
+)
+def test_bad_input(change: dict[str, Tensor], message: str) -> None:
+    network, images, labels = problem(MLP, 0, 3)
+    given = {"images": images, "labels": labels, **change}
+    certifier = Certifier(network)
+    with pytest.raises(InvalidInputError, match=message):
+        certifier.certify(given["images"], given["labels"], fv.WassersteinBall(0.1))
+    with pytest.raises(InvalidInputError, match=message):
+        fv.search_radius(certifier, given["images"], given["labels"])
+
+
+def test_bad_names_and_options() -> None:
+    network, images, labels = problem(MLP, 0, 3)
+    with pytest.raises(UnknownNameError, match="unknown method 'exact': expected one of fine-tuned"):
+        Certifier(network, "exact")
+    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of alpha-crown, best"):
+        Certifier(network, "vanilla", "magic")
+    with pytest.raises(UnknownNameError, match="unknown ground cost 'l3'"):
+        fv.search_radius(Certifier(network), images, labels, "l3")
+    for tolerance in (0.0, 1.0, math.nan):
+        with pytest.raises(InvalidInputError, match="expected a number between 0 and 1"):
+            fv.search_radius(Certifier(network), images, labels, tolerance=tolerance)
+    with pytest.raises(InvalidInputError, match="expected one image; use certify_batch"):
+        fv.certify(network, images, labels[0], fv.WassersteinBall(0.1))
+
+
+def test_one_pixel_cannot_be_perturbed() -> None:
+    network = random_network((1, 1, 1), [nn.Flatten(), nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 3)], 0)
+    image = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for method in METHODS:
+        found = fv.certify_batch(network, image, network(image).argmax(1), fv.WassersteinBall(3.0), method)
+        assert found[0].verdict is Verdict.CERTIFIED
+
+
+def test_empty_batches_and_images_that_require_gradients() -> None:
+    network, images, labels = problem(MLP, 0, 3)
+    certifier = Certifier(network)
+    assert certifier.certify(images[:0], labels[:0], fv.WassersteinBall(0.1)) == []
+    assert fv.search_radius(certifier, images[:0], labels[:0]) == []
+    plain, tracked = (radii(network, given, labels) for given in (images, images.clone().requires_grad_(True)))
+    assert torch.equal(plain, tracked)
+    for size in (0, -1):
+        with pytest.raises(InvalidInputError, match=f"batch size {size}: expected at least 1"):
+            fv.search_radius(certifier, images, labels, batch_size=size)
