@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import flowverify as fv
 from flowverify.bounds.domain import DomainName
+from flowverify.certifiers.options import DOMAINS
 from flowverify.certifiers.verify import Certifier
 from flowverify.cli import app
-from flowverify.cli.options import DOMAINS
 from flowverify.cli.report import json_line
 from flowverify.zoo import models_folder
 
@@ -183,7 +183,7 @@ BAD_INPUT = {
     "unknown split": ((*VERIFY, "--split", "half"), "unknown split 'half'"),
     "unknown method": (
         (*VERIFY, "--method", "magic"),
-        "unknown method 'magic': expected one of complete, fine-tuned, linear",
+        "unknown method 'magic': expected one of MODULE:CLASS, complete, fine-tuned, linear",
     ),
     "unknown bound": ((*VERIFY, "--bound", "tight"), "unknown bound 'tight'"),
     "unknown ground": ((*VERIFY, "--ground", "l7"), "unknown ground cost 'l7'"),

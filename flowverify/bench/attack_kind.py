@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from flowverify.attack.make import ATTACKS
 from flowverify.bench import sources
 from flowverify.bench.fields import Fields
 from flowverify.bench.image_tasks import ImageTasks
 from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
 from flowverify.errors import InvalidInputError
+from flowverify.registry import ATTACKS
 
 if TYPE_CHECKING:
     from flowverify.attack.base import BaseAttack
@@ -28,7 +28,7 @@ class Attack(Kind):
 
     def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
         images = ImageTasks.read(fields, defaults)
-        attacks = fields.names("attacks", tuple(ATTACKS))
+        attacks = fields.names("attacks", ATTACKS)
         cap = fields.cap()
         options = fields.take("options", {})
         if not isinstance(options, dict):
@@ -78,12 +78,9 @@ class _Attack(Prepared):
 
 def _attack(task: Task, data: Dataset, context: Context) -> BaseAttack:
     from flowverify.attack.make import make_attack
-    from flowverify.attack.schedule import Schedule
 
     network = sources.network(task.settings["model"], data.input_shape).to(context.device)
     options = {"batch_size": task.chunk, "seed": context.seed, **task.settings["options"]}
-    if isinstance(options.get("schedule"), dict):
-        options["schedule"] = Schedule(**options["schedule"])
     return make_attack(task.settings["attack"], network, **options)
 
 

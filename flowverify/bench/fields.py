@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from flowverify.errors import InvalidInputError
+from flowverify.registry import Registry
 
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # YAML 1.1 takes 1e-3 for text
 
@@ -110,8 +111,8 @@ class Fields:
         given = self.take("cap", None)
         return None if given is None else self._number("cap", given, 0.0, True)
 
-    def names(self, key: str, valid: Sequence[str] | None = None, default: Any = ...) -> list[str]:
-        """One name or a list of different names."""
+    def names(self, key: str, valid: Sequence[str] | Registry | None = None, default: Any = ...) -> list[str]:
+        """One name or a list of different names; those of a registry may be MODULE:CLASS."""
         value = self.take(key, default)
         listed = [value] if isinstance(value, str) else value
         if not isinstance(listed, list) or not listed or not all(isinstance(one, str) and one for one in listed):
@@ -119,7 +120,8 @@ class Fields:
         if len(set(listed)) < len(listed):
             raise self.wrong(key, value, "names that differ")
         for one in listed:
-            if valid is not None and one not in valid:
+            known = valid is None or one in valid or (isinstance(valid, Registry) and valid.is_outside(one))
+            if not known and valid is not None:
                 raise self.wrong(key, one, f"one of {', '.join(valid)}")
         return listed
 

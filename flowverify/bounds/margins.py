@@ -37,7 +37,7 @@ class MarginBounds:
     Args:
         network: in canonical form; it is copied.
         method: "vanilla" or "fine-tuned".
-        bound: a name in :data:`flowverify.certifiers.methods.BOUNDS`.
+        bound: a name in :data:`flowverify.bounds.recipes.BOUNDS`.
         domain: where CROWN runs; see :func:`flowverify.bounds.domain.make_domain`.
         dtype: precision of the bounds.
         tolerance: duality gap of the support function; see :func:`flowverify.transport.support.support`.

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class BaseCertifier(ABC):
         method, bound: names, as they appear in the certificates.
         input_shape: (C, H, W), where the model does not say.
     """
+
+    batched: ClassVar[bool] = True  # False: images are taken one by one, and each may take long
 
     def __init__(
         self, model: str | Path | nn.Module, method: str, bound: str, input_shape: tuple[int, int, int] | None = None

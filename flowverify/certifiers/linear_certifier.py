@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.linear import HalfSpaces, LinearRadius, capped_radius, exact_radius, half_spaces
 from flowverify.certifiers.linear_program import LinearProgram, program_radius
-from flowverify.certifiers.methods import LINEAR_METHODS
 from flowverify.certifiers.radius import confirm
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError
+from flowverify.registry import LINEAR, METHODS
 from flowverify.results import Certificate, Verdict
 from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
@@ -49,8 +49,8 @@ class LinearCertifier(BaseCertifier):
         *,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        if method not in LINEAR_METHODS:
-            raise UnknownNameError("linear method", method, tuple(LINEAR_METHODS))
+        if method not in METHODS.family(LINEAR):
+            raise UnknownNameError("linear method", method, METHODS.family(LINEAR))
         super().__init__(model, method, "exact", input_shape)
         sample = torch.ones(1, *self.network.input_shape)
         half_spaces(self.network, sample, torch.zeros(1, dtype=torch.int64))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowverify.certifiers.bracket import Bracket
 from flowverify.certifiers.verify import Certifier, Cover
-from flowverify.errors import InvalidInputError
 from flowverify.lirpa.warm_start import WarmStart
 from flowverify.results import Certificate, Verdict
 from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 
-RELATIVE_TOLERANCE = 0.01
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks (theory, section 20)
 SMALLEST_RADIUS = 1e-7
 RAISE = 1.25  # from trial to trial, above a radius that a looser bound has certified
@@ -30,13 +30,13 @@ def search_radius(
     labels: Tensor,
     ground: str = "l1",
     *,
-    tolerance: float = RELATIVE_TOLERANCE,
-    batch_size: int = 100,
+    tolerance: float | None = None,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
     references: Tensor | None = None,
     cap: float | None = None,
 ) -> list[Certificate]:
-    """The largest certified radius of each image, to ``tolerance`` relative.
+    """The largest certified radius of each image, to ``tolerance`` relative; by default the certifier's own.
 
     The search runs in float32, with multipliers carried from radius to radius; the radius that it finds is
     then confirmed in float64, or lowered until it is. It is raised to that of a looser bound
@@ -55,16 +55,14 @@ def search_radius(
         UnknownNameError: an unknown ground cost.
     """
     ground = WassersteinBall(0.0, ground, cap).ground
-    if not 0 < tolerance < 1:
-        raise InvalidInputError(f"tolerance {tolerance!r}: expected a number between 0 and 1")
-    if batch_size < 1:
-        raise InvalidInputError(f"batch size {batch_size!r}: expected at least 1")
+    given: dict[str, Any] = {"tolerance": tolerance, "batch_size": batch_size}
+    options = replace(certifier.options, **{name: value for name, value in given.items() if value is not None})
     images, labels = certifier.check(images, labels, ground, cap)
     result: list[Certificate] = []
-    for start in range(0, images.shape[0], batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, images.shape[0], options.batch_size):
+        part = slice(start, start + options.batch_size)
         own = None if references is None else references[part]
-        found = _search_batch(certifier, images[part], labels[part], ground, cap, tolerance, own)
+        found = _search_batch(certifier, images[part], labels[part], ground, cap, options.tolerance, own)
         result.extend(found)
         if progress is not None:
             progress(len(found))

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.certifiers.radius import RELATIVE_TOLERANCE, search_radius
+from flowverify.certifiers.options import IncompleteOptions
+from flowverify.certifiers.radius import search_radius
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
@@ -106,7 +107,7 @@ def maximum_over_references(
     references: list[Reference],
     ground: str = "l1",
     *,
-    tolerance: float = RELATIVE_TOLERANCE,
+    tolerance: float | None = None,
     progress: Callable[[int], None] | None = None,
     cap: float | None = None,
 ) -> ReferenceMaximum:
@@ -162,9 +163,19 @@ class ReferenceCertifier(Certifier):
         count: int,
         pool: Tensor | None = None,
         seed: int = 0,
+        options: IncompleteOptions | None = None,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__(model, method, bound, input_shape=input_shape, domain="flow")
+        chosen = options or IncompleteOptions()
+        super().__init__(
+            model,
+            method,
+            bound,
+            input_shape=input_shape,
+            domain="flow",
+            tolerance=chosen.tolerance,
+            batch_size=chosen.batch_size,
+        )
         if count < 1:
             raise InvalidInputError(f"references: given {count}, expected at least 1")
         self._count, self._pool, self._seed = count, pool, seed

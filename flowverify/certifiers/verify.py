@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.domain import DomainName
 from flowverify.bounds.margins import MarginBounds
-from flowverify.bounds.recipes import check_bound, check_method
+from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
+from flowverify.certifiers.options import IncompleteOptions
 from flowverify.lirpa.warm_start import WarmStart
 from flowverify.results import Certificate, Verdict
 from flowverify.threat import WassersteinBall
@@ -58,9 +59,10 @@ class Certifier(BaseCertifier):
     Args:
         model: a network, a ``torch.nn.Module`` or the path of an ONNX file.
         method: "vanilla" or "fine-tuned".
-        bound: a name in :data:`flowverify.certifiers.methods.BOUNDS`.
+        bound: a name in :data:`flowverify.bounds.recipes.BOUNDS`.
         input_shape: (C, H, W), where the model does not say.
         domain: where CROWN runs; see :func:`flowverify.bounds.domain.make_domain`.
+        tolerance, batch_size: of :meth:`search`; see :class:`~flowverify.certifiers.options.IncompleteOptions`.
 
     Raises:
         UnknownNameError, UnsupportedOperationError, FoldError, ModelFileError, DependencyError: as their
@@ -74,12 +76,14 @@ class Certifier(BaseCertifier):
         bound: str = "best",
         *,
         input_shape: tuple[int, int, int] | None = None,
-        domain: DomainName = "auto",
+        domain: str = "auto",
+        tolerance: float = IncompleteOptions.tolerance,
+        batch_size: int = IncompleteOptions.batch_size,
     ) -> None:
         check_method(method)
-        check_bound(bound)
+        self.options = IncompleteOptions(bound, domain, tolerance, batch_size)
         super().__init__(model, method, bound, input_shape)
-        self._domain: DomainName = domain
+        self._domain: Any = domain
         self._engines: dict[tuple[str, torch.dtype, str, float | None], MarginBounds] = {}
 
     def prepare(self, ground: str = "l1", cap: float | None = None) -> None:

@@ -27,7 +27,13 @@ DataDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, and nothing else.")]
-DOMAINS = ("auto", "image", "flow")
+Save = Annotated[
+    Path | None, typer.Option(help="Also write the JSON lines to this file; if it is there, go on after its records.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Another option of the method; repeat it for several.", show_default=False),
+]
 
 
 def check_device(name: str) -> Any:
@@ -45,13 +51,6 @@ def check_device(name: str) -> Any:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InvalidInputError(f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
-
-
-def check_domain(name: str) -> Any:
-    """Returns the name of a domain, or raises UnknownNameError with the valid ones."""
-    if name not in DOMAINS:
-        raise UnknownNameError("domain", name, DOMAINS)
-    return name
 
 
 def check_picture(path: Path) -> Path:

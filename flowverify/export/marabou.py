@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.marabou_cuts import Decision, decide_by_cuts
 from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outcome
 from flowverify.export.networks import Parts, take_apart
+from flowverify.export.options import MarabouOptions
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap
 from flowverify.export.replay import falsify, replay
@@ -28,8 +28,6 @@ from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
 
-ENCODINGS = ("cuts", "linear", "outputs", "penalty")
-TIMEOUT = 300.0  # seconds an image
 RAISE = 1.5  # a search multiplies a certified radius by this until one is not
 ROUNDING = 1e-6  # relative; rounding a weight to float32 changes it by at most 6e-8 of itself
 GAP = 1e-4  # of the clean margin
@@ -60,22 +58,21 @@ class MarabouCertifier(BaseCertifier):
         FoldError, UnsupportedOperationError: the network cannot be exported, which comes out in :meth:`prepare`.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,
         method: str = "fine-tuned",
         *,
-        encoding: str = "cuts",
-        timeout: float = TIMEOUT,
+        encoding: str = MarabouOptions.encoding,
+        timeout: float = MarabouOptions.timeout,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        if encoding not in ENCODINGS:
-            raise UnknownNameError("encoding for marabou", encoding, ENCODINGS)
-        if not timeout > 0:
-            raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0")
+        options = MarabouOptions(encoding, timeout)
         check_method(method)
         super().__init__(model, method, "marabou", input_shape)
-        self.encoding, self.timeout = encoding, float(timeout)
+        self.encoding, self.timeout = options.encoding, float(options.timeout)
         self._process = MarabouProcess()
 
     def prepare(self, ground: str = "l1", cap: float | None = None) -> None:

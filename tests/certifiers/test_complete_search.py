@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.api import make_certifier
 from flowverify.attack import make_attack
 from flowverify.certifiers.complete import certifier as certifier_module
 from flowverify.certifiers.complete import radius_search as search_module
@@ -26,7 +27,6 @@ from flowverify.certifiers.complete.budget import Budget
 from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
 from flowverify.certifiers.complete.milp import MilpCertifier
 from flowverify.certifiers.complete.references import ReferenceCompleteCertifier
-from flowverify.certifiers.make import make_certifier
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.results import Interrupted, Verdict

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowverify.certifiers.make import make_certifier
+from flowverify.api import make_certifier
 from flowverify.certifiers.references import Reference, check_references, maximum_over_references, sample_references
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError

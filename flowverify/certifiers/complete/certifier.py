@@ -85,6 +85,8 @@ class CompleteCertifier(BaseCertifier):
         UnsupportedOperationError: an activation other than ReLU, named; a network that is too large.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,

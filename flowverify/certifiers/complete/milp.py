@@ -44,14 +44,17 @@ class MilpCertifier(BaseCertifier):
         DependencyError: auto_LiRPA cannot be used.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,
+        method: str = "milp",
         *,
         options: CompleteOptions | None = None,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__(model, "milp", "highs", input_shape)
+        super().__init__(model, method, "highs", input_shape)
         self.options = CompleteOptions() if options is None else options
         # Built once without bounds, so that what is unsupported comes out first.
         empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
