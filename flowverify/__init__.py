@@ -19,26 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowverify.api import certified_radius, certify, certify_batch, find_adversarial, make_certifier, smooth
-    from flowverify.certifiers.radius import search_radius
-    from flowverify.certifiers.verify import Certifier
+    from flowverify.certifiers.incomplete import Certifier, search_radius
     from flowverify.data import Dataset, load_dataset
     from flowverify.errors import FlowverifyError
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
     from flowverify.results import Certificate, Verdict
-    from flowverify.threat import WassersteinBall
     from flowverify.zoo import load_model
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Certificate": "results",
-    "Certifier": "certifiers.verify",
+    "Certifier": "certifiers.incomplete",
     "Dataset": "data",
     "FlowverifyError": "errors",
     "FoldedNetwork": "network",
     "Network": "network",
     "Verdict": "results",
-    "WassersteinBall": "threat",
+    "WassersteinBall": "ball",
     "certified_radius": "api",
     "certify": "api",
     "certify_batch": "api",
@@ -48,7 +46,7 @@ _MODULES = {
     "load_model": "zoo",
     "make_certifier": "api",
     "read_onnx": "network",
-    "search_radius": "certifiers.radius",
+    "search_radius": "certifiers.incomplete",
     "smooth": "api",
     "write_onnx": "network",
 }

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from flowverify.attack.make import make_attack
 from flowverify.attack.result import AttackResult
+from flowverify.ball import Threat, WassersteinBall, check_images
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.network import load_network
 from flowverify.registry import COMPLETE, ENGINES, INCOMPLETE, METHODS, OWN_ENGINE
 from flowverify.results import Certificate
 from flowverify.smoothing import Noise, SmoothedCertificate, SmoothedClassifier, SplitClassifier, Splitting
-from flowverify.threat import WassersteinBall, check_images
 
 ADVERSARY = "minimal"  # what complete methods start from, unless told otherwise
 
@@ -91,9 +91,8 @@ def certified_radius(
         UnknownNameError: an unknown method, bound or ground cost.
         InvalidInputError: as :func:`certify_batch`.
     """
-    found = make_certifier(model, method, bound, input_shape=_shape(images), **options).search(
-        images, labels, ground, cap
-    )
+    certifier = make_certifier(model, method, bound, input_shape=_shape(images), **options)
+    found = certifier.search(images, labels, Threat(ground, cap))
     return torch.tensor([certificate.radius for certificate in found], dtype=torch.float64)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -60,10 +60,11 @@ class Registry(Mapping[str, Entry]):
         kind: such as "method", for messages.
         base: ``module:attribute`` of the class from which a class in place of a name must be derived; without one it
             may be anything that can be called.
+        forms: of what else may be given, such as paths, for messages.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, Entry], base: str = "") -> None:
-        self.kind, self._entries, self._base = kind, dict(entries), base
+    def __init__(self, kind: str, entries: Mapping[str, Entry], base: str = "", forms: Sequence[str] = ()) -> None:
+        self.kind, self._entries, self._base, self._forms = kind, dict(entries), base, (*forms, OUTSIDE)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -80,7 +81,7 @@ class Registry(Mapping[str, Entry]):
 
     def listing(self) -> str:
         """The names for a help text: "flow-pgd, sinkhorn or MODULE:CLASS"."""
-        return f"{', '.join(self)} or {OUTSIDE}"
+        return f"{', '.join([*self, *self._forms[:-1]])} or {OUTSIDE}"
 
     def is_outside(self, name: object) -> bool:
         """Whether a name has the form MODULE:CLASS, and no entry."""
@@ -93,7 +94,7 @@ class Registry(Mapping[str, Entry]):
             UnknownNameError: another one.
         """
         if not isinstance(name, str) or (name not in self and not self.is_outside(name)):
-            raise UnknownNameError(self.kind, name, (*self._entries, OUTSIDE))
+            raise UnknownNameError(self.kind, name, (*self, *self._forms))
         return name
 
     def find(self, name: str) -> Any:
@@ -226,13 +227,13 @@ METHODS = Registry(
     {
         "vanilla": Entry(
             "the L1 ball in the flow domain (framework paper, Theorem 3)",
-            "flowverify.certifiers.verify:Certifier",
+            "flowverify.certifiers.incomplete:Certifier",
             _INCOMPLETE_OPTIONS,
             INCOMPLETE,
         ),
         "fine-tuned": Entry(
             "the flows of the L1 ball that lead to images, R + A delta >= 0 (Theorem 6)",
-            "flowverify.certifiers.verify:Certifier",
+            "flowverify.certifiers.incomplete:Certifier",
             _INCOMPLETE_OPTIONS,
             INCOMPLETE,
         ),
@@ -272,7 +273,7 @@ OWN_ENGINE = "flowverify"
 ENGINES = Registry(
     "engine",
     {
-        OWN_ENGINE: Entry("what the method says", "flowverify.certifiers.verify:Certifier"),
+        OWN_ENGINE: Entry("what the method says", "flowverify.certifiers.incomplete:Certifier"),
         "marabou": Entry(
             "Marabou 2.0.0 in a process of its own: complete, slow, for vanilla and fine-tuned",
             "flowverify.export.marabou:MarabouCertifier",
@@ -295,4 +296,14 @@ ATTACKS = Registry(
         "minimal": Entry("the nearest adversarial image, directly", "flowverify.attack.minimal:MinimalRadius"),
     },
     base="flowverify.attack.base:BaseAttack",
+)
+
+DATASETS = Registry(
+    "data set",
+    {
+        "digits": Entry("8x8 digits of scikit-learn, always there", "flowverify.data:read_digits"),
+        "mnist": Entry("28x28 digits, from files or downloaded", "flowverify.data:read_mnist"),
+        "cifar10-sample": Entry("some of CIFAR-10, from a file", "flowverify.data:read_cifar10_sample"),
+    },
+    forms=("PATH.npz",),
 )

@@ -22,6 +22,7 @@ MINE = '''
 from dataclasses import dataclass
 
 from flowverify.attack import BaseAttack
+from flowverify.ball import Threat
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.registry import option
 from flowverify.results import Verdict
@@ -42,16 +43,16 @@ class Mine(BaseCertifier):
         self.options = options or MineOptions()
 
     def certify(self, images, labels, ball):
-        return self._all(images, labels, ball.ground, ball.radius * self.options.share)
+        return self._all(images, labels, ball.threat, ball.radius * self.options.share)
 
-    def search(self, images, labels, ground="l1", cap=None):
-        return self._all(images, labels, ground, self.options.share)
+    def search(self, images, labels, threat=None):
+        return self._all(images, labels, threat or Threat(), self.options.share)
 
-    def _all(self, images, labels, ground, radius):
-        images, labels = self.check(images, labels, ground)
+    def _all(self, images, labels, threat, radius):
+        images, labels = self.check(images, labels, threat)
         predictions, _ = self.clean(images, labels)
         return [
-            self.certificate(label, prediction, Verdict.UNKNOWN, ground, radius, 0.0)
+            self.certificate(label, prediction, Verdict.UNKNOWN, threat, radius, 0.0)
             for label, prediction in zip(labels, predictions, strict=True)
         ]
 
@@ -68,7 +69,7 @@ class Lazy(BaseAttack):
     def __init__(self, model, *, effort: int = 1, batch_size: int = 100, seed: int = 0):
         super().__init__(model, batch_size=batch_size, seed=seed)
 
-    def _at_radius(self, batch, radius):
+    def search(self, batch):
         return batch.images
 
 

@@ -15,9 +15,9 @@ from flowverify.errors import FlowverifyError, InvalidInputError
 from flowverify.registry import COMPLETE, INCOMPLETE, LINEAR, METHODS
 
 if TYPE_CHECKING:
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
-    from flowverify.threat import WassersteinBall
 
 
 class Certify(Kind):
@@ -66,7 +66,7 @@ class Certify(Kind):
 
     def prepare(self, task: Task, context: Context) -> Prepared:
         from flowverify.api import make_certifier
-        from flowverify.threat import WassersteinBall
+        from flowverify.ball import WassersteinBall
 
         settings = task.settings
         domain = {} if settings["domain"] == "auto" else {"domain": settings["domain"]}
@@ -83,7 +83,7 @@ class Certify(Kind):
         )
         radius = settings["radius"]
         ball = WassersteinBall(0.0 if radius is None else radius, settings["ground"], settings.get("cap"))
-        certifier.prepare(ball.ground, ball.cap)
+        certifier.prepare(ball.threat)
         return _Certification(certifier, data, ball, searching=radius is None)
 
 
@@ -104,7 +104,7 @@ class _Certification(Prepared):
     def run(self, positions: Sequence[int]) -> list[Record]:
         chosen = self._data[list(positions)]
         if self._searching:
-            found = self._certifier.search(chosen.images, chosen.labels, self._ball.ground, self._ball.cap)
+            found = self._certifier.search(chosen.images, chosen.labels, self._ball.threat)
         else:
             found = self._certifier.certify(chosen.images, chosen.labels, self._ball)
         records: list[dict[str, Any]] = [certificate.to_json() for certificate in found]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flowverify.bench.fields import Fields
 from flowverify.bench.tasks import Defaults
-from flowverify.data import DATASETS, SPLITS, load_dataset, parse_index
+from flowverify.data import SPLITS, load_dataset, parse_index
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError
+from flowverify.registry import DATASETS
 from flowverify.zoo import list_models, load_card, load_model
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def read_data(fields: Fields, folder: str) -> dict[str, Any]:
     name = fields.text("name")
     if name.endswith(".npz"):
         name = str(resolved(name, folder))
-    elif name not in DATASETS:
+    elif name not in DATASETS and not DATASETS.is_outside(name):
         raise fields.wrong("name", name, f"one of {', '.join(DATASETS)} or a path that ends in .npz")
     split = fields.one_of("split", SPLITS, "test")
     index = fields.take("index", ":")

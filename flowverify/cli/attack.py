@@ -56,7 +56,7 @@ def attack(
     input.
     """
     from flowverify.attack import Binarised, make_attack
-    from flowverify.threat import WassersteinBall, distance_name
+    from flowverify.ball import WassersteinBall
 
     ATTACKS.check(method)
     ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
@@ -67,8 +67,7 @@ def attack(
     attacked = job.network if binarise is None else Binarised(job.network, binarise, steepness=10.0)
     search = make_attack(method, attacked, **{"batch_size": batch_size, "seed": seed, **options})
     # What is wrong with any image comes out before the first is attacked.
-    search.check(job.chosen.images, job.chosen.labels, cap)
-    ball.budget(job.chosen.images[:1])  # does the ground cost fit the images?
+    search.check(job.chosen.images, job.chosen.labels, ball.threat)
 
     def work(data: Dataset, positions: list[int], advance: Callable[[int], None]) -> Sequence[Mapping[str, Any]]:
         if radius is None:
@@ -83,7 +82,7 @@ def attack(
     settings = {"attack": method, "ground": ball.ground, "cap": cap, "asked": radius, "binarise": binarise}
     records = job.run(work, {**settings, "seed": seed, "options": options}, at_once=batch_size)
     if not json:
-        name = distance_name(ball.ground, cap)
+        name = ball.threat.name
         columns = ("image", "label", "predicted", "outcome", f"radius (pixels)\n{name}", "ms")
         job.print_table(records, columns, lambda r: (
             str(r["index"]), str(r["label"]), str(r["prediction"]), r["outcome"],
@@ -108,8 +107,8 @@ def _prepare_folder(path: Path) -> None:
 def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path) -> None:
     import numpy as np
 
+    from flowverify.ball import distance_name
     from flowverify.figures import draw_adversarial
-    from flowverify.threat import distance_name
 
     rows = [row for row in range(len(positions)) if found.outcome[row] == "found"]
     if not rows:

@@ -10,11 +10,10 @@ import typer
 
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.lock import take_lock
+from flowverify.registry import DATASETS
 
 Model = Annotated[str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")]
-DatasetName = Annotated[
-    str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
-]
+DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
 Split = Annotated[str, typer.Option(help="test or train.")]
 Ground = Annotated[

@@ -85,8 +85,8 @@ def verify(
     a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
     2: bad input.
     """
+    from flowverify.ball import WassersteinBall
     from flowverify.bounds.recipes import check_bound
-    from flowverify.threat import WassersteinBall, distance_name
 
     check_bound(bound)
     METHODS.check(method)
@@ -113,14 +113,14 @@ def verify(
         **options,
     )
     # What is wrong with any image comes out before the first is certified.
-    images, labels = certifier.check(job.chosen.images, job.chosen.labels, ball.ground, cap)
-    certifier.prepare(ball.ground, cap)
+    images, labels = certifier.check(job.chosen.images, job.chosen.labels, ball.threat)
+    certifier.prepare(ball.threat)
     shown: dict[int, Certificate] = {}
 
     def work(data: Dataset, positions: list[int], advance: Callable[[int], None]) -> Sequence[Mapping[str, Any]]:
         try:
             if radius is None:
-                found = certifier.search(data.images, data.labels, ball.ground, cap)
+                found = certifier.search(data.images, data.labels, ball.threat)
             else:
                 found = certifier.certify(data.images, data.labels, ball)
         except Interrupted as stopped:
@@ -135,7 +135,7 @@ def verify(
         predictions, _ = certifier.clean(images[rows], labels[rows])
         return [
             certifier.certificate(
-                label, prediction, Verdict.ERROR, ball.ground, ball.radius, seconds, cap=cap, note=reason
+                label, prediction, Verdict.ERROR, ball.threat, ball.radius, seconds, note=reason
             ).to_json()
             for label, prediction in zip(labels[rows], predictions, strict=True)
         ]
@@ -148,7 +148,7 @@ def verify(
     records = job.run(work, settings, at_once=at_once, failed=failed)
     results = [(record["index"], shown.get(record["index"]) or Certificate.from_json(record)) for record in records]
     if not json:
-        _print(job, results, distance_name(ball.ground, cap), searched=radius is None, everything=all_rows)
+        _print(job, results, ball.threat.name, searched=radius is None, everything=all_rows)
     if witnesses is not None:
         write_witnesses(witnesses, results)
     if picture is not None and not job.interrupted:

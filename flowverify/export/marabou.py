@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.export.cuts import ReducedQuestion
@@ -24,7 +25,6 @@ from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
 
@@ -75,7 +75,7 @@ class MarabouCertifier(BaseCertifier):
         self.encoding, self.timeout = options.encoding, float(options.timeout)
         self._process = MarabouProcess()
 
-    def prepare(self, ground: str = "l1", cap: float | None = None) -> None:
+    def prepare(self, threat: Threat | None = None) -> None:
         assert self._parts is not None
 
     @cached_property
@@ -87,21 +87,21 @@ class MarabouCertifier(BaseCertifier):
 
         Marabou is asked about the ball without a cap; counterexamples keep to the cap.
         """
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, ball.threat)
         predictions, correct = self.clean(images, labels)
         return [
             self._decide(images[k], int(labels[k]), int(predictions[k]), bool(correct[k]), ball)
             for k in range(len(images))
         ]
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The largest radius that Marabou certifies, to 2%, and the least at which it has a replayed counterexample.
 
         It starts at the radius of CROWN's certificate. A radius at which Marabou does not decide ends the search.
         """
-        from flowverify.certifiers.verify import Certifier
+        from flowverify.certifiers.incomplete import Certifier
 
-        started = Certifier(self.network, self.method).search(images, labels, ground, cap)
+        started = Certifier(self.network, self.method).search(images, labels, threat)
         return [
             self._search_one(image, int(label), first)
             for image, label, first in zip(images, torch.as_tensor(labels).reshape(-1), started, strict=True)
@@ -269,10 +269,9 @@ class MarabouCertifier(BaseCertifier):
         upper: float | None = None,
     ) -> Certificate:
         seconds = time.perf_counter() - begin
-        return Certificate(
-            verdict, label, prediction, self.method, self.bound, ball.ground, ball.radius, None, seconds, upper, note,
-            ball.cap,
-        )  # fmt: skip
+        return self.certificate(
+            label, prediction, verdict, ball.threat, ball.radius, seconds, upper_radius=upper, note=note
+        )
 
 
 def verdict_of(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowverify.bounds.margins import MarginBounds
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import BoundError, UnsupportedOperationError
 from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network

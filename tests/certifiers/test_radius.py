@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import flowverify as fv
 from flowverify.bounds.margins import MarginBounds, margin_specification
 from flowverify.bounds.recipes import BOUNDS, METHODS
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network

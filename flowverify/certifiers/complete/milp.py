@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.certifier import CompleteOptions
@@ -18,7 +18,6 @@ from flowverify.certifiers.complete.hunt import Hunt
 from flowverify.certifiers.complete.program import NetworkProgram
 from flowverify.errors import InvalidInputError, SolverError
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 
 INSIDE = 1 - 1e-6, 0.999, 0.99, 0.9  # of the least distance: what is tried to prove, one after the other
 SOLVER_SHARE = 0.5  # of the time left: the rest is for the proof
@@ -68,11 +67,11 @@ class MilpCertifier(BaseCertifier):
             InvalidInputError: another ground cost than l1, or a cap.
             Interrupted: at Ctrl-C, with what is known until then.
         """
-        return self._each(images, labels, ball, searching=False)
+        return self._each(images, labels, ball.threat, ball.radius)
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The least distance to a counterexample of each image; raises as :meth:`certify`."""
-        return self._each(images, labels, WassersteinBall(0.0, ground, cap), searching=True)
+        return self._each(images, labels, threat or Threat(), None)
 
     def program(self, image: Tensor, radius: float) -> NetworkProgram:
         """The program for one image (C, H, W), with bounds that hold up to this radius.
@@ -85,15 +84,18 @@ class MilpCertifier(BaseCertifier):
         bounds = self._bounds.preactivation_bounds(image[None], image.new_tensor([budget]))
         return NetworkProgram(self.network, image, budget, bounds)
 
-    def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
-        if ball.ground != "l1" or ball.cap is not None:
+    def _each(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> list[Certificate]:
+        if threat != Threat():
             raise InvalidInputError(
-                f"method milp with ground cost {ball.ground!r} and cap {ball.cap}: expected l1 and no cap"
+                f"method milp with ground cost {threat.ground!r} and cap {threat.cap}: expected l1 and no cap"
             )
-        one = self._search if searching else self._decide
-        return self.one_by_one(
-            images, labels, ball, searching, lambda image, label, prediction: one(image, label, prediction, ball.radius)
-        )
+
+        def one(image: Tensor, label: Tensor, prediction: Tensor) -> Certificate:
+            if radius is None:
+                return self._search(image, label, prediction)
+            return self._decide(image, label, prediction, radius)
+
+        return self.one_by_one(images, labels, threat, radius, one)
 
     def _budget(self, image: Tensor, radius: float) -> float:
         return radius * float(image.sum()) * MASS_ROUNDING
@@ -124,7 +126,7 @@ class MilpCertifier(BaseCertifier):
         margin = least if math.isfinite(least) else None
         return self._certified(hunt, label, prediction, verdict, radius, margin, self.options.clock() - begin)
 
-    def _search(self, image: Tensor, label: Tensor, prediction: Tensor, radius: float) -> Certificate:
+    def _search(self, image: Tensor, label: Tensor, prediction: Tensor) -> Certificate:
         begin = self.options.clock()
         hunt, left = Hunt(self, image, int(label), True), self._clock(begin)
         if self.options.adversary is not None:
@@ -191,10 +193,10 @@ class MilpCertifier(BaseCertifier):
         note: str = "",
     ) -> Certificate:
         upper = hunt.radius if math.isfinite(hunt.radius) else None
-        found = self.certificate(
-            label, prediction, verdict, "l1", radius, seconds, margin=margin, upper_radius=upper, note=note
+        return self.certificate(
+            label, prediction, verdict, Threat(), radius, seconds, margin=margin, upper_radius=upper, note=note,
+            witness=hunt.witness,
         )  # fmt: skip
-        return replace(found, witness=hunt.witness)
 
 
 def _trials(radius: float, limit: float) -> list[float]:
