@@ -31,6 +31,7 @@ class Certificate:
     """What was shown about one image.
 
     Attributes:
+        prediction: None where a randomised classifier has none.
         verdict: at ``radius``. A radius search that certified some radius > 0 says certified.
         radius: W1 of normalised images, in pixels, for the ground cost ``ground`` (W_p for a p-th power): the
             radius asked about, or the largest one that a search certified (0 if none).
@@ -44,7 +45,7 @@ class Certificate:
 
     verdict: Verdict
     label: int
-    prediction: int
+    prediction: int | None
     method: str
     bound: str
     ground: str

@@ -6,11 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from flowverify.attack import make_attack
+from flowverify.ball import WassersteinBall
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.network import Network
 from flowverify.results import Certificate, Verdict
+from flowverify.smoothing import SmoothedCertificate
 
 NUMBERS = st.floats(0, 1e6)
 CERTIFICATES = st.builds(
@@ -31,6 +36,7 @@ CERTIFICATES = st.builds(
 
 
 @given(CERTIFICATES)
+@settings(deadline=None)
 def test_round_trip(certificate):
     record = json.loads(json.dumps(certificate.to_json()))
     assert Certificate.from_json(record) == certificate
@@ -51,3 +57,24 @@ def test_what_is_no_certificate_is_refused():
     lacking = {key: value for key, value in record.items() if key not in ("label", "ground")}
     with pytest.raises(InvalidInputError, match=re.escape("expected a certificate, which has label, ground too")):
         Certificate.from_json(lacking)
+
+
+def test_a_smoothed_certificate_is_one_too():
+    shared = {"label": 1, "prediction": None, "method": "wasserstein-smoothing", "bound": "tight", "ground": "l2"}
+    own = {"probability": 0.9, "successes": 45, "samples": 50, "base_accuracy": 0.8, "alpha": 0.05}
+    found = SmoothedCertificate(verdict=Verdict.UNKNOWN, radius=0.0, seconds=0.25, **shared, **own)
+    record = json.loads(json.dumps(found.to_json()))
+    assert SmoothedCertificate.from_json(record) == found and record.items() >= {**shared, **own}.items()
+    assert Certificate.from_json(record).verdict is Verdict.UNKNOWN
+
+
+def test_an_attack_speaks_of_verdicts_too():
+    network = Network.sequential((1, 2, 2), [nn.Flatten(), nn.Linear(4, 2, bias=False)])
+    images = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[0.0, 1.0], [0.0, 0.0]]]])
+    with torch.no_grad():
+        network(images)  # the first pixel speaks for class 0, the second for class 1
+        next(network.parameters()).copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]))
+    found = make_attack("frank-wolfe", network).run(images, torch.tensor([0, 0]), WassersteinBall(0.7))
+    assert [found.to_json(k)["verdict"] for k in range(2)] == ["falsified", "misclassified"]
+    far = make_attack("frank-wolfe", network).run(images[:1], torch.tensor([0]), WassersteinBall(0.1))
+    assert far.to_json(0)["verdict"] == "unknown" and far.to_json(0)["outcome"] == "not found"

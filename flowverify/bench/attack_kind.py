@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from flowverify.attack.result import AttackResult
     from flowverify.data import Dataset
 
-VERDICTS = {"found": "falsified", "not found": "unknown", "misclassified": "misclassified"}
-
 
 class Attack(Kind):
     """Every model x attack x ground cost x radius of a run, over its images."""
@@ -70,7 +68,7 @@ class _Attack(Prepared):
         record = found.to_json(index)
         distance = record.pop("radius")
         record["radius"] = self._settings["radius"]
-        record["verdict"] = VERDICTS[record.pop("outcome")]
+        record.pop("outcome")
         if record["verdict"] == "falsified":
             record["upper_radius"] = distance
         return record

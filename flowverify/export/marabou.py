@@ -118,6 +118,7 @@ class MarabouCertifier(BaseCertifier):
     def _search_one(self, image: Tensor, label: int, first: Certificate) -> Certificate:
         begin = time.perf_counter()
         start = WassersteinBall(first.radius, first.ground, first.cap)
+        assert first.prediction is not None
         if first.verdict is Verdict.MISCLASSIFIED:
             return self._certificate(Verdict.MISCLASSIFIED, label, first.prediction, start, begin)
         low, high, note = first.radius, None, "radius of CROWN's certificate"
