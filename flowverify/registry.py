@@ -85,7 +85,7 @@ class Registry(Mapping[str, Entry]):
 
     def is_outside(self, name: object) -> bool:
         """Whether a name has the form MODULE:CLASS, and no entry."""
-        return isinstance(name, str) and name not in self and bool(re.fullmatch(r"[\w.]+:[\w.]+", name))
+        return name not in self._entries and is_outside(name)
 
     def check(self, name: object) -> str:
         """Returns a name that has an entry or the form MODULE:CLASS; imports nothing.
@@ -106,17 +106,7 @@ class Registry(Mapping[str, Entry]):
         """
         if self.check(name) in self._entries:
             return imported(self._entries[name].target)
-        try:
-            found = imported(name)
-        except FlowverifyError:
-            raise
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InvalidInputError(f"{self.kind} {name!r}: {error}, expected a class {OUTSIDE}") from error
-        base = imported(self._base) if self._base else object
-        if not callable(found) or (self._base and not (isinstance(found, type) and issubclass(found, base))):
-            wanted = f"a class derived from {base.__name__}" if self._base else "something to call"
-            raise InvalidInputError(f"{self.kind} {name!r}: {found!r}, expected {wanted}")
-        return found
+        return find_outside(self.kind, name, self._base)
 
     def options_type(self, name: str) -> type:
         """The dataclass of the options of this name; raises as :meth:`find`."""
@@ -149,6 +139,35 @@ class Registry(Mapping[str, Entry]):
             return found(*arguments, options=options, **more)
         fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
         return found(*arguments, **fields, **more)
+
+
+def is_outside(name: object) -> bool:
+    """Whether a name has the form MODULE:CLASS."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name))
+
+
+def find_outside(kind: str, name: str, base: str = "") -> Any:
+    """The class or function MODULE:CLASS.
+
+    Args:
+        kind: what it is wanted as, for messages.
+        base: ``module:attribute`` of the class from which it must be derived; without one it must be callable.
+
+    Raises:
+        InvalidInputError: there is none, or it is something else.
+    """
+    try:
+        found = imported(name)
+    except FlowverifyError:
+        raise
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidInputError(f"{kind} {name!r}: {error}, expected a class {OUTSIDE}") from error
+    wanted = imported(base) if base else None
+    if wanted is None and not callable(found):
+        raise InvalidInputError(f"{kind} {name!r}: {found!r}, expected something to call")
+    if wanted is not None and not (isinstance(found, type) and issubclass(found, wanted)):
+        raise InvalidInputError(f"{kind} {name!r}: {found!r}, expected a class derived from {wanted.__name__}")
+    return found
 
 
 def imported(path: str) -> Any:
