@@ -59,7 +59,9 @@ def _two_pieces(slope: float, lower: Tensor, centre: Tensor, upper: Tensor) -> S
     # At a centre of exactly zero nothing is known but the pieces themselves.
     left = torch.where((centre == 0) & (lower < 0), slope, left)
     own_left = torch.where((centre == 0) & (lower < 0), slope, own)
-    return Secants(torch.maximum(own, right), torch.minimum(own_left, left), torch.minimum(own, right), torch.maximum(own_left, left))
+    four = torch.maximum(own, right), torch.minimum(own_left, left), torch.minimum(own, right), torch.maximum(own_left, left)
+    settled = torch.where(upper <= 0, slope, 1.0)
+    return Secants(*(torch.where((lower >= 0) | (upper <= 0), settled, one) for one in four))
 
 
 def _s_shaped(operation: nn.Module, lower: Tensor, centre: Tensor, upper: Tensor) -> Secants:

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.bounds.lifted.activations import secants
 from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
+from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
 from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows, rows_of_pixels, total
-from flowverify.bounds.lifted.support import MoveRows, maximum
+from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import is_affine, is_elementwise_activation, operation_name
@@ -41,6 +43,45 @@ class Relaxation:
     below: Tensor
     rows_above: StoredRows | None
     rows_below: StoredRows | None
+    chord: Chord | None = None
+
+    def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, ...]) -> Coefficients:
+        """What is handed on to the activation's input: coefficients >= 0 above, and coefficients <= 0 below."""
+        return Coefficients(up.data * up.taken(self.above) + down.data * down.taken(self.below), up.origins)
+
+
+@dataclass(frozen=True, eq=False)
+class Chord:
+    """The lines of CROWN for an activation of two pieces whose slope rises: the chord above, lines through 0 below.
+
+    Attributes:
+        bent: which entries are on both pieces within the ball, (B, *shape); the others have no use for a choice.
+        slope, rise: of the chord, and its height above the activation at the centre.
+        centre, value: of the activation's input, and of itself.
+        flattest: the slope of the left piece; that of the right one is 1.
+        usual: the slope that CROWN takes below.
+    """
+
+    bent: Tensor
+    slope: Tensor
+    rise: Tensor
+    centre: Tensor
+    value: Tensor
+    flattest: float
+    usual: Tensor
+
+
+@dataclass(eq=False)
+class Choice:
+    """How rows mix both relaxations of one activation: (B, R, *shape) each.
+
+    Attributes:
+        share: of the rows of moves in what bounds it from above, in [0, 1]; the chord has the rest.
+        slope: of the line through 0 below it.
+    """
+
+    share: Tensor
+    slope: Tensor
 
 
 class LiftedBounds:
@@ -63,8 +104,12 @@ class LiftedBounds:
         feasible: bool = True,
         dtype: torch.dtype = torch.float64,
         tolerance: float = 1e-3,
+        steps: int = 0,
+        rate: float = 0.2,
+        first_share: float = 0.9,
         chunk_entries: int = CHUNK_ENTRIES,
     ) -> None:
+        self.steps, self.rate, self.first_share = steps, rate, first_share
         self.network = copy.deepcopy(network).to(dtype)
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
@@ -115,7 +160,7 @@ class _Batch:
         eps = self.budget.to(self.images.dtype).reshape(-1, 1, 1, 1)
         loss = torch.minimum(self.images, eps) if engine.feasible else eps
         self.intervals: dict[str, Interval] = {INPUT: (self.images - loss, self.images + eps)}
-        self.relaxations: dict[str, Relaxation] = {}
+        self.relaxations: dict[str, Relaxation | PoolRelaxation] = {}
 
     # Forward: intervals of every value, and relaxations of activations.
 
@@ -141,7 +186,7 @@ class _Batch:
         chunks = []
         if bool(open_.any()):
             for query in self._queries(name, open_):
-                rows = self._rows(name, query.coefficients)
+                rows, _ = self._rows(name, query.coefficients)
                 chunks.append((query, rows))
                 self._tighten(name, query, rows, two_piece)
         for node in readers:
@@ -182,8 +227,9 @@ class _Batch:
         if two_piece:
             # One end is what secants need; a cheaper bound does for the other.
             open_ = (lower < 0) & (upper > 0)
-            for_upper = torch.where(open_ & (centre < 0), -centre, settled)
-            for_lower = torch.where(open_ & (centre >= 0), centre, settled)
+            other = torch.full_like(centre, -torch.inf) if self.engine.steps else settled
+            for_upper = torch.where(open_, torch.where(centre < 0, -centre, other), settled)
+            for_lower = torch.where(open_, torch.where(centre >= 0, centre, other), settled)
         else:
             for_upper = for_lower = torch.where(upper > lower, -settled, settled)
         enough = torch.stack([for_upper, for_lower], 2).reshape(batch, -1)
@@ -201,14 +247,30 @@ class _Batch:
         name = node.inputs[0]
         centre, (lower, upper) = self.values[name], self.intervals[name]
         found = secants(node.operation, lower, centre, upper)
-        bent_above, bent_below = found.most_right > found.least_left, found.least_right < found.most_left
+        moves = upper > lower
+        bent_above = moves & (found.most_right > found.least_left)
+        bent_below = moves & (found.least_right < found.most_left)
         within = (found.most_right + found.least_left) / 2 if not _pieces(node) else found.most_right
         above = torch.where(bent_above, 0.0, within)
         within = (found.least_right + found.most_left) / 2 if not _pieces(node) else found.least_right
         below = torch.where(bent_below, 0.0, within)
         rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)
         rows_below = self._stored(name, chunks, bent_below, found.most_left, found.least_right, -1)
-        self.relaxations[node.name] = Relaxation(above, below, rows_above, rows_below)
+        chord = self._chord(node, bent_above) if _rises(node.operation) else None
+        self.relaxations[node.name] = Relaxation(above, below, rows_above, rows_below, chord)
+
+    def _chord(self, node: Node, bent: Tensor) -> Chord:
+        name, operation = node.inputs[0], node.operation
+        flattest = float(getattr(operation, "negative_slope", 0.0))
+        centre, (lower, upper) = self.values[name], self.intervals[name]
+        value = self.values[node.name]
+        tiny = torch.finfo(centre.dtype).tiny
+        # From (lower, flattest * lower) to (upper, upper): upper and -lower are positive where bent.
+        share = (upper / (upper - lower).clamp(min=tiny)).clamp(0, 1)
+        slope = flattest + (1 - flattest) * share
+        rise = (slope * (centre - lower) + flattest * lower - value).clamp(min=0)
+        usual = torch.where(upper > -lower, 1.0, flattest)
+        return Chord(bent, slope, rise, centre, value, flattest, usual)
 
     def _stored(
         self, name: str, chunks: list[tuple[_Query, MoveRows]], bent: Tensor, first: Tensor, second: Tensor, sign: int
@@ -265,11 +327,19 @@ class _Batch:
         return WindowRows(stored, (stride[0], stride[1]), (offset[0], offset[1]))
 
     def _relax_pool(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
-        raise UnsupportedOperationError(f"node {node.name!r}: lifted bounds have no rule for MaxPool2d")
+        name, operation = node.inputs[0], node.operation
+        assert isinstance(operation, nn.MaxPool2d)
+        centre, (lower, upper) = self.values[name], self.intervals[name]
+        one = torch.ones_like(centre)
+        members = self._stored(name, chunks, one > 0, one, one, +1) if chunks else None
+        size = (node.shape[1], node.shape[2])
+        self.relaxations[node.name] = relax_pool(operation, lower, centre, upper, size, members)
 
     # Backward: rows above linear functions of a value.
 
-    def _rows(self, name: str, query: Coefficients) -> MoveRows:
+    def _rows(self, name: str, query: Coefficients, choices: Mapping[str, Choice] | None = None) -> tuple[MoveRows, Tensor | float]:
+        """Rows and constants above the differences of linear functions of a value from what they are at the centre."""
+        constant: Tensor | float = 0.0
         pending, parts = {name: query}, list[MoveRows]()
         for node in reversed(self.network.nodes):
             outer = pending.pop(node.name, None)
@@ -281,17 +351,24 @@ class _Batch:
             else:
                 relaxation = self.relaxations[node.name]
                 up, down = (Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0)))
+                if choices is not None and node.name in choices:
+                    through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
+                    assert relaxation.rows_above is not None
+                    parts.append(relaxation.rows_above.combine(Coefficients(above, None)))
+                    inner, constant = [Coefficients(through, None)], constant + rise
+                    for read, part in zip(node.inputs, inner, strict=True):
+                        pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
+                    continue
                 if relaxation.rows_above is not None:
                     parts.append(relaxation.rows_above.combine(up))
                 if relaxation.rows_below is not None:
                     parts.append(relaxation.rows_below.combine(Coefficients(-down.data, outer.origins)))
-                through = up.data * up.taken(relaxation.above) + down.data * down.taken(relaxation.below)
-                inner = [Coefficients(through, outer.origins)]
+                inner = [relaxation.through(up, down, shapes[0])]
             for read, part in zip(node.inputs, inner, strict=True):
                 pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
         if INPUT in pending:
             parts.append(rows_of_pixels(pending[INPUT], self.network.input_shape))
-        return total(parts, self.network.input_shape[-2:])
+        return total(parts, self.network.input_shape[-2:]), constant
 
     def margins(self, labels: Tensor) -> Tensor:
         logits = self.values[self.network.output]
@@ -300,11 +377,69 @@ class _Batch:
         identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
         rises = (identity - identity[labels][:, None])[torch.arange(classes, device=logits.device) != labels[:, None]]
         rises = rises.reshape(batch, classes - 1, classes)
-        rows = self._rows(self.network.output, Coefficients(rises[:, None], None))
-        found = maximum(
-            rows, self.images, self.budget, feasible=self.engine.feasible, tolerance=self.engine.tolerance / 10
-        )
-        return -(rises @ logits[..., None]).squeeze(-1) - found.value.to(logits.dtype)
+        query = Coefficients(rises[:, None], None)
+        clean = -(rises @ logits[..., None]).squeeze(-1)
+        options = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
+        rows, _ = self._rows(self.network.output, query)
+        best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
+        if self.engine.steps:
+            best = torch.maximum(best, self._mixed_margins(query, clean, options))
+        return best
+
+    def _mixed_margins(self, query: Coefficients, clean: Tensor, options: dict[str, Any]) -> Tensor:
+        """The best of the margins that mixtures of both relaxations give, by steps up the gradient."""
+        batch, classes = clean.shape
+        choices: dict[str, Choice] = {}
+        for name, relaxation in self.relaxations.items():
+            chord = relaxation.chord if isinstance(relaxation, Relaxation) else None
+            if chord is None or not bool(chord.bent.any()):
+                continue
+            assert isinstance(relaxation, Relaxation)
+            slope = torch.where(chord.centre >= 0, 1.0, chord.flattest)[:, None].expand(-1, classes, *chord.centre.shape[1:])
+            choices[name] = Choice(torch.full_like(slope, self.engine.first_share), slope.clone())
+        best = torch.full_like(clean, -torch.inf)
+        if not choices:
+            return best
+        variables = [tensor for choice in choices.values() for tensor in (choice.share, choice.slope)]
+        for tensor in variables:
+            tensor.requires_grad_(True)
+        optimiser = torch.optim.Adam(variables, lr=self.engine.rate, betas=(0.8, 0.95))
+        for step in range(self.engine.steps + 1):
+            with torch.enable_grad():
+                rows, constant = self._rows(self.network.output, query, choices)
+                rise = maximum_value(rows, self.images, self.budget, options)
+                margins = clean - constant - rise
+                best = torch.maximum(best, margins.detach().nan_to_num(nan=-torch.inf))
+                if step == self.engine.steps:
+                    break
+                optimiser.zero_grad()
+                (-margins.sum()).backward()
+            for group in optimiser.param_groups:
+                group["lr"] = self.engine.rate * (1 - step / (self.engine.steps + 1))
+            optimiser.step()
+            for name, choice in choices.items():
+                chord = self.relaxations[name].chord
+                choice.share.data.clamp_(0, 1)
+                choice.slope.data.clamp_(chord.flattest, 1)
+        return best
+
+
+def _rises(operation: nn.Module) -> bool:
+    """Whether the operation is of two pieces, the right one of slope 1, the left one of no larger slope."""
+    return isinstance(operation, nn.ReLU) or (isinstance(operation, nn.LeakyReLU) and operation.negative_slope <= 1)
+
+
+def _mixed(relaxation: Relaxation, choice: Choice, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What whole coefficients (B, 1, R, *shape) hand on, what takes the rows above, and the constants (B, R)."""
+    chord = relaxation.chord
+    assert chord is not None
+    share, bent = choice.share[:, None], chord.bent[:, None, None]
+    slope = torch.where(bent, choice.slope[:, None], relaxation.below[:, None, None])
+    above = torch.where(bent, (1 - share) * chord.slope[:, None, None], relaxation.above[:, None, None])
+    fall = torch.where(bent, chord.value[:, None, None] - slope * chord.centre[:, None, None], 0.0).clamp(min=0)
+    rise = torch.where(bent, (1 - share) * chord.rise[:, None, None], 0.0)
+    constant = (up * rise - down * fall).flatten(3).sum(3)[:, 0]
+    return up * above + down * slope, up * share, constant
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,7 +146,7 @@ class _Maximum(torch.autograd.Function):
         return weighted, None, None, None, None
 
 
-def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, **options: Any) -> Tensor:
+def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]) -> Tensor:
     """:func:`maximum`'s value, differentiable in the gains: the gradient is the maximiser (Danskin's theorem)."""
     value: Tensor = _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-untyped-call]
     return value
