@@ -34,6 +34,17 @@ def _gain(row: Array, place: tuple[int, int, int, int], channels: int, way: int,
 
 
 @numba.njit(nogil=True, cache=True)
+def _returns(pixel: int, source: int, following: Array, steps: Array, height: int, width: int) -> bool:
+    """Whether the path from a pixel leads over the source within a few moves: a cycle of positive gain."""
+    for _ in range(min(steps[pixel], 8)):
+        way = following[pixel]
+        pixel = pixel + DOWNWARD[way] * width + RIGHTWARD[way]
+        if pixel == source:
+            return True
+    return False
+
+
+@numba.njit(nogil=True, cache=True)
 def _prices(
     row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], starts: Array, count: int,
     multiplier: float, mass: Array, limit: float, y: Array, steps: Array, following: Array, queue: Array, queued: Array,
@@ -88,6 +99,9 @@ def _prices(
             source = (channel * height + from_i) * width + from_j
             price = y[pixel] + _gain(row, place, channels, way, (channel, from_i, from_j)) - multiplier
             if price > y[source] + 1e-12 * y[source]:
+                if steps[pixel] > 3 and _returns(pixel, source, following, steps, height, width):
+                    complete = False
+                    break
                 if y[source] == 0.0:
                     touched[reached] = source
                     reached += 1
@@ -182,6 +196,26 @@ def _clear(y: Array, touched: Array, reached: int) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+def _best_pair(row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int]) -> tuple[float, int, int]:
+    """The largest mean gain of a move and its reverse, and both: below it no prices exist."""
+    channels = shape[0]
+    top, left, rows, columns = place
+    best, one, other = 0.0, -1, -1
+    for way in (0, 2):
+        for channel in range(channels):
+            forth = (way * channels + channel) * rows * columns
+            back = ((way + 1) * channels + channel) * rows * columns
+            ahead = 1 if way == 0 else columns
+            for a in range(max(0, -top), min(rows, shape[1] - top) - (way == 2)):
+                for b in range(max(0, -left), min(columns, shape[2] - left) - (way == 0)):
+                    at = a * columns + b
+                    gain = row[forth + at] + row[back + at + ahead]
+                    if gain > best:
+                        best, one, other = gain, forth + at, back + at + ahead
+    return best / 2, one, other
+
+
+@numba.njit(nogil=True, cache=True)
 def solve_rows(
     rows: Array, shared: bool, origins: Array, per_origin: int, window: tuple[int, int], shape: tuple[int, int, int],
     mass: Array, budget: float, enough: Array, guesses: Array, tolerance: float, first: int, last: int,
@@ -215,9 +249,10 @@ def solve_rows(
         best, best_at = high_value, high
         low, low_value, low_slope, feasible = 0.0, 0.0, 0.0, False
         count = 0
-        if high_value * inflated > enough[index]:
+        if high_value * inflated > enough[index] and high > 0.0 and budget > 0.0:
+            low = min(high, _best_pair(row, place, shape)[0])
             for entry in range(entries):
-                if row[entry] > 0:
+                if row[entry] > low:
                     starts[count] = entry
                     count += 1
         for step in range(MAX_STEPS):
@@ -303,27 +338,6 @@ def solve_rows(
             _follow(place, shape, 1 - share, mass, y, following, touched, reached, flow)
             _clear(y, touched, reached)
             if circulates:
-                _circulate(row, place, shape, budget - high_cost, best_entry, flow)
-
-
-@numba.njit(nogil=True, cache=True)
-def _circulate(
-    row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], amount: float, steepest: int, flow: Array
-) -> None:
-    """Adds ``amount``, which the cycle of the largest mean gain takes, to the pair of moves of the largest mean."""
-    channels = shape[0]
-    rows, columns = place[2], place[3]
-    best, one, other = -np.inf, steepest, steepest
-    for way in (0, 2):
-        for channel in range(channels):
-            for a in range(rows):
-                for b in range(columns):
-                    goal_a, goal_b = a + DOWNWARD[way], b + RIGHTWARD[way]
-                    if goal_a >= rows or goal_b >= columns:
-                        continue
-                    forth = ((way * channels + channel) * rows + a) * columns + b
-                    back = (((way + 1) * channels + channel) * rows + goal_a) * columns + goal_b
-                    if row[forth] + row[back] > best:
-                        best, one, other = float(row[forth] + row[back]), forth, back
-    flow[one] += amount / 2
-    flow[other] += amount / 2
+                _, one, other = _best_pair(row, place, shape)
+                flow[best_entry if one < 0 else one] += (budget - high_cost) / 2
+                flow[best_entry if other < 0 else other] += (budget - high_cost) / 2
