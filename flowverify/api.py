@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.domain import DomainName
+from flowverify.bounds.crown.domain import DomainName
 from flowverify.certifiers.make import make_certifier
 from flowverify.certifiers.radius import RELATIVE_TOLERANCE, search_radius
 from flowverify.certifiers.verify import Certifier

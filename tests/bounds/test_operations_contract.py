@@ -17,14 +17,14 @@ import torch
 from contracts import margins_at, samples, sparse_images
 from torch import Tensor, nn
 
+from flowverify.bounds.crown.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
+from flowverify.bounds.crown.bounded import handed_over, host_call, with_batch_axes
 from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
 from flowverify.errors import UnsupportedOperationError
-from flowverify.lirpa.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
-from flowverify.lirpa.bounded import handed_over, host_call, with_batch_axes
 from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.lowering import keeps_for_export, lower
 from flowverify.network.operations import OPERATIONS, RECORDS, operation_name, output_shape
