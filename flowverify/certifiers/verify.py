@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.bounds.crown.domain import DomainName
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import check_bound, check_method
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 
 
@@ -194,7 +194,7 @@ class Certifier(BaseCertifier):
             InvalidInputError: as :meth:`check`, or an image above the cap.
         """
         start = time.perf_counter()
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, ball.threat)
         if not len(images):
             return []
         predictions, correct = self.clean(images, labels)

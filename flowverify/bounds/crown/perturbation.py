@@ -31,7 +31,7 @@ from flowverify.bounds.crown.backend import (
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.grid import Grid
-from flowverify.threat import check_cap
+from flowverify.transport.capped import check_below
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.support import inner, support_value
@@ -180,7 +180,7 @@ class PerturbationWasserstein(_Polytope):
 
     def box(self, center: Tensor) -> tuple[Tensor, Tensor]:
         _check_images(center)
-        check_cap(center, self.cap)
+        check_below(center, self.cap)
         mass = center.flatten(1).sum(1)[:, None, None, None]
         budget = self._budget(center).to(center.dtype)[:, None, None, None]
         if not self.feasible:
