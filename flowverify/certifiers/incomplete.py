@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from flowverify.ball import Ball, Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import check_method
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.options import IncompleteOptions
 from flowverify.certifiers.radius import SMALLEST, MarginFunction, bracket, confirm, of_rows
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.network.subject import surplus
 from flowverify.results import Certificate, Verdict
 
