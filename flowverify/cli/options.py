@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.registry import DATASETS
+from flowverify.registry import DATASETS, help_of
 
 Model = Annotated[str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")]
 DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
 Split = Annotated[str, typer.Option(help="test or train.")]
+INCOMPLETE = "flowverify.certifiers.options:IncompleteOptions"
+Bound = Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"))]
 Ground = Annotated[
     str, typer.Option(help="The ground cost: l1, l2, local:5 (within 5 x 5 windows), or a power such as l2^2 (W_2).")
 ]

@@ -12,6 +12,8 @@ import typer
 
 from flowverify.cli.job import Job
 from flowverify.cli.options import (
+    INCOMPLETE,
+    Bound,
     Cap,
     DataDir,
     DatasetName,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
 
 PICTURED = 4
-INCOMPLETE, MARABOU = "flowverify.certifiers.options:IncompleteOptions", "flowverify.export.options:MarabouOptions"
+MARABOU = "flowverify.export.options:MarabouOptions"
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
 
@@ -49,7 +51,7 @@ def verify(
         typer.Option(help="Decide this radius (pixels); without it, search the largest certified one."),
     ] = None,
     method: Annotated[str, typer.Option(help=f"{METHODS.listing()}.")] = "fine-tuned",
-    bound: Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"))] = "best",
+    bound: Bound = "best",
     ground: Ground = "l1",
     cap: Cap = None,
     domain: Annotated[str | None, typer.Option(help=help_of(INCOMPLETE, "domain"))] = None,
