@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flowverify.ball import Threat
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.bracket import Bracket
 from flowverify.certifiers.verify import Certifier, Cover
 from flowverify.errors import InvalidInputError
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.ground import parse_ground
 

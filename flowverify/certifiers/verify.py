@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import WassersteinBall
-from flowverify.bounds.domain import DomainName
+from flowverify.bounds.crown.domain import DomainName
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import check_bound, check_method
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.ground import parse_ground
 
@@ -60,7 +60,7 @@ class Certifier(BaseCertifier):
         method: "vanilla" or "fine-tuned".
         bound: a name in :data:`flowverify.certifiers.methods.BOUNDS`.
         input_shape: (C, H, W), where the model does not say.
-        domain: where CROWN runs; see :func:`flowverify.bounds.domain.make_domain`.
+        domain: where CROWN runs; see :func:`flowverify.bounds.crown.domain.make_domain`.
 
     Raises:
         UnknownNameError, UnsupportedOperationError, FoldError, ModelFileError, DependencyError: as their
