@@ -56,7 +56,7 @@ class BaseCertifier(ABC):
         image = torch.ones(1, 1, 2, 2, device=self.device)
         threat = Threat() if threat is None else threat
         # A window would not fit on so small an image.
-        small = Threat(threat.cost.distance, None if threat.cap is None else 1.0)
+        small = Threat(threat.cost.distance.name, None if threat.cap is None else 1.0)
         for dtype in (torch.float32, torch.float64):
             for one in dict.fromkeys((Threat(), small)):
                 one.ball(image.to(dtype), 1.0).support(image[None].to(dtype), maximiser=True)
