@@ -17,8 +17,8 @@ from flowverify.bounds.intervals import Interval, intersect
 from flowverify.bounds.recipes import Bound, check_bound, engine_class
 from flowverify.bounds.relaxations import crosses_zero
 from flowverify.bounds.warm_start import WarmStart
-from flowverify.errors import BoundError, FlowverifyError, UnsupportedOperationError
-from flowverify.network import Network
+from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError
+from flowverify.network import Network, fold
 
 
 class MarginBounds:
@@ -42,7 +42,8 @@ class MarginBounds:
         UnknownNameError: an unknown bound.
         UnsupportedOperationError, BoundError: an engine cannot take the network, and the bound rests on it alone.
         DependencyError: an engine needs a library that is not there.
-        FoldError, InvalidInputError: as the engines.
+        FoldError, InvalidInputError: flows were asked for, and the network cannot be folded, or the ground cost is
+            another one than l1.
     """
 
     def __init__(
@@ -59,6 +60,12 @@ class MarginBounds:
         self.network, self.dtype = copy.deepcopy(network).to(dtype), dtype
         self.threat = Threat() if threat is None else threat
         self.options = EngineOptions() if options is None else options
+        if self.options.domain == "flow":
+            if self.threat.ground != "l1":
+                raise InvalidInputError(
+                    f"domain flow with ground cost {self.threat.ground}: expected l1, or the domain image"
+                )
+            fold(self.network)
         self._notes: list[str] = []
         self._intervals = IntervalEngine(self.network, self.threat, dtype, self.options)
         self._engines: dict[str, Engine] = {"interval": self._intervals}

@@ -12,7 +12,7 @@ from flowverify.ball import Threat
 from flowverify.bounds.crown.bounded import l1_ball
 from flowverify.bounds.crown.perturbation import PerturbationFlowPolytope, PerturbationWasserstein
 from flowverify.bounds.engine import Batch, DomainName
-from flowverify.errors import FoldError, InvalidInputError
+from flowverify.errors import FoldError
 from flowverify.network import Network, fold
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, FLOAT32_MASS_TOLERANCE
 from flowverify.transport.inverse import flow_by_tree
@@ -98,12 +98,9 @@ def make_domain(network: Network, name: DomainName, threat: Threat) -> Domain:
 
     Raises:
         FoldError: flows were asked for by name, and the network cannot be folded.
-        InvalidInputError: flows were asked for by name, with another ground cost than l1.
     """
-    flows = threat.ground == "l1"
-    if name == "flow" and not flows:
-        raise InvalidInputError(f"domain flow with ground cost {threat.ground}: expected l1, or the domain image")
-    if name == "flow" or (name == "auto" and flows and not threat.positive and network.grid.edges):
+    flows = threat.ground == "l1" and not threat.positive and network.grid.edges
+    if name == "flow" or (name == "auto" and flows):
         try:
             return FlowDomain(network)
         except FoldError:

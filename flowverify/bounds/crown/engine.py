@@ -24,8 +24,6 @@ class CrownEngine:
     (:func:`flowverify.bounds.crown.bounded.handed_over`), and the intervals that are known; it decides nothing itself.
 
     Raises:
-        FoldError: ``domain="flow"`` for a network that cannot be folded.
-        InvalidInputError: ``domain="flow"`` with another ground cost than l1.
         UnsupportedOperationError, BoundError: auto_LiRPA cannot take the network.
     """
 
