@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -53,7 +53,7 @@ def option(default: Any, about: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": about})
 
 
-class Registry(Mapping[str, Entry]):
+class Registry(MutableMapping[str, Entry]):
     """The entries of one kind by name.
 
     Args:
@@ -69,6 +69,12 @@ class Registry(Mapping[str, Entry]):
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
 
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -78,6 +84,12 @@ class Registry(Mapping[str, Entry]):
     def family(self, *families: str) -> tuple[str, ...]:
         """The names of these families."""
         return tuple(name for name, entry in self._entries.items() if entry.family in families)
+
+    def check_family(self, name: str, family: str) -> str:
+        """Returns a name of this family, or raises UnknownNameError with those that it has."""
+        if name not in self.family(family):
+            raise UnknownNameError(self.kind, name, self.family(family))
+        return name
 
     def listing(self) -> str:
         """The names for a help text: "flow-pgd, sinkhorn or MODULE:CLASS"."""

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.bounds.crown.domain import DomainName
+from flowverify.bounds.engine import DomainName
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.options import DOMAINS
 from flowverify.cli import app

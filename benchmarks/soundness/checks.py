@@ -253,9 +253,8 @@ class Case:
         images = self.given.images.double()
         ball = fv.WassersteinBall(radius, self.given.threat.ground, self.given.threat.cap).around(images)
         cover = certifier.covers(ball.threat)[0]
-        engine, budget = certifier.engine(cover), ball.within(cover).budget
-        lower = engine.lower_bounds(images, self.given.labels, budget)
-        inner = engine.preactivation_bounds(images, budget)
+        engine, ball = certifier.engine(cover), ball.within(cover)
+        lower, inner = engine.margins(ball, self.given.labels), engine.neurons(ball)
         names = [node.inputs[0] for node in engine.network.activations]
         for image in range(len(images)):
             points, margins = self.given.attacked(image, radius)

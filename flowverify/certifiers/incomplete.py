@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat, WassersteinBall
+from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
-from flowverify.bounds.recipes import check_method
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.options import IncompleteOptions
 from flowverify.certifiers.radius import SMALLEST, MarginFunction, bracket, confirm, of_rows
 from flowverify.network.subject import surplus
+from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 
 DUALITY_GAP = 1e-6  # relative; what it costs in radius is far below the tolerance of any search
@@ -56,7 +57,7 @@ class Certifier(BaseCertifier):
         tolerance: float = IncompleteOptions.tolerance,
         batch_size: int = IncompleteOptions.batch_size,
     ) -> None:
-        check_method(method)
+        METHODS.check_family(method, INCOMPLETE)
         self.options = IncompleteOptions(bound, domain, tolerance, batch_size)
         super().__init__(model, method, bound, input_shape)
         self._engines: dict[tuple[Threat, torch.dtype], MarginBounds] = {}
@@ -81,16 +82,8 @@ class Certifier(BaseCertifier):
         """The bounding engine of this threat and precision, built on first use."""
         if (threat, dtype) not in self._engines:
             domain: Any = self.options.domain
-            self._engines[threat, dtype] = MarginBounds(
-                self.network,
-                "fine-tuned" if threat.positive else "vanilla",
-                self.bound,
-                domain=domain,
-                dtype=dtype,
-                tolerance=DUALITY_GAP,
-                ground=threat.ground,
-                cap=threat.cap,
-            )
+            options = EngineOptions(domain, DUALITY_GAP)
+            self._engines[threat, dtype] = MarginBounds(self.network, threat, self.bound, dtype=dtype, options=options)
         return self._engines[threat, dtype]
 
     def margins(
@@ -110,7 +103,7 @@ class Certifier(BaseCertifier):
         """
         images, budget = ball.images, ball.budget
         engine = self.engine(ball.threat, dtype)
-        bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
+        bounds = engine.margins(ball, labels, references=references, warm_start=warm_start)
         worst = bounds.double().amin(1)
         if dtype == torch.float64:
             displaced = 0.0 * budget

@@ -14,7 +14,7 @@ from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.linear import HalfSpaces, LinearRadius, capped_radius, exact_radius, half_spaces
 from flowverify.certifiers.linear_program import LinearProgram, program_radius
 from flowverify.certifiers.radius import confirm
-from flowverify.errors import InvalidInputError, SolverError, UnknownNameError
+from flowverify.errors import InvalidInputError, SolverError
 from flowverify.registry import LINEAR, METHODS
 from flowverify.results import Certificate, Verdict
 from flowverify.witness import replay
@@ -46,8 +46,7 @@ class LinearCertifier(BaseCertifier):
         *,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        if method not in METHODS.family(LINEAR):
-            raise UnknownNameError("linear method", method, METHODS.family(LINEAR))
+        METHODS.check_family(method, LINEAR)
         super().__init__(model, method, "exact", input_shape)
         sample = torch.ones(1, *self.network.input_shape)
         half_spaces(self.network, sample, torch.zeros(1, dtype=torch.int64))

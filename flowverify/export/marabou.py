@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
-from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.marabou_cuts import Decision, decide_by_cuts
@@ -24,6 +23,7 @@ from flowverify.export.properties import by_a_gap
 from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
+from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
@@ -70,7 +70,7 @@ class MarabouCertifier(BaseCertifier):
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
         options = MarabouOptions(encoding, timeout)
-        check_method(method)
+        METHODS.check_family(method, INCOMPLETE)
         super().__init__(model, method, "marabou", input_shape)
         self.encoding, self.timeout = options.encoding, float(options.timeout)
         self._process = MarabouProcess()
@@ -170,7 +170,8 @@ class MarabouCertifier(BaseCertifier):
     ) -> Decision[Found]:
         (instance,), inputs = export.instances, export.network.inputs
         centre = inputs.image(instance.centre).clamp(min=0)
-        question = ReducedQuestion(self._parts, inputs.grid, centre, label, instance.budget, export.network.positivity)
+        threat = Threat(positive=export.network.positivity)
+        question = ReducedQuestion(self._parts, threat.ball(centre.double(), instance.budget), label)
         return decide_by_cuts(
             question,
             self._process,

@@ -229,7 +229,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedOperationError, match=r"layer '2_ReLU' \(ReLU\) is not affine"):
         LinearCertifier(deep)
     network, images, labels = random_problem(5)
-    with pytest.raises(UnknownNameError, match="unknown linear method 'crown': expected one of linear, linear-lp"):
+    with pytest.raises(UnknownNameError, match="unknown method 'crown': expected one of linear, linear-lp"):
         LinearCertifier(network, "crown")
     with pytest.raises(InvalidInputError, match="label 9"):
         LinearCertifier(network).search(images, labels * 0 + 9)
