@@ -226,7 +226,7 @@ def test_bad_names_and_options() -> None:
     network, images, labels = problem(MLP, 0, 3)
     with pytest.raises(UnknownNameError, match="unknown method 'exact': expected one of fine-tuned"):
         Certifier(network, "exact")
-    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of alpha-crown, best"):
+    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of MODULE:CLASS, alpha-crown"):
         Certifier(network, "vanilla", "magic")
     with pytest.raises(UnknownNameError, match="unknown ground cost 'l3'"):
         fv.search_radius(Certifier(network), images, labels, "l3")
