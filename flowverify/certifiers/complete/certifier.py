@@ -232,7 +232,8 @@ def _undecided(search: RadiusSearch) -> str:
     if not math.isfinite(search.undecided):
         return "a tie to within rounding at the image itself"
     if search.tie:
-        return f"from radius {search.undecided:.6g} on, a tie to within rounding"
+        precision = f" of {search.hunt.dtype}" if search.hunt.disputed < search.upper_radius else ""
+        return f"from radius {search.undecided:.6g} on, a tie to within rounding{precision}"
     return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"
 
 

@@ -22,6 +22,8 @@ DESCENT_STEPS = 8
 OVERSHOOT = 1.02
 FARTHER = 1.2  # than the nearest counterexample: not worth a look
 HALVINGS = 40
+NUDGES = 0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3  # beyond the boundary, of the way to it
+RETRIES = 64
 NEAREST = 3  # points of a batch that descent starts from
 
 
@@ -46,6 +48,8 @@ class Hunt:
         radius: distance of the nearest counterexample, of normalised images; infinite while there is none.
         witness: that image (C, H, W), or None.
         least_margin: the least min over t of f_y - f_t at any point that was looked at.
+        disputed: the least distance of an image that float64 puts into another class and the network's own precision
+            does not; infinite where there is none.
         largest: the largest absolute value of the image's logits.
     """
 
@@ -58,10 +62,16 @@ class Hunt:
         self.radius = float("inf")
         self.witness: Tensor | None = None
         self.least_margin = float("inf")
+        self.disputed = float("inf")
         self._lock = RLock()
         self._precise, self._network, self._subject = certifier.precise, certifier.network, certifier.subject
         with torch.no_grad():
             self.largest = float(self._precise(image[None]).abs().max())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's own precision."""
+        return self._subject.dtype
 
     def margins(self, points: Tensor) -> Tensor:
         """min over t of f_y - f_t, float64 (N,), for points (N, C, H, W)."""
@@ -125,13 +135,24 @@ class Hunt:
                 break
         if away * high >= self.radius:
             return
-        for nudge in (0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-            candidate = self._between(point, min(1.0, high * (1 + nudge)))
-            reached = self._replayed(candidate)
-            if math.isfinite(reached):
-                if reached < self.radius:
-                    self.radius, self.witness = reached, candidate
+        for nudge in NUDGES:
+            if self._keep(self._between(point, min(1.0, high * (1 + nudge)))):
                 return
+        # The network's own precision rounds the margins next to the boundary away: farther out, up to the point itself.
+        shares = torch.linspace(high, 1.0, RETRIES, dtype=point.dtype, device=point.device)[1:].tolist()
+        farther = torch.stack([self._between(point, share) for share in shares])
+        labels = torch.full((len(farther),), self.label, device=point.device)
+        for candidate in farther[fooled(self._subject, farther, labels)]:
+            if self._keep(candidate):
+                return
+        self.disputed = min(self.disputed, away * high)
+
+    def _keep(self, candidate: Tensor) -> bool:
+        """Whether it is a counterexample; the nearest is kept."""
+        reached = self._replayed(candidate)
+        if reached < self.radius:
+            self.radius, self.witness = reached, candidate
+        return math.isfinite(reached)
 
     def _between(self, point: Tensor, share: float) -> Tensor:
         between = point if share >= 1 else self.image + share * (point - self.image)
