@@ -22,6 +22,7 @@ from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
+from flowverify.certifiers.complete.problem import Problem
 from flowverify.errors import UnsupportedOperationError
 from flowverify.lirpa.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
 from flowverify.lirpa.bounded import handed_over, host_call, with_batch_axes
@@ -245,7 +246,7 @@ def test_neuron_bounds_of_complete_methods_hold(kind: type[nn.Module]) -> None:
         maps = affine_maps(network)
         for index, (image, budget) in enumerate(zip(truth.images, truth.budget.tolist(), strict=True)):
             for amount in (0.0, budget):
-                found = neuron_bounds(maps, Polytope(image, amount), iterations=2)
+                found = neuron_bounds(Problem.outputs(maps, Polytope(image, amount)), iterations=2)
                 bounds = list(zip(found.lower, found.upper, strict=True))
                 if amount:
                     own = [(least[index].flatten(), most[index].flatten()) for least, most in truth.reached]

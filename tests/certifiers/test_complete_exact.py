@@ -113,7 +113,7 @@ def test_brackets_close_to_a_percent_around_the_radius_where_the_margin_ends(par
         if not bool(certifier.clean(image, labels)[1]):
             continue
         search = certifier.start(image[0], label)
-        search.run(certifier.options.budget)
+        search.run(certifier.options.deadline())
         end = min(search.upper_radius, search.undecided, search.limit)
         assert search.radius <= end <= max(search.radius * 1.0101, 1e-9), seed
         assert min(exact_margins(network, image[0], label, search.radius * mass)) > 0, seed
@@ -186,10 +186,10 @@ def test_where_float32_rounds_the_first_counterexamples_away_a_bracket_says_so()
     image = torch.tensor([[[0.625, 0.375, 0.3125], [1.0, 0.5625, 0.125], [0.25, 0.625, 0.125]]], dtype=torch.float64)
     certifier = CompleteCertifier(network, options=CompleteOptions(timeout=None, nodes=2000))
     search = certifier.start(image, 0)
-    search.run(certifier.options.budget)
+    search.run(certifier.options.deadline())
     assert search.tie and search.radius < search.undecided <= search.radius * 1.0101
     assert search.undecided * 1.0101 < search.upper_radius < 0.0945
-    assert search.radius < search.hunt.disputed < search.upper_radius
+    assert search.radius < search.nearest.disputed < search.upper_radius
     before, at, beyond = (
         min(exact_margins(copy.deepcopy(network).double(), image, 0, radius * float(image.sum())))
         for radius in (search.radius, search.undecided, search.upper_radius / 1.01)

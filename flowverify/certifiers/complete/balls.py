@@ -78,6 +78,11 @@ class Polytope:
         nearest = None if found.maximiser is None else found.maximiser[0].flatten(1)
         return Minimum(coefficients @ self.flat - found.excess[0], found.multiplier[0].double(), nearest)
 
+    def cut(self, rows: slice, columns: slice, kind: torch.dtype) -> Polytope:
+        """The ball of a window of the image, in this precision; not the same where mass can leave the window."""
+        image = self.image[:, rows, columns].to(kind).contiguous()
+        return type(self)(image, self.budget, self.ground, self.cap)
+
     @property
     def _compiled(self) -> bool:
         return self.is_program and self.image.device.type == "cpu"

@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from flowverify.certifiers.base import BaseCertifier
+from flowverify.certifiers.complete.settings import DEFAULTS, CounterexampleSettings
 from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.least_budget import least_budget
 from flowverify.witness import distance, fooled, repair, replay
-
-DESCENT_STEPS = 8
-OVERSHOOT = 1.02
-FARTHER = 1.2  # than the nearest counterexample: not worth a look
-HALVINGS = 40
-NUDGES = 0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3  # beyond the boundary, of the way to it
-RETRIES = 64
-NEAREST = 3  # points of a batch that descent starts from
 
 
 class Adversary(Protocol):
@@ -34,7 +27,7 @@ class Adversary(Protocol):
         """A result whose ``images`` (B, C, H, W) are candidates; they are replayed, not trusted."""
 
 
-class Hunt:
+class NearestCounterexample:
     """The nearest counterexample known for one image.
 
     Args:
@@ -55,9 +48,10 @@ class Hunt:
 
     def __init__(
         self, certifier: BaseCertifier, image: Tensor, label: int, feasible: bool, ground: str = "l1",
-        cap: float | None = None,
+        cap: float | None = None, settings: CounterexampleSettings = DEFAULTS.counterexamples,
     ) -> None:  # fmt: skip
         self.image, self.label, self.feasible, self.ground, self.cap = image, label, feasible, ground, cap
+        self._settings = settings
         self.mass = float(image.sum())
         self.radius = float("inf")
         self.witness: Tensor | None = None
@@ -109,10 +103,10 @@ class Hunt:
         margins, before = self.margins(points), self.radius
         self.least_margin = min(self.least_margin, float(margins.min()))
         wrong = (margins < 0).nonzero().flatten()
-        for index in wrong[margins[wrong].argsort()][:NEAREST].tolist():
+        for index in wrong[margins[wrong].argsort()][: self._settings.nearest].tolist():
             self._take(points[index])
         if descend and self.feasible:
-            for point in points[margins.argsort()[:NEAREST]]:
+            for point in points[margins.argsort()[: self._settings.nearest]]:
                 self._descend(point)
         return self.radius < before
 
@@ -125,7 +119,7 @@ class Hunt:
         """Pulls a misclassified point to the boundary along the segment from the image, and replays it."""
         away = self._distance(point)
         low, high = 0.0, 1.0
-        for _ in range(HALVINGS):
+        for _ in range(self._settings.halvings):
             middle = (low + high) / 2
             if float(self.margins(self._between(point, middle)[None])) < 0:
                 high = middle
@@ -135,11 +129,11 @@ class Hunt:
                 break
         if away * high >= self.radius:
             return
-        for nudge in NUDGES:
+        for nudge in self._settings.nudges:
             if self._keep(self._between(point, min(1.0, high * (1 + nudge)))):
                 return
         # The network's own precision rounds the margins next to the boundary away: farther out, up to the point itself.
-        shares = torch.linspace(high, 1.0, RETRIES, dtype=point.dtype, device=point.device)[1:].tolist()
+        shares = torch.linspace(high, 1.0, self._settings.retries, dtype=point.dtype, device=point.device)[1:].tolist()
         farther = torch.stack([self._between(point, share) for share in shares])
         labels = torch.full((len(farther),), self.label, device=point.device)
         for candidate in farther[fooled(self._subject, farther, labels)]:
@@ -179,7 +173,7 @@ class Hunt:
     def _descend(self, point: Tensor, target: int | None = None) -> None:
         """DeepFool in W1: the nearest image to the boundary as linearised at the last one, again and again."""
         current = point
-        for _ in range(DESCENT_STEPS):
+        for _ in range(self._settings.descent_steps):
             leaf = current[None].clone().requires_grad_(True)
             with torch.enable_grad():
                 logits = self._precise(leaf)[0]
@@ -189,7 +183,9 @@ class Hunt:
                     target = int(others.argmax())
                 gain = logits[target] - logits[self.label]
             gradient = torch.autograd.grad(gain, leaf)[0][0]
-            wanted = OVERSHOOT * (-float(gain.detach()) - float((gradient * (self.image - current)).sum()))
+            wanted = self._settings.overshoot * (
+                -float(gain.detach()) - float((gradient * (self.image - current)).sum())
+            )
             if not bool(torch.isfinite(gradient).all()) or wanted <= 0:
                 return
             found = least_budget(
@@ -199,7 +195,10 @@ class Hunt:
                 maximiser=True,
                 ground=self.ground,
             )
-            reach = float(parse_ground(self.ground).budget(gradient.new_tensor(self.radius * FARTHER))) * self.mass
+            reach = (
+                float(parse_ground(self.ground).budget(gradient.new_tensor(self.radius * self._settings.farther)))
+                * self.mass
+            )
             if not float(found.budget) < reach:
                 return
             assert found.maximiser is not None
