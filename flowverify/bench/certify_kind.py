@@ -13,9 +13,9 @@ from flowverify.bounds.recipes import BOUNDS, METHODS
 from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
 
 if TYPE_CHECKING:
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
-    from flowverify.threat import WassersteinBall
 
 DOMAINS = ("auto", "image", "flow")
 
@@ -50,9 +50,9 @@ class Certify(Kind):
         return list(images.expand(self.name, ways, sources.positions_of(fields, images.data, defaults)))
 
     def prepare(self, task: Task, context: Context) -> Prepared:
+        from flowverify.ball import WassersteinBall
         from flowverify.certifiers.complete.certifier import CompleteOptions
         from flowverify.certifiers.make import make_certifier
-        from flowverify.threat import WassersteinBall
 
         settings = task.settings
         seconds = settings.get("seconds")

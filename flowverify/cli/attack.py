@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from math import isfinite
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,9 +24,9 @@ from flowverify.cli.options import (
     Model,
     Split,
     check_device,
-    open_alone,
 )
-from flowverify.cli.report import INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
+from flowverify.cli.records import Records
+from flowverify.cli.report import INTERRUPTED, output, print_error, progress_bar, table, user_errors
 from flowverify.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def attack(
     """
     from flowverify.attack import Binarised, make_attack
     from flowverify.attack.make import check_attack
+    from flowverify.ball import WassersteinBall, distance_name
     from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall, distance_name
 
     check_attack(method)
     ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
@@ -88,13 +88,12 @@ def attack(
     positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
     chosen = data[list(positions)]
     # What is wrong with any image comes out before the first is attacked.
-    search.check(chosen.images, chosen.labels, cap)
-    ball.budget(chosen.images[:1])  # does the ground cost fit the images?
+    search.check(chosen.images, chosen.labels, ball.threat)
 
     results: list[tuple[list[int], AttackResult]] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:
-        file = None if save is None else stack.enter_context(open_alone(save / RECORDS, "save", empty=True))
+        file = stack.enter_context(closing(Records(None if save is None else save / RECORDS, {}, fresh=True)))
         bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
         task = bar.add_task(f"{method} on {model}", total=len(positions))
         try:
@@ -137,24 +136,20 @@ def _attack(search: BaseAttack, data: Dataset, positions: list[int], ball: Any, 
     return search.run(chosen.images, chosen.labels, ball)
 
 
-def _emit(positions: list[int], found: AttackResult, json: bool, file: TextIO | None) -> None:
+def _emit(positions: list[int], found: AttackResult, json: bool, file: Records) -> None:
     """Writes one line an image at once, so that whoever reads along or comes after a crash has it."""
     for row, position in enumerate(positions):
-        line = json_line({"index": position, **found.to_json(row)})
-        if file is not None:
-            file.write(line + "\n")
+        line = file.add(position, found.to_json(row))
         if json:
             typer.echo(line)
-    if file is not None:
-        file.flush()
     sys.stdout.flush()
 
 
 def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path) -> None:
     import numpy as np
 
+    from flowverify.ball import distance_name
     from flowverify.figures import draw_adversarial
-    from flowverify.threat import distance_name
 
     rows = [row for row in range(len(positions)) if found.outcome[row] == "found"]
     if not rows:

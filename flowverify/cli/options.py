@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.lock import take_lock
 
 Model = Annotated[str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")]
 DatasetName = Annotated[
@@ -68,31 +67,6 @@ def check_picture(path: Path) -> Path:
     check_writable(path, "picture")
     require_matplotlib()
     return path
-
-
-def open_alone(path: Path, what: str, *, empty: bool = False) -> TextIO:
-    """Opens a file to append to, for one process at a time; whoever closes it, or ends, lets the next one in.
-
-    Args:
-        what: the option, for messages.
-        empty: drop what the file holds, once it is known that nobody else is writing to it.
-
-    Raises:
-        InvalidInputError: another process has it open so, or it cannot be opened.
-    """
-    try:
-        file = path.open("a", encoding="utf-8")
-        try:
-            if path.is_file():  # a device takes lines from everybody
-                take_lock(file.fileno(), f"{what} {path}")
-                if empty:
-                    file.truncate(0)
-        except BaseException:
-            file.close()
-            raise
-    except OSError as error:
-        raise InvalidInputError(f"{what} {path}: {error.strerror or error}, expected a writable file") from error
-    return file
 
 
 def check_writable(path: Path, what: str) -> Path:

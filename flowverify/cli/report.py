@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
 from flowverify.errors import FlowverifyError
+from flowverify.records import json_line as json_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,11 +96,3 @@ def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
         is_text = column in left
         result.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
     return result
-
-
-def json_line(record: dict[str, Any]) -> str:
-    """One JSON object without line breaks; numbers that JSON does not have become null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False)

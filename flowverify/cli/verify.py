@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,9 +29,9 @@ from flowverify.cli.options import (
     check_domain,
     check_picture,
     check_writable,
-    open_alone,
 )
-from flowverify.cli.report import FAILED, INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
+from flowverify.cli.records import Records
+from flowverify.cli.report import FAILED, INTERRUPTED, output, print_error, progress_bar, table, user_errors
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Verdict
 
@@ -96,9 +96,9 @@ def verify(
     a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
     2: bad input.
     """
+    from flowverify.ball import WassersteinBall, distance_name
     from flowverify.bounds.recipes import check_bound
     from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall, distance_name
 
     check_bound(bound)
     check_domain(domain)
@@ -138,7 +138,7 @@ def verify(
     results: list[Result] = []
     interrupted, start = False, perf_counter()
     with ExitStack() as stack:
-        file = None if save is None else stack.enter_context(open_alone(save, "save", empty=True))
+        file = stack.enter_context(closing(Records(save, {}, fresh=True)))
         bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
         task = bar.add_task(f"{model} on {data.name}", total=len(positions))
         watch.attach(bar, task)
@@ -178,16 +178,12 @@ def load_inputs(model: str, dataset: str | None, split: str, data_dir: Path | No
     return network, load_dataset(dataset or load_card(model).dataset, split, data_dir)
 
 
-def _emit(batch: Sequence[Result], json: bool, file: TextIO | None) -> None:
+def _emit(batch: Sequence[Result], json: bool, file: Records) -> None:
     """Writes one line an image at once, so that whoever reads along or comes after a crash has it."""
     for position, certificate in batch:
-        line = json_line({"index": position, **certificate.to_json()})
-        if file is not None:
-            file.write(line + "\n")
+        line = file.add(position, certificate.to_json())
         if json:
             typer.echo(line)
-    if file is not None:
-        file.flush()
     sys.stdout.flush()
 
 

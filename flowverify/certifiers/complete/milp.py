@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.certifier import CompleteOptions
@@ -18,7 +19,6 @@ from flowverify.certifiers.complete.dual_proof import DualProof
 from flowverify.certifiers.complete.program import NetworkProgram
 from flowverify.errors import InvalidInputError, SolverError
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 
 MASS_ROUNDING = 1 + 1e-12  # a budget is a product with a sum over the pixels
 
