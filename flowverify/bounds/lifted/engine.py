@@ -149,7 +149,9 @@ class LiftedBounds:
 class _Batch:
     """The analysis of one batch of balls."""
 
-    def __init__(self, engine: LiftedBounds, images: Tensor, budget: Tensor, known: Mapping[str, Interval]) -> None:
+    def __init__(
+        self, engine: LiftedBounds, images: Tensor, budget: Tensor, known: Mapping[str, Interval]
+    ) -> None:
         self.engine, self.network, self.known = engine, engine.network, known
         self.images = images.to(engine.dtype)
         self.budget = budget.to(self.images.device)
@@ -335,9 +337,7 @@ class _Batch:
 
     # Backward: rows above linear functions of a value.
 
-    def _rows(
-        self, name: str, query: Coefficients, choices: Mapping[str, Choice] | None = None
-    ) -> tuple[MoveRows, Tensor | float]:
+    def _rows(self, name: str, query: Coefficients, choices: Mapping[str, Choice] | None = None) -> tuple[MoveRows, Tensor | float]:
         """Rows and constants above the differences of linear functions of a value from what they are at the centre."""
         constant: Tensor | float = 0.0
         pending, parts = {name: query}, list[MoveRows]()
@@ -350,9 +350,7 @@ class _Batch:
                 inner = pull_back(node.operation, outer, shapes, node.shape)
             else:
                 relaxation = self.relaxations[node.name]
-                up, down = (
-                    Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0))
-                )
+                up, down = (Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0)))
                 if choices is not None and node.name in choices:
                     through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
                     assert relaxation.rows_above is not None
@@ -397,9 +395,7 @@ class _Batch:
             if chord is None or not bool(chord.bent.any()):
                 continue
             assert isinstance(relaxation, Relaxation)
-            slope = torch.where(chord.centre >= 0, 1.0, chord.flattest)[:, None].expand(
-                -1, classes, *chord.centre.shape[1:]
-            )
+            slope = torch.where(chord.centre >= 0, 1.0, chord.flattest)[:, None].expand(-1, classes, *chord.centre.shape[1:])
             choices[name] = Choice(torch.full_like(slope, self.engine.first_share), slope.clone())
         best = torch.full_like(clean, -torch.inf)
         if not choices:

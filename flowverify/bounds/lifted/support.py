@@ -130,9 +130,7 @@ def maximum(
 
 class _Maximum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]
-    ) -> Tensor:
+    def forward(ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]) -> Tensor:
         found = maximum(MoveRows(gains, origins), images, budget, flow=True, **options)
         ctx.save_for_backward(found.flow)
         ctx.shape = gains.shape
@@ -155,14 +153,7 @@ def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[
 
 
 def _compiled(
-    rows: MoveRows,
-    gains: Tensor,
-    images: Tensor,
-    budget: Tensor,
-    enough: Tensor,
-    guess: Tensor,
-    tolerance: float,
-    flow: bool,
+    rows: MoveRows, gains: Tensor, images: Tensor, budget: Tensor, enough: Tensor, guess: Tensor, tolerance: float, flow: bool
 ) -> MoveSupport:
     from flowverify.bounds.lifted import kernel
 
@@ -219,9 +210,7 @@ def windows_of(planes: Tensor, rows: MoveRows) -> Tensor:
     """The windows of planes (B, Q * R, 4, C, H, W), with the shape of the rows: the adjoint of :func:`whole_grid`."""
     places, (h, w) = len(rows.origins), rows.gains.shape[-2:]
     batch, _, ways, channels, height, width = planes.shape
-    planes = (planes * moves_within(height, width, planes.device)).reshape(
-        batch, places, -1, ways, channels, height, width
-    )
+    planes = (planes * moves_within(height, width, planes.device)).reshape(batch, places, -1, ways, channels, height, width)
     result = planes.new_zeros(*planes.shape[:5], h, w)
     for place, (top, left) in enumerate(rows.origins.tolist()):
         i0, i1, j0, j1 = max(0, top), min(height, top + h), max(0, left), min(width, left + w)
