@@ -156,9 +156,8 @@ MOVES = {
 
 def pulled(method):
     def ask(network, label, folder):
-        nearest = NearestCounterexample(
-            CompleteCertifier(network, method), IMAGE[0].double(), label, method == "complete"
-        )
+        subject, positive = CompleteCertifier(network, method).subject, method == "complete"
+        nearest = NearestCounterexample(subject, IMAGE[0].double(), label, Threat(), positive=positive)
         nearest.offer(MOVED.double())
         return nearest.radius <= 1.0
 

@@ -90,7 +90,7 @@ def falsify(
         SolverError: an exact distance could not be computed.
     """
     centre, point = image.detach().cpu().double(), point.detach().cpu().double()
-    nearest = NearestCounterexample(certifier, centre.to(certifier.device), label, True, ball.ground, ball.cap)
+    nearest = NearestCounterexample(certifier.subject, centre.to(certifier.device), label, ball.threat)
     margins = []
     for scale in scales:
         larger = ball.with_radius(scale * ball.radius)

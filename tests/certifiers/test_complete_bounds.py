@@ -11,15 +11,16 @@ from test_certify_contract import images_of, network_of
 from torch import Tensor, nn
 
 from flowverify import Network
+from flowverify.ball import Threat
 from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.ascent import ascend
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
 from flowverify.certifiers.complete.branching import branch
 from flowverify.certifiers.complete.leaf_program import LeafProgram
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine, tighten
 from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.relaxation import Relaxation, initial_multipliers, lower_bound
 from flowverify.certifiers.complete.settings import NeuronBoundSettings, SearchSettings
+from flowverify.certifiers.complete.single_ball import SingleBall
 from flowverify.certifiers.complete.tree_nodes import roots
 from flowverify.errors import UnsupportedOperationError
 
@@ -31,6 +32,11 @@ def preactivations(network: Network, points: Tensor) -> list[Tensor]:
     values = network.double().values(points)
     names = [node.inputs[0] for node in network.nodes if isinstance(node.operation, nn.ReLU)]
     return [values[name].flatten(1) for name in [*names, network.output]]
+
+
+def single_ball(image: Tensor, budget: float, positive: bool = True) -> SingleBall:
+    """The ball of a budget around one image (C, H, W), or the L1 ball of flows."""
+    return SingleBall(Threat("l1", positive=positive).ball(image, budget))
 
 
 def reached(kind: str, radius: float, count: int = 400) -> tuple[Tensor, float, Tensor]:
@@ -66,7 +72,7 @@ def test_bounds_hold_for_any_multipliers_and_any_splits(kind: str, feasible: boo
     network = network_of(kind)
     maps = affine_maps(network)
     image, budget, points = reached(kind, 0.4)
-    ball = Polytope(image, budget) if feasible else FlowBall(image, budget)
+    ball = single_ball(image, budget, feasible)
     values = preactivations(network, points)
     bounds = neuron_bounds(Problem.outputs(maps, ball), iterations=3)
     for low, high, value in zip(bounds.lower, bounds.upper, values, strict=False):
@@ -105,7 +111,7 @@ def with_extremes(kind: str, radius: float) -> tuple[Problem, NeuronBounds, list
     network = network_of(kind)
     maps = affine_maps(network)
     image, budget, points = reached(kind, radius, 2000)
-    problem = Problem.outputs(maps, Polytope(image, budget))
+    problem = Problem.outputs(maps, single_ball(image, budget))
     bounds = neuron_bounds(problem)
     width = maps.widths[1]
     rows = torch.cat([torch.eye(width), -torch.eye(width)]).double()
@@ -149,7 +155,7 @@ def test_leaf_is_exact_without_trusting_the_solver(seed: int) -> None:
     network = random_network((1, 4, 4), [nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 2)], seed)
     image = sparse_images((1, 4, 4), 1, seed)[0]
     maps, budget = affine_maps(network), 0.8 * float(image.sum())
-    ball = Polytope(image, budget)
+    ball = single_ball(image, budget)
     specification = torch.tensor([1.0, -1.0], dtype=torch.float64)
     problem = Problem(maps, ball, 1, specification[None])
     bounds = neuron_bounds(problem)

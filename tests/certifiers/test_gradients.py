@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_complete_bounds import reached
+from test_complete_bounds import reached, single_ball
 from test_joint_limits import limited
 
 from flowverify.certifiers.complete.ascent import Adam
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
 from flowverify.certifiers.complete.gradients import compiled_slope, slope, traced_slope, values
 from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, lower_bound
 from flowverify.certifiers.complete.settings import AscentSettings
@@ -124,7 +123,7 @@ def test_the_reduced_problem_is_near_the_whole(feasible: bool) -> None:
 @pytest.mark.parametrize("feasible", [True, False])
 def test_maxima_in_single_precision_are_upper_bounds(feasible: bool, tolerance: float) -> None:
     image, budget, _ = reached("mlp", 0.3)
-    ball = Polytope(image, budget) if feasible else FlowBall(image, budget)
+    ball = single_ball(image, budget, feasible)
     generator = torch.Generator().manual_seed(1)
     functions = torch.randn(300, image.numel(), generator=generator, dtype=torch.float64)
     functions += 1e4 * torch.rand(300, 1, generator=generator, dtype=torch.float64)  # much that cancels
@@ -154,4 +153,4 @@ def test_functions_that_are_not_finite_have_no_minimum(what: float, everywhere: 
     image, budget, _ = reached("mlp", 0.3)
     functions = torch.randn(3, image.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     functions[1, slice(None) if everywhere else 0] = what
-    assert Polytope(image, budget).minimum(functions).value.isnan().tolist() == [False, True, False]
+    assert single_ball(image, budget).minimum(functions).value.isnan().tolist() == [False, True, False]

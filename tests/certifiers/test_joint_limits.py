@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from test_certify_contract import network_of
-from test_complete_bounds import preactivations, reached
+from test_complete_bounds import preactivations, reached, single_ball
 from torch import Tensor
 
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
 from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.joint_limit_search import limit_jointly, spent
 from flowverify.certifiers.complete.joint_limits import JointLimits
@@ -26,7 +25,7 @@ def limited(kind: str, radius: float, size: int = 4, feasible: bool = True) -> t
     network = network_of(kind)
     maps = affine_maps(network)
     image, budget, points = reached(kind, radius, 1000)
-    ball = Polytope(image, budget) if feasible else FlowBall(image, budget)
+    ball = single_ball(image, budget, feasible)
     generator = torch.Generator().manual_seed(3)
     specification = torch.randn(6, len(maps.stages[-1].bias), generator=generator, dtype=torch.float64)
     problem = Problem(maps, ball, maps.layers, specification)

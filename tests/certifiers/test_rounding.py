@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_complete_bounds import single_ball
 from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
 from flowverify.certifiers.complete.joint_limit_search import upper_bounds
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
 from flowverify.certifiers.complete.problem import Problem as Bounding
@@ -344,9 +344,9 @@ def outward(value: Array, direction: float) -> Tensor:
     return torch.tensor(result, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", [Polytope, FlowBall])
+@pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize("at_the_image", [False, True])
-def test_lower_bounds_with_any_multipliers_are_below_exact_margins(kind: type[Polytope], at_the_image: bool) -> None:
+def test_lower_bounds_with_any_multipliers_are_below_exact_margins(positive: bool, at_the_image: bool) -> None:
     """No multiplier that a search may come to makes a bound that exceeds a margin in the ball, not by one ulp.
 
     At the image alone with the best bounds of neurons that there are, so that nothing else makes up for rounding.
@@ -358,7 +358,7 @@ def test_lower_bounds_with_any_multipliers_are_below_exact_margins(kind: type[Po
         network, own = converted(given).double(), exact(given.image[0])
         maps = affine_maps(network)
         budget = 0.0 if at_the_image else 2.0 ** -(1 + seed % 50) * float(given.image.sum())
-        ball = kind(given.image[0], budget)
+        ball = single_ball(given.image[0], budget, positive)
         label = int(network(given.image).argmax())
         bounds = neuron_bounds(Bounding.outputs(maps, ball), iterations=1)
         if at_the_image:
@@ -387,7 +387,7 @@ def test_neuron_bounds_contain_exact_values() -> None:
         given = problem(seed)
         network = converted(given).double()
         maps = affine_maps(network)
-        ball = Polytope(given.image[0], 1e-3 * float(given.image.sum()))
+        ball = single_ball(given.image[0], 1e-3 * float(given.image.sum()))
         bounds = neuron_bounds(Bounding.outputs(maps, ball), iterations=1)
         for point in moved(exact(given.image[0]), Fraction(ball.budget)):
             read = read_by_relus(given.module, point)
@@ -403,7 +403,7 @@ def test_joint_limits_are_not_below_exact_sums() -> None:
         generator = torch.Generator().manual_seed(seed)
         given = problem(seed)
         maps = affine_maps(converted(given).double())
-        ball = Polytope(given.image[0], 0.0)
+        ball = single_ball(given.image[0], 0.0)
         bounding = Bounding.outputs(maps, ball)
         bounds = neuron_bounds(bounding, iterations=1)
         nodes = roots(torch.arange(1), bounds.lower, bounds.upper)

@@ -9,7 +9,7 @@ exact for that larger set: framework paper (2021), Section 3.2 and Table 1.
 
 Whose question it is, and until when: certificates (``certifier``, ``references``) and the radius of one image
 (``radius_search``, with its ``schedule``), to a ``deadline``, by ``settings`` that are passed along. A search has a
-*problem* (``problem``): margins over one ball (``balls``) of the network as matrices (``affine_maps``).
+*problem* (``problem``): margins over one ball (``single_ball``) of the network as matrices (``affine_maps``).
 
 From below, bounds: a Lagrangian dual that any multipliers make sound (``relaxation``, theory section 16), whose
 multipliers Adam raises (``ascent``) along their gradients (``gradients``, compiled in ``relaxation_kernel``) in single

@@ -22,7 +22,6 @@ from flowverify.certifiers.complete.radius_search import Progress, RadiusSearch
 from flowverify.certifiers.complete.settings import SearchSettings
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.transport.ground import parse_ground
 from flowverify.witness import replay
 
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
@@ -116,7 +115,7 @@ class CompleteCertifier(BaseCertifier):
         images, labels = self.check(image, torch.as_tensor(label), Threat(ground, cap))
         if not bool(self.clean(images, labels)[1]):
             raise InvalidInputError(f"image of label {label}: misclassified, so there is no radius to search")
-        return self._search_of(images[0].double(), int(label), ground, cap)
+        return self._search_of(images[0].double(), int(label), Threat(ground, cap))
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``, one after the other.
@@ -141,7 +140,7 @@ class CompleteCertifier(BaseCertifier):
             InvalidInputError: as :meth:`check`.
         """
         images, labels = self.check(image, torch.as_tensor(label), ball.threat)
-        search = self._search_of(images[0].double(), int(labels[0]), ball.ground, ball.cap)
+        search = self._search_of(images[0].double(), int(labels[0]), ball.threat)
         with torch.no_grad():
             largest = max(
                 float(value.abs().max()) for value in self.precise.values(search.nearest.image[None]).values()
@@ -163,7 +162,7 @@ class CompleteCertifier(BaseCertifier):
         self, image: Tensor, label: Tensor, prediction: Tensor, ball: WassersteinBall, searching: bool
     ) -> Certificate:
         begin = self.options.clock()
-        search = self._search_of(image, int(label), ball.ground, ball.cap)
+        search = self._search_of(image, int(label), ball.threat)
 
         def report(decided: bool | None) -> Certificate:
             verdict, radius, margin, note = _found(search) if searching else _decided(search, decided, ball)
@@ -174,7 +173,7 @@ class CompleteCertifier(BaseCertifier):
                 witness, note = None, "; ".join(filter(None, [note, NO_IMAGE]))
                 verdict = Verdict.UNKNOWN if verdict is Verdict.FALSIFIED else verdict
             upper = search.upper_radius if math.isfinite(search.upper_radius) else None
-            if not search.nearest.feasible and (ball.ground != "l1" or ball.cap is not None):
+            if not search.nearest.positive and (ball.ground != "l1" or ball.cap is not None):
                 # What was searched is an l1 ball of flows around the ball: the witness may lie outside of that.
                 upper = self._distance(search, witness, ball)
                 witness = None if upper is None else witness
@@ -205,22 +204,20 @@ class CompleteCertifier(BaseCertifier):
         found = float(replay(self.subject, ball.threat.unlimited(search.nearest.image[None]), label, witness[None]))
         return found if math.isfinite(found) else None
 
-    def _search_of(self, centre: Tensor, label: int, ground: str, cap: float | None) -> RadiusSearch:
+    def _search_of(self, centre: Tensor, label: int, threat: Threat) -> RadiusSearch:
+        options = self.options
         specification = margin_specification(
             torch.tensor([label], device=centre.device), self.network.num_classes, torch.float64
         )[0]
+        nearest = NearestCounterexample(
+            self.subject, centre, label, threat, positive=self.method == "complete",
+            settings=options.settings.counterexamples,
+        )  # fmt: skip
         return RadiusSearch(
-            self.maps,
-            NearestCounterexample(
-                self, centre, label, self.method == "complete", ground, cap, self.options.settings.counterexamples
-            ),
-            specification,
-            limit=parse_ground(ground).largest_distance(*centre.shape[-2:]),
-            tolerance=self.options.tolerance,
-            adversary=self.options.adversary,
-            progress=self.options.progress,
-            settings=self.options.settings,
-        )
+            self.maps, nearest, specification, limit=threat.largest_radius(self.network.grid),
+            tolerance=options.tolerance, adversary=options.adversary, progress=options.progress,
+            settings=options.settings,
+        )  # fmt: skip
 
 
 Finding = tuple[Verdict, float, float | None, str]  # verdict, radius, margin, note

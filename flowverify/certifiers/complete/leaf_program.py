@@ -53,7 +53,7 @@ class LeafProgram:
         to_flow = sparse.hstack([edges, -edges]).tocsr() * unit
         limits: list[Any] = [sparse.csr_array(np.ones((1, to_flow.shape[1])))]
         right = [np.ones(1)]
-        if ball.feasible:
+        if ball.positive:
             limits.append(-to_flow / unit)
             right.append(self._image / unit)
         if len(rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.ball import WassersteinBall
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.certifier import CompleteOptions
@@ -20,6 +20,7 @@ from flowverify.certifiers.complete.program import NetworkProgram
 from flowverify.errors import InvalidInputError, SolverError
 from flowverify.results import Certificate, Verdict
 
+THREAT = Threat()  # the only one that the program knows
 MASS_ROUNDING = 1 + 1e-12  # a budget is a product with a sum over the pixels
 
 
@@ -81,7 +82,7 @@ class MilpCertifier(BaseCertifier):
         return NetworkProgram(self.network, image, budget, bounds)
 
     def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
-        if ball.ground != "l1" or ball.cap is not None:
+        if ball.threat != THREAT:
             raise InvalidInputError(
                 f"method milp with ground cost {ball.ground!r} and cap {ball.cap}: expected l1 and no cap"
             )
@@ -91,7 +92,7 @@ class MilpCertifier(BaseCertifier):
         )
 
     def _budget(self, image: Tensor, radius: float) -> float:
-        return radius * float(image.sum()) * MASS_ROUNDING
+        return float(THREAT.budget(radius, image[None])) * MASS_ROUNDING
 
     def _decide(self, image: Tensor, label: Tensor, prediction: Tensor, radius: float) -> Certificate:
         nearest, deadline = self._nearest(image, label), self.options.deadline()
@@ -123,7 +124,7 @@ class MilpCertifier(BaseCertifier):
         if self.options.adversary is not None:
             nearest.ask(self.options.adversary)
         nearest.descend()
-        mass, limit = float(image.sum()), float(self.network.grid.diameter)
+        limit = THREAT.largest_radius(self.network.grid)
         upper = min(nearest.radius * (1 + 1e-6), limit)
         program = self.program(image, upper)
         least = upper
@@ -132,7 +133,8 @@ class MilpCertifier(BaseCertifier):
                 least = 0.0
                 break
             found = program.least_budget(int(label), other, self._budget(image, upper), self._share(deadline))
-            least = min(least, max(0.0, found.bound) / mass)
+            cheapest = image.new_tensor([max(0.0, found.bound)])
+            least = min(least, float(THREAT.radius(cheapest, image[None])))
             if found.image is not None:
                 # The optimum is a tie; a little farther the class changes.
                 point, centre = torch.from_numpy(found.image).to(image), image.flatten()
@@ -165,7 +167,9 @@ class MilpCertifier(BaseCertifier):
         return least
 
     def _nearest(self, image: Tensor, label: Tensor) -> NearestCounterexample:
-        return NearestCounterexample(self, image, int(label), True, settings=self.options.settings.counterexamples)
+        return NearestCounterexample(
+            self.subject, image, int(label), THREAT, settings=self.options.settings.counterexamples
+        )
 
     def _proof(self, program: NetworkProgram, budget: float, deadline: Deadline) -> DualProof:
         return DualProof(program, budget, deadline, self.options.settings.program)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowverify.certifiers.complete.affine_maps import AffineMaps, Stage
-from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
+from flowverify.certifiers.complete.single_ball import SingleBall
 from flowverify.certifiers.complete.workers import Workers
 
 
@@ -32,15 +32,15 @@ class Problem:
     """
 
     maps: AffineMaps
-    ball: Polytope
+    ball: SingleBall
     stage: int
     specification: Tensor
     settings: SearchSettings = DEFAULTS
     workers: Workers = field(default_factory=Workers)
-    _reduced: dict[torch.dtype, tuple[AffineMaps, Polytope]] = field(default_factory=dict, repr=False)
+    _reduced: dict[torch.dtype, tuple[AffineMaps, SingleBall]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def outputs(cls, maps: AffineMaps, ball: Polytope, settings: SearchSettings = DEFAULTS) -> Problem:
+    def outputs(cls, maps: AffineMaps, ball: SingleBall, settings: SearchSettings = DEFAULTS) -> Problem:
         """Each of the network's outputs."""
         bias = maps.stages[-1].bias
         return cls(maps, ball, maps.layers, torch.eye(len(bias), dtype=bias.dtype, device=bias.device), settings)
@@ -53,7 +53,7 @@ class Problem:
         """These rows."""
         return replace(self, specification=self.specification[chosen])
 
-    def on(self, ball: Polytope) -> Problem:
+    def on(self, ball: SingleBall) -> Problem:
         """Over another ball."""
         return replace(self, ball=ball, _reduced={})
 
@@ -64,7 +64,7 @@ class Problem:
         maps, ball = self._reduced[kind]
         return replace(self, maps=maps, ball=ball, specification=self.specification.to(kind), _reduced={})
 
-    def _reduce(self, kind: torch.dtype) -> tuple[AffineMaps, Polytope]:
+    def _reduce(self, kind: torch.dtype) -> tuple[AffineMaps, SingleBall]:
         rows, columns = self._window()
         image = self.ball.image
         places = torch.arange(self.maps.pixels, device=image.device).reshape(image.shape)
@@ -73,7 +73,7 @@ class Problem:
         for stage in self.maps.stages:
             weights = {s: (w[:, window] if s == 0 else w).to(kind).contiguous() for s, w in stage.weights.items()}
             stages.append(Stage(stage.bias.to(kind), weights))
-        return AffineMaps(tuple(stages), self.maps.names, len(window)), self.ball.cut(rows, columns, kind)
+        return AffineMaps(tuple(stages), self.maps.names, len(window)), self.ball.window(rows, columns, kind)
 
     def _window(self) -> tuple[slice, slice]:
         """The rows and columns near the mass; all of them where points need no mass to move."""
@@ -81,7 +81,7 @@ class Problem:
         mass, margin = self.ball.image.sum(0) > 0, self.settings.ascent.window
         for axis, size in ((1, mass.shape[0]), (0, mass.shape[1])):
             held = mass.any(axis).nonzero().flatten()
-            if self.ball.feasible and len(held):
+            if self.ball.positive and len(held):
                 found.append(slice(max(0, int(held[0]) - margin), min(size, int(held[-1]) + 1 + margin)))
             else:
                 found.append(slice(0, size))

@@ -14,20 +14,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from flowverify.ball import Ball, Threat
 from flowverify.certifiers.complete.affine_maps import AffineMaps
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
 from flowverify.certifiers.complete.counterexamples import Adversary, NearestCounterexample
 from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
 from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.schedule import Schedule
 from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
+from flowverify.certifiers.complete.single_ball import SingleBall
 from flowverify.certifiers.complete.tree import Counts, Tree
 from flowverify.certifiers.complete.workers import Workers
-from flowverify.transport.ground import parse_ground
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,11 @@ class RadiusSearch:
         """The least bound among open nodes; None without a tree."""
         return None if self._tree is None else self._tree.worst
 
-    def ball(self, radius: float) -> Polytope:
+    def ball(self, radius: float) -> SingleBall:
         """The ball of this radius; without positivity, the l1 ball of flows around it."""
-        nearest, ground = self.nearest, parse_ground(self.nearest.ground)
-        if not nearest.feasible:
-            return FlowBall(nearest.image, ground.to_l1(radius) * nearest.mass)
-        budget = float(ground.budget(torch.tensor(radius, dtype=torch.float64))) * nearest.mass
-        return Polytope(nearest.image, budget, nearest.ground, nearest.cap)
+        threat, images = self.nearest.threat, self.nearest.image[None]
+        ball = Ball(threat, images, threat.budget(radius, images))
+        return SingleBall(ball if self.nearest.positive else ball.within(Threat("l1", positive=False)))
 
     def problem(self, radius: float) -> Problem:
         """The margins over the ball of this radius."""

@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.joint_limits import JointLimits
 from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.single_ball import SingleBall
 
 
 @dataclass
@@ -269,7 +269,7 @@ class _Concretise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, coefficients: Tensor, ball: Polytope, guess: Tensor, tolerance: float
+        ctx: Any, coefficients: Tensor, ball: SingleBall, guess: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         found = ball.minimum(coefficients, guess, tolerance, True)
         assert found.point is not None
