@@ -16,7 +16,8 @@ import torch
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.attack import make_attack
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.zoo import load_card
 

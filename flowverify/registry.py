@@ -251,7 +251,7 @@ def _keywords(factory: Any) -> type:
 
 INCOMPLETE, LINEAR, COMPLETE = "incomplete", "linear", "complete"
 _INCOMPLETE_OPTIONS = "flowverify.certifiers.options:IncompleteOptions"
-_COMPLETE_OPTIONS = "flowverify.certifiers.complete.certifier:CompleteOptions"
+_COMPLETE_OPTIONS = "flowverify.certifiers.complete.options:CompleteOptions"
 
 METHODS = Registry(
     "method",

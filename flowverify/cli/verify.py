@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
 
 PICTURED = 4
+COMPLETE = "flowverify.certifiers.complete.options:CompleteOptions"
 MARABOU = "flowverify.export.options:MarabouOptions"
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
@@ -64,7 +65,10 @@ def verify(
     encoding: Annotated[str | None, typer.Option(help=help_of(MARABOU, "encoding"))] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds for an image: 60 for complete methods; for an image and a radius: 300 for marabou."),
+        typer.Option(
+            help=f"Of complete methods: {help_of(COMPLETE, 'timeout')} By default 60, for marabou 300.",
+            show_default=False,
+        ),
     ] = None,
     option: Options = None,
     witnesses: Annotated[

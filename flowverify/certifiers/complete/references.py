@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from flowverify.ball import Threat
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.references import sample_references
 from flowverify.errors import InvalidInputError
 from flowverify.results import Certificate, Interrupted, Verdict
