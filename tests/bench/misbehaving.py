@@ -5,30 +5,37 @@ import signal
 import time
 from pathlib import Path
 
-from flowverify.bench.tasks import Kind, Prepared, Task
+from pydantic import Field
+
+from flowverify.bench.tasks import Kind, Prepared, Run, Task
 from flowverify.errors import InvalidInputError
+from flowverify.settings import Natural, settings
 
 
-class Misbehaving(Kind):
+@settings
+class Deeds(Run):
     """``deeds`` maps positions to deeds; ``seconds`` is what each image takes; ``once`` is done a single time.
 
     Who hangs adds a byte to the file ``tell`` just before.
     """
 
-    name = "misbehaving"
+    deeds: dict[int, str] = Field({})
+    seconds: float = Field(0.0)
+    setup: str = Field("")
+    marks: str = Field("")
+    pids: str = Field("")
+    tell: str = Field("")
+    count: Natural = Field(10)
 
-    def expand(self, fields, defaults):
-        settings = {
-            "deeds": {str(position): deed for position, deed in fields.take("deeds", {}).items()},
-            "pause": fields.number("seconds", 0.0),
-            "setup": fields.text("setup", ""),
-            "marks": fields.text("marks", ""),
-            "pids": fields.text("pids", ""),
-            "tell": fields.text("tell", ""),
-        }
-        count = fields.integer("count", 10)
-        fields.finish()
-        return [Task("misbehaving", f"{__name__}:Misbehaving", settings, tuple(range(count)), defaults.chunk)]
+
+class Misbehaving(Kind):
+    name = "misbehaving"
+    settings = Deeds
+
+    def expand(self, run, defaults):
+        own = {"deeds": {str(position): deed for position, deed in run.deeds.items()}, "pause": run.seconds}
+        own |= {"setup": run.setup, "marks": run.marks, "pids": run.pids, "tell": run.tell}
+        return [Task("misbehaving", f"{__name__}:Misbehaving", own, tuple(range(run.count)), defaults.chunk)]
 
     def prepare(self, task, context):
         if task.settings["pids"]:
