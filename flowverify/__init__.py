@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowverify.api import certified_radius, certify, certify_batch
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.make import make_certifier
     from flowverify.certifiers.radius import search_radius
     from flowverify.certifiers.verify import Certifier
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from flowverify.errors import FlowverifyError
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
     from flowverify.results import Certificate, Verdict
-    from flowverify.threat import WassersteinBall
     from flowverify.zoo import load_model
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _MODULES = {
     "FoldedNetwork": "network",
     "Network": "network",
     "Verdict": "results",
-    "WassersteinBall": "threat",
+    "WassersteinBall": "ball",
     "certified_radius": "api",
     "certify": "api",
     "certify_batch": "api",

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.domain import DomainName
+from flowverify.ball import WassersteinBall, check_images
+from flowverify.bounds.crown.domain import DomainName
 from flowverify.certifiers.make import make_certifier
 from flowverify.certifiers.radius import RELATIVE_TOLERANCE, search_radius
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError
 from flowverify.results import Certificate
-from flowverify.threat import WassersteinBall, check_images
 
 
 def certify(

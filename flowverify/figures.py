@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowverify.ball import check_images, distance_name
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.grid import Grid
 from flowverify.network import Network
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import check_images, distance_name
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, wasserstein_distance
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.inverse import minimal_flow

@@ -65,7 +65,7 @@ class _Attack(Prepared):
         self._attack, self._data, self._settings = attack, data, settings
 
     def run(self, positions: Sequence[int]) -> list[Record]:
-        from flowverify.threat import WassersteinBall
+        from flowverify.ball import WassersteinBall
 
         chosen = self._data[list(positions)]
         radius, ground, cap = (self._settings[key] for key in ("radius", "ground", "cap"))

@@ -15,9 +15,9 @@ from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
 from flowverify.settings import Natural, OneOf, PositiveNumber, settings, several, wrong
 
 if TYPE_CHECKING:
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
-    from flowverify.threat import WassersteinBall
 
 DOMAINS = ("auto", "image", "flow")
 ALL_METHODS = (*METHODS, *LINEAR_METHODS, *COMPLETE_METHODS)
@@ -62,9 +62,9 @@ class Certify(Kind[CertifyRun]):
         return list(run.tasks(ways, defaults))
 
     def prepare(self, task: Task, context: Context) -> Prepared:
+        from flowverify.ball import WassersteinBall
         from flowverify.certifiers.complete.certifier import CompleteOptions
         from flowverify.certifiers.make import make_certifier
-        from flowverify.threat import WassersteinBall
 
         settings = task.settings
         seconds = settings.get("seconds")

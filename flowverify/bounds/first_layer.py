@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowverify.bounds.intervals import Interval
-from flowverify.lirpa.warm_start import WarmStart
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.network import Network, affine_rows
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.support import inner, support

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.domain import Domain, DomainName, make_domain, sample_images
+from flowverify.bounds.crown.bounded import BoundedNetwork, handed_over
+from flowverify.bounds.crown.domain import Domain, DomainName, make_domain, sample_images
 from flowverify.bounds.first_layer import AffineValue
 from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.bounds.recipes import BOUNDS, check_bound, check_method
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import BoundError, FlowverifyError, UnsupportedOperationError
-from flowverify.lirpa.bounded import BoundedNetwork, handed_over
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.network import INPUT, Network
 from flowverify.network.lowering import Lowered, lower
 
@@ -31,14 +31,14 @@ class MarginBounds:
     shown its ReLU to be linear for all images of the batch; the relaxation of such a ReLU is exact.
 
     auto_LiRPA gets the network rewritten in the operations that it bounds right
-    (:func:`flowverify.lirpa.bounded.handed_over`). A bound that can do without it does so, with a note, where it cannot
-    take the network or fails.
+    (:func:`flowverify.bounds.crown.bounded.handed_over`). A bound that can do without it does so, with a note, where it
+    cannot take the network or fails.
 
     Args:
         network: in canonical form; it is copied.
         method: "vanilla" or "fine-tuned".
         bound: a name in :data:`flowverify.certifiers.methods.BOUNDS`.
-        domain: where CROWN runs; see :func:`flowverify.bounds.domain.make_domain`.
+        domain: where CROWN runs; see :func:`flowverify.bounds.crown.domain.make_domain`.
         dtype: precision of the bounds.
         tolerance: duality gap of the support function; see :func:`flowverify.transport.support.support`.
         ground: the ground cost of the balls; see :mod:`flowverify.transport.ground`.

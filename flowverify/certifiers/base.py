@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.conventions import check_labels
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.errors import BoundError, SolverError
 from flowverify.network import Network, RoundingBound, load_network
+from flowverify.network.subject import Subject
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.threat import WassersteinBall, check_cap, check_images
-from flowverify.transport.ground import check_ground, parse_ground
+from flowverify.transport.ground import parse_ground
 from flowverify.transport.support import support
-from flowverify.witness import TwoPrecisions, clean
 
 
 class BaseCertifier(ABC):
@@ -34,7 +32,7 @@ class BaseCertifier(ABC):
     ) -> None:
         self.network: Network = load_network(model, input_shape)
         self.method, self.bound = method, bound
-        self._precise: Network | None = None
+        self.subject = Subject(self.network)
         self._rounding: RoundingBound | None = None
 
     @abstractmethod
@@ -62,38 +60,22 @@ class BaseCertifier(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+        return self.subject.device
 
     @property
     def precise(self) -> Network:
         """The network in float64."""
-        if self._precise is None:
-            self._precise = copy.deepcopy(self.network).double()
-        return self._precise
+        network = self.subject.precise
+        assert isinstance(network, Network)
+        return network
 
-    @property
-    def subject(self) -> TwoPrecisions:
-        """The network in both precisions, as counterexamples are replayed on it."""
-        return TwoPrecisions(self.network, self.precise)
-
-    def check(
-        self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Images as a valid batch, and labels as int64 of its length, on the network's device.
-
-        Raises:
-            InvalidInputError: wrong shape, a pixel that is negative, not finite or above the cap, mass 0, a label
-                that is no class of the network, a ground cost that does not fit the images.
-            UnknownNameError: an unknown ground cost.
-        """
-        check_ground(ground, self.network.grid)
-        images = check_images(images, self.network.grid).detach().to(self.device)
-        check_cap(images, cap)
-        return images, check_labels(labels, len(images), self.network.num_classes, self.device)
+    def check(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> tuple[Tensor, Tensor]:
+        """Images as a valid batch, and labels; see :meth:`flowverify.network.subject.Subject.check`."""
+        return self.subject.check(images, labels, threat)
 
     def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions, and whether each image is classified right; see :mod:`flowverify.witness`."""
-        return clean(self.subject, images, labels)
+        """Predictions, and whether each image is classified right; see :mod:`flowverify.network.subject`."""
+        return self.subject.clean(images, labels)
 
     def allowance(self, images: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
         """What margins are lowered by before they count as proven, for rounding in float64.
@@ -129,7 +111,7 @@ class BaseCertifier(ABC):
             Interrupted: at Ctrl-C, with what is known until then.
             InvalidInputError, UnknownNameError: see :meth:`check`.
         """
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, ball.threat)
         result: list[Certificate] = []
         if not len(images):
             return result

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.linear import HalfSpaces, LinearRadius, capped_radius, exact_radius, half_spaces
 from flowverify.certifiers.linear_program import LinearProgram, program_radius
@@ -16,11 +17,10 @@ from flowverify.certifiers.methods import LINEAR_METHODS
 from flowverify.certifiers.radius import confirm
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.moves import best_moves
 from flowverify.transport.support import support
-from flowverify.witness import pull_back, repair, replay
+from flowverify.witness import replay
 
 INSIDE = 1 - 1e-9  # the exact radius itself is a tie: what is certified is below it, and confirmed there
 STEPS = 4e-9  # relative, of the radii at which that is tried
@@ -68,7 +68,7 @@ class LinearCertifier(BaseCertifier):
         Raises:
             InvalidInputError: "linear-lp" with another ground cost than l1.
         """
-        images, labels = self.check(images, labels, ground)
+        images, labels = self.check(images, labels, Threat(ground))
         spaces = half_spaces(self.network, images, labels)
         if self._program is None:
             return exact_radius(spaces, ground=ground)
@@ -92,24 +92,23 @@ class LinearCertifier(BaseCertifier):
         The witness is the image of the ball that goes farthest beyond the boundary of the nearest class (with a cap,
         nearly the farthest), and is replayed; see :mod:`flowverify.witness`.
         """
-        images, labels = self.check(images, labels, ground, cap)
+        threat = Threat(ground, cap)
+        images, labels = self.check(images, labels, threat)
         spaces = half_spaces(self.network, images, labels)
         nearest = exact_radius(spaces, ground=ground)
         position = nearest.by_class.argmin(1)
         normal = spaces.normals[torch.arange(len(position)), position]
-        radius = radius.double()
-        budget = parse_ground(ground).budget(radius).to(spaces.mass) * spaces.mass
-        farthest = best_moves(normal, spaces.images, budget=budget, ground=ground, cap=cap).image
-        radius = radius.to(spaces.mass)
-        image = pull_back(spaces.images, repair(spaces.images, farthest, cap), ground, radius)
-        return image, torch.isfinite(replay(self.subject, spaces.images, labels, image, ground, cap, radius))
+        ball = threat.ball(spaces.images, threat.budget(radius.double(), spaces.images))
+        farthest = best_moves(normal, spaces.images, budget=ball.budget, ground=ground, cap=cap).image
+        image = ball.pull_back(threat.repair(spaces.images, farthest))
+        return image, torch.isfinite(replay(self.subject, ball, labels, image))
 
     def _certificates(
         self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool
     ) -> list[Certificate]:
         start = time.perf_counter()
         ground, cap = ball.ground, ball.cap
-        images, labels = self.check(images, labels, ground, cap)
+        images, labels = self.check(images, labels, ball.threat)
         if not len(images):
             return []
         predictions, correct = self.clean(images, labels)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flowverify.ball import Threat
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.bracket import Bracket
 from flowverify.certifiers.verify import Certifier, Cover
 from flowverify.errors import InvalidInputError
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 
 RELATIVE_TOLERANCE = 0.01
@@ -54,12 +54,13 @@ def search_radius(
         InvalidInputError: as :meth:`Certifier.check`, a tolerance outside (0, 1), or a batch size < 1.
         UnknownNameError: an unknown ground cost.
     """
-    ground = WassersteinBall(0.0, ground, cap).ground
+    threat = Threat(ground, cap)
+    ground = threat.ground
     if not 0 < tolerance < 1:
         raise InvalidInputError(f"tolerance {tolerance!r}: expected a number between 0 and 1")
     if batch_size < 1:
         raise InvalidInputError(f"batch size {batch_size!r}: expected at least 1")
-    images, labels = certifier.check(images, labels, ground, cap)
+    images, labels = certifier.check(images, labels, threat)
     result: list[Certificate] = []
     for start in range(0, images.shape[0], batch_size):
         part = slice(start, start + batch_size)

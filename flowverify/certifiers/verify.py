@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.domain import DomainName
+from flowverify.ball import WassersteinBall
+from flowverify.bounds.crown.domain import DomainName
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import check_bound, check_method
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 
 
@@ -60,7 +60,7 @@ class Certifier(BaseCertifier):
         method: "vanilla" or "fine-tuned".
         bound: a name in :data:`flowverify.certifiers.methods.BOUNDS`.
         input_shape: (C, H, W), where the model does not say.
-        domain: where CROWN runs; see :func:`flowverify.bounds.domain.make_domain`.
+        domain: where CROWN runs; see :func:`flowverify.bounds.crown.domain.make_domain`.
 
     Raises:
         UnknownNameError, UnsupportedOperationError, FoldError, ModelFileError, DependencyError: as their
@@ -194,7 +194,7 @@ class Certifier(BaseCertifier):
             InvalidInputError: as :meth:`check`, or an image above the cap.
         """
         start = time.perf_counter()
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, ball.threat)
         if not len(images):
             return []
         predictions, correct = self.clean(images, labels)

@@ -71,8 +71,8 @@ def attack(
     """
     from flowverify.attack import Binarised, make_attack
     from flowverify.attack.make import check_attack
+    from flowverify.ball import WassersteinBall, distance_name
     from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall, distance_name
 
     check_attack(method)
     ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
@@ -88,8 +88,7 @@ def attack(
     positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
     chosen = data[list(positions)]
     # What is wrong with any image comes out before the first is attacked.
-    search.check(chosen.images, chosen.labels, cap)
-    ball.budget(chosen.images[:1])  # does the ground cost fit the images?
+    search.check(chosen.images, chosen.labels, ball.threat)
 
     results: list[tuple[list[int], AttackResult]] = []
     interrupted, start = False, perf_counter()
@@ -149,8 +148,8 @@ def _emit(positions: list[int], found: AttackResult, json: bool, file: Records) 
 def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path) -> None:
     import numpy as np
 
+    from flowverify.ball import distance_name
     from flowverify.figures import draw_adversarial
-    from flowverify.threat import distance_name
 
     rows = [row for row in range(len(positions)) if found.outcome[row] == "found"]
     if not rows:

@@ -12,9 +12,9 @@ from flowverify.results import Certificate, Interrupted, Verdict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
-    from flowverify.threat import WassersteinBall
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
 
@@ -37,8 +37,10 @@ def certify_batches(
         InvalidInputError: an image or a label is not valid for the network; nothing has been computed then.
         DependencyError, FoldError, UnsupportedOperationError, BoundError: the network cannot be bounded at all.
     """
+    from flowverify.ball import Threat
+
     chosen = data[list(positions)]
-    images, labels = certifier.check(chosen.images, chosen.labels, ground, cap)
+    images, labels = certifier.check(chosen.images, chosen.labels, Threat(ground, cap))
     certifier.prepare(ground, cap)
     for start in range(0, len(positions), batch_size):
         part = slice(start, start + batch_size)

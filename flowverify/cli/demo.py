@@ -37,10 +37,10 @@ def demo(
     card, network = load_card(MODEL), load_model(MODEL)
     data = load_dataset(DATASET)[:count]
 
+    from flowverify.ball import distance_name
     from flowverify.certifiers.radius import search_radius
     from flowverify.certifiers.verify import Certifier
     from flowverify.figures import draw_worst_cases
-    from flowverify.threat import distance_name
 
     typer.echo(
         f"{MODEL} ({card.description}; clean accuracy {card.accuracy_text}), first {len(data)} test images of "

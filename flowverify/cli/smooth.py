@@ -135,10 +135,10 @@ def certify(
 
     Radii are W1 of normalised images for the ground cost, in pixels (for a power P, W_P).
     """
+    from flowverify.ball import distance_name
     from flowverify.smoothing import SmoothedClassifier, SplitClassifier, Splitting
     from flowverify.smoothing.certificates import check_certificate
     from flowverify.smoothing.statistics import check_alpha, check_samples
-    from flowverify.threat import distance_name
     from flowverify.transport.ground import check_ground
 
     check_samples("n0", n0)

@@ -96,9 +96,9 @@ def verify(
     a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
     2: bad input.
     """
+    from flowverify.ball import WassersteinBall, distance_name
     from flowverify.bounds.recipes import check_bound
     from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall, distance_name
 
     check_bound(bound)
     check_domain(domain)

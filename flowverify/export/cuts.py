@@ -16,11 +16,12 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from flowverify.bounds.backward import pull_back
 from flowverify.bounds.intervals import Interval, intersect, propagate
+from flowverify.bounds.relaxations import crosses_zero
 from flowverify.errors import SolverError
 from flowverify.export.networks import Parts, append_rows, margin_rows
 from flowverify.export.program import Program, with_cuts, write_program
-from flowverify.export.relaxation import linear_lower_bounds, unsettled
 from flowverify.export.rounding import FloatArray
 from flowverify.grid import Grid
 from flowverify.network import INPUT
@@ -59,11 +60,14 @@ class ReducedQuestion:
         self._directions = [torch.zeros(0, len(self.bias), dtype=torch.float64)]
         self._bound_values()
         identity = torch.eye(parts.classes - 1, dtype=torch.float64)
-        rows, constants = linear_lower_bounds(self.graph, self.graph.output, identity, self._intervals)
-        self.margins = constants - self.reach(-rows)  # CROWN's lower bounds, (classes - 1,)
+        rows, least = self._below(self.graph.output, -identity, self._intervals)
+        reach = self.reach(rows)
+        self.margins = -(reach + least)  # CROWN's lower bounds, (classes - 1,)
         shared = torch.cat(self._directions)
         reached = self.reach(shared)
-        self.cuts = [(torch.cat([shared, -row[None]]), torch.cat([reached, self.reach(-row[None])])) for row in rows]
+        self.cuts = [
+            (torch.cat([shared, rows[k, None]]), torch.cat([reached, reach[k, None]])) for k in range(len(rows))
+        ]
 
     def reach(self, directions: Tensor) -> Tensor:
         """h(a) for rows a, (S, inputs) -> (S,)."""
@@ -110,20 +114,27 @@ class ReducedQuestion:
 
     def _tighten(self, name: str, values: dict[str, Interval]) -> Interval:
         lower, upper = (bound.flatten().clone() for bound in values[name])
-        chosen = unsettled(values[name]).nonzero().flatten()
+        chosen = crosses_zero(values[name]).flatten().nonzero().flatten()
         if not chosen.numel():
             return values[name]
         identity = torch.zeros(len(chosen), len(lower), dtype=torch.float64)
         identity[torch.arange(len(chosen)), chosen] = 1
-        low_rows, low = linear_lower_bounds(self.graph, name, identity, values)
-        high_rows, high = linear_lower_bounds(self.graph, name, -identity, values)
-        found = low - self.reach(-low_rows), self.reach(-high_rows) - high
+        low_rows, low = self._below(name, -identity, values)
+        high_rows, high = self._below(name, identity, values)
+        found = -(self.reach(low_rows) + low), self.reach(high_rows) + high
         lower[chosen], upper[chosen] = intersect(found, (lower[chosen], upper[chosen]))
         room = MOST_CUTS - sum(map(len, self._directions))
         open_ = (lower[chosen] < 0) & (upper[chosen] > 0)
-        self._directions.append(torch.stack([-low_rows[open_], -high_rows[open_]], 1).flatten(0, 1)[: max(room, 0)])
+        self._directions.append(torch.stack([low_rows[open_], high_rows[open_]], 1).flatten(0, 1)[: max(room, 0)])
         shape = values[name][0].shape
         return lower.reshape(shape), upper.reshape(shape)
+
+    @torch.no_grad()
+    def _below(self, name: str, rows: Tensor, intervals: dict[str, Interval]) -> tuple[Tensor, Tensor]:
+        """Directions (S, inputs) and constants (S,) of functions of z that are nowhere less than rows of a value."""
+        shaped = rows.reshape(1, len(rows), *self.graph.shape(name))
+        found, constant = pull_back(self.graph, name, shaped, intervals)
+        return found[INPUT][0].flatten(1), constant[0]
 
     def _furthest(self, direction: Tensor) -> Tensor:
         """The image of the ball whose value is furthest along a direction; the ball is the one with positivity."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError, UnknownNameError
@@ -24,7 +25,6 @@ from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
 
@@ -90,7 +90,7 @@ class MarabouCertifier(BaseCertifier):
 
         Marabou is asked about the ball without a cap; counterexamples keep to the cap.
         """
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, ball.threat)
         predictions, correct = self.clean(images, labels)
         return [
             self._decide(images[k], int(labels[k]), int(predictions[k]), bool(correct[k]), ball)

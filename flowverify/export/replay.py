@@ -3,7 +3,7 @@
 Verifiers return points on the boundary of what they were asked, up to tolerances of their own. So the witness is
 first made a valid image (no negative pixel, the image's mass, within the radius), and then moved on inside the ball
 by a few steps of Frank-Wolfe, whose oracle is exact; from all of these the nearest counterexample is hunted. Only what
-the replayed image shows is ever claimed, by the rule of :mod:`flowverify.witness`.
+the replayed image shows is ever claimed, by the rule of :mod:`flowverify.network.subject`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowverify import witness
+from flowverify.ball import INSIDE, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.hunt import Hunt
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
 from flowverify.export.rounding import FloatArray
-from flowverify.threat import WassersteinBall
+from flowverify.network.subject import surplus
 from flowverify.transport.moves import best_moves
 
 STEPS = 12
@@ -129,11 +129,12 @@ def repaired(point: Tensor, image: Tensor, ball: WassersteinBall) -> Tensor:
     Raises:
         SolverError: an exact distance could not be computed.
     """
-    valid, centre = witness.repair(image[None], point[None], ball.cap), image[None]
-    if not bool(torch.isfinite(witness.distance(centre, valid, ball.ground))):
-        budget = ball.budget(centre) * witness.INSIDE
+    around = ball.around(image)
+    valid, centre = ball.threat.repair(around.images, point[None]), around.images
+    if not bool(torch.isfinite(ball.threat.price(centre, valid))):
+        budget = around.budget * INSIDE
         return best_moves(valid - centre, centre, budget=budget, ground=ball.ground, cap=ball.cap).image[0]
-    return witness.pull_back(centre, valid, ball.ground, image.new_tensor([ball.radius]))[0]
+    return around.pull_back(valid)[0]
 
 
 def _exported_margin(outputs: FloatArray, label: int, encoding: Encoding, classes: int) -> float:
@@ -152,12 +153,12 @@ def descend(
     of the ball stay inside.
     """
     network, device = certifier.precise, certifier.device  # weights need no gradient
-    budget = (ball.budget(image[None]) * witness.INSIDE).expand(NEIGHBOURS)
+    budget = (ball.budget(image) * INSIDE).expand(NEIGHBOURS)
     centres = image.expand(NEIGHBOURS, *image.shape)
 
     def margins(candidates: Tensor) -> Tensor:
         labels = torch.full((len(candidates),), label, device=device)
-        return -witness.surplus(network(candidates.to(device)), labels).cpu()
+        return -surplus(network(candidates.to(device)), labels).cpu()
 
     generator = torch.Generator().manual_seed(0)
     best, least = start, float(margins(start[None]))

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import MNIST, Schedule
 from flowverify.attack.sinkhorn import project_sinkhorn
+from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
 from flowverify.smoothing.classifier import SmoothedClassifier
 from flowverify.smoothing.counter import derive_key
 from flowverify.smoothing.inputs import check_inputs
 from flowverify.smoothing.sampling import noisy_images
 from flowverify.smoothing.statistics import check_alpha, check_samples
-from flowverify.witness import distance, in_threat_model, repair
 
 GRADIENT = 3  # the stage of its samples, after those of the classifier
 STEP = 0.1  # in pixel values, as in the authors' code
@@ -85,6 +85,7 @@ def attack_smoothed(
     images, targets = check_inputs(images, labels, classifier.sampler.voter)
     if not len(images):
         raise InvalidInputError("images: given none, expected at least one")
+    threat = Threat(ground)
     cost, begin = LocalCost.of_ground(ground, window), time.perf_counter()
     clean = images.double().cpu()
     mass = clean.sum(dim=(1, 2, 3), keepdim=True)
@@ -115,15 +116,15 @@ def attack_smoothed(
         )  # fmt: skip
         moved = (found.image.double() * mass[active]).clamp(min=0)
         offered = torch.where(torch.isfinite(moved), moved, current[active])
-        current[active] = repair(clean[active], offered, None)
+        current[active] = threat.repair(clean[active], offered)
         for row in fallen(active, iteration):
             scheduled[row] = radius
             active.remove(row)
         if on_iteration is not None:
             on_iteration(iteration + 1, len(active))
-    valid = in_threat_model(clean, current, None).tolist()
+    valid = threat.admits(clean, current).tolist()
     hit = [row for row, radius in enumerate(scheduled) if radius and valid[row]]
-    distances = dict(zip(hit, distance(clean[hit], current[hit], ground).tolist(), strict=True))
+    distances = dict(zip(hit, threat.distance(clean[hit], current[hit]).tolist(), strict=True))
     share = (time.perf_counter() - begin) / len(clean)
     return [
         SmoothedAttackResult(

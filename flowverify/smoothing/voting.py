@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowverify.conventions import check_logits
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network
-from flowverify.witness import close_to, surplus
+from flowverify.network.subject import close_to, surplus
 
 MEMORY = 256 * 2**20  # bytes of noisy images and of what the network makes of them
 MULTIPLE = 16  # rows are filled up to one: a row's logits then do not depend on how many there are
@@ -74,8 +74,8 @@ class Voter:
     def votes(self, batch: Tensor, what: str) -> Tensor:
         """The class of each image, int64 (N,); -1 where none is strictly the best.
 
-        A class is the best by the rule of :mod:`flowverify.witness`, in the network's own precision and, where that is
-        near a tie, in float64 too: the base classifier is a function with one more answer, "none", for which
+        A class is the best by the rule of :mod:`flowverify.network.subject`, in the network's own precision and, where
+        that is near a tie, in float64 too: the base classifier is a function with one more answer, "none", for which
         certificates hold as well.
 
         Raises:

@@ -154,6 +154,32 @@ def lipschitz_constant(coefficients: Tensor, ground: str = "l1") -> Tensor:
     return largest
 
 
+def steepest_moves(coefficients: Tensor, ground: str = "l1") -> Tensor:
+    """The move that attains Lip(c) at a cost of 1, (..., C, H, W): mass from the pixel that is lower to the higher one.
+
+    c . move = Lip(c); 0 where c is constant in every channel.
+    """
+    height, width = coefficients.shape[-2:]
+    flat = coefficients.detach().reshape(-1, *coefficients.shape[-3:])
+    largest, moves = flat.new_zeros(len(flat)), torch.zeros_like(flat)
+    for (row, column), cost in zip(*(part.tolist() for part in steepest_offsets(height, width, ground)), strict=True):
+        here, there = _shifted(row, column, height, width)
+        difference = (flat[there] - flat[here]) / cost
+        if not difference.numel():
+            continue
+        size, place = difference.abs().flatten(1).max(1)
+        rows = (size > largest).nonzero().flatten()
+        amount = torch.zeros_like(difference[rows]).flatten(1)
+        chosen = place[rows, None]
+        amount.scatter_(1, chosen, difference[rows].flatten(1).gather(1, chosen).sign() / cost)
+        amount = amount.reshape(-1, *difference.shape[1:])
+        step = torch.zeros_like(flat[rows])
+        step[there] += amount
+        step[here] -= amount
+        largest[rows], moves[rows] = size[rows], step
+    return moves.reshape(coefficients.shape)
+
+
 def _steepest_neighbours(coefficients: Tensor) -> Tensor:
     largest = coefficients.new_zeros(coefficients.shape[:-3])
     for axis in (-1, -2):

@@ -108,16 +108,17 @@ class GroundCost:
         W1_l1 <= factor * W1_d <= factor * W_p (Jensen), with the factor of :func:`l1_over_ground`. As pixels
         are whole steps apart, also l1 <= steepness * d^p, so that W1_l1 <= steepness * radius^p.
         """
-        return min(_L1_OVER[self.distance] * radius, self._steepness * float(radius**self.power))
+        return min(_L1_OVER[self.distance] * radius, self.steepness * float(radius**self.power))
 
     def from_l1(self, radius: float) -> float:
         """The largest radius whose ball :meth:`to_l1` places in the l1 ball of ``radius``."""
-        return max(radius / _L1_OVER[self.distance], float((radius / self._steepness) ** (1.0 / self.power)))
+        return max(radius / _L1_OVER[self.distance], float((radius / self.steepness) ** (1.0 / self.power)))
 
     @property
-    def _steepness(self) -> float:
-        # max over offsets of l1 / d^p: for l2 the diagonal step (1, 1), or a step to a neighbour. At (a, b),
-        # l1 / l2^p <= sqrt(2) l2^(1-p), which falls with l2.
+    def steepness(self) -> float:
+        """max over offsets of l1 / d^p: what is paid for l1 is at most so many times what is paid for this cost."""
+        # For l2 the diagonal step (1, 1), or a step to a neighbour: at (a, b), l1 / l2^p <= sqrt(2) l2^(1-p), which
+        # falls with l2.
         return 1.0 if self.distance == "l1" else max(1.0, 2.0 ** (1.0 - self.power / 2.0))
 
 

@@ -123,7 +123,7 @@ class _Lying(BaseAttack):
     name = "lying"
     answer = None
 
-    def _at_radius(self, batch, radius):
+    def search(self, batch):
         return self.answer(batch)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from flowverify.bounds.crown.bounded import BoundedNetwork
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import BoundError, UnsupportedOperationError
-from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network
 
 

@@ -17,14 +17,15 @@ import torch
 from contracts import margins_at, samples, sparse_images
 from torch import Tensor, nn
 
+from flowverify.bounds.crown.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
+from flowverify.bounds.crown.bounded import handed_over, host_call, with_batch_axes
 from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds
+from flowverify.bounds.relaxations import relaxable
 from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
 from flowverify.errors import UnsupportedOperationError
-from flowverify.lirpa.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
-from flowverify.lirpa.bounded import handed_over, host_call, with_batch_axes
 from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.lowering import keeps_for_export, lower
 from flowverify.network.operations import OPERATIONS, RECORDS, operation_name, output_shape
@@ -260,7 +261,8 @@ def test_bounds_of_training_hold(kind: type[nn.Module]) -> None:
         network, truth = network_of(case), truth_of(case)
         if network.is_affine:
             continue
-        for targets in (0, 1) if relu_only(network) else (0,):
+        lines = all(relaxable(node.operation) for node in network.activations)
+        for targets in (0, 1) if lines else (0,):
             for budget, least in ((torch.zeros_like(truth.budget), truth.clean), (truth.budget, truth.least)):
                 _, worst = TrainableBounds(network, targets).bound(truth.images, truth.labels, budget)
                 others = torch.ones_like(worst, dtype=torch.bool).scatter(1, truth.labels[:, None], False)

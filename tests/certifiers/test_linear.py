@@ -10,6 +10,7 @@ import torch
 from contracts import random_network, sparse_images
 from torch import nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.certifiers.linear import exact_radius, half_spaces, l2_radius, vanilla_radius
 from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.certifiers.linear_program import LinearProgram, program_radius
@@ -19,7 +20,6 @@ from flowverify.errors import InvalidInputError, SolverError, UnknownNameError, 
 from flowverify.grid import Grid
 from flowverify.network import Network
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import wasserstein_distance
 
 

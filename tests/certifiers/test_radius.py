@@ -11,11 +11,11 @@ from contracts import descend, least_radius, margins_at, random_network, samples
 from torch import Tensor, nn
 
 import flowverify as fv
+from flowverify.bounds.crown.bounded import BoundedNetwork
 from flowverify.bounds.margins import MarginBounds, margin_specification
 from flowverify.bounds.recipes import BOUNDS, METHODS
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network
 from flowverify.results import Verdict
 

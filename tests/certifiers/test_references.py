@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.certifiers.make import make_certifier
 from flowverify.certifiers.references import Reference, check_references, maximum_over_references, sample_references
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import channel_masses
 
 

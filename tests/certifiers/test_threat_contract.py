@@ -11,6 +11,7 @@ from plans import COSTS, frank_wolfe, least_margins, plan_cost, plan_samples, po
 from torch import Tensor, nn
 
 from flowverify.api import certify_batch
+from flowverify.ball import WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import METHODS
 from flowverify.certifiers.linear_certifier import LinearCertifier
@@ -18,7 +19,6 @@ from flowverify.certifiers.radius import search_radius
 from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
-from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import wasserstein_distance
 
 DOUBLE = torch.float64

@@ -9,13 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
 from flowverify.export import marabou, marabou_process
 from flowverify.export.marabou import MarabouCertifier
 from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
 needs_marabou = pytest.mark.skipif(bool(marabou_missing()), reason=marabou_missing() or "Marabou is there")

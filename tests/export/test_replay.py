@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from flowverify.ball import WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.export.folder import Layout, Source, write_folder
 from flowverify.export.marabou import MarabouCertifier
@@ -13,7 +14,6 @@ from flowverify.export.plan import Request
 from flowverify.export.replay import descend, repaired
 from flowverify.export.results import collect
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import l1_over_ground
 from flowverify.transport.inverse import flow_by_transport

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.affine_maps import affine_maps
@@ -20,7 +21,6 @@ from flowverify.certifiers.complete.least_margin import LeastMargin, least_margi
 from flowverify.certifiers.complete.radius_search import RadiusSearch
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.ground import parse_ground
 from flowverify.witness import replay
 
@@ -105,7 +105,7 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             InvalidInputError: as :meth:`check`; or the image is misclassified.
         """
-        images, labels = self.check(image, torch.as_tensor(label), ground, cap)
+        images, labels = self.check(image, torch.as_tensor(label), Threat(ground, cap))
         if not bool(self.clean(images, labels)[1]):
             raise InvalidInputError(f"image of label {label}: misclassified, so there is no radius to search")
         return self._search_of(images[0].double(), int(label), ground, cap)
@@ -132,7 +132,7 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             InvalidInputError: as :meth:`check`.
         """
-        images, labels = self.check(image, torch.as_tensor(label), ball.ground, ball.cap)
+        images, labels = self.check(image, torch.as_tensor(label), ball.threat)
         search = self._search_of(images[0].double(), int(labels[0]), ball.ground, ball.cap)
         with torch.no_grad():
             largest = max(float(value.abs().max()) for value in self.precise.values(search.hunt.image[None]).values())
@@ -194,7 +194,7 @@ class CompleteCertifier(BaseCertifier):
         if witness is None:
             return None
         hunt, label = search.hunt, torch.tensor([search.hunt.label], device=witness.device)
-        found = float(replay(self.subject, hunt.image[None], label, witness[None], ball.ground, ball.cap))
+        found = float(replay(self.subject, ball.threat.unlimited(hunt.image[None]), label, witness[None]))
         return found if math.isfinite(found) else None
 
     def _search_of(self, centre: Tensor, label: int, ground: str, cap: float | None) -> RadiusSearch:

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowverify.ball import Threat
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.least_budget import least_budget
-from flowverify.witness import distance, fooled, repair, replay
+from flowverify.witness import replay
 
 DESCENT_STEPS = 8
 OVERSHOOT = 1.02
@@ -54,6 +55,7 @@ class Hunt:
         cap: float | None = None,
     ) -> None:  # fmt: skip
         self.image, self.label, self.feasible, self.ground, self.cap = image, label, feasible, ground, cap
+        self._threat = Threat(ground, cap)
         self.mass = float(image.sum())
         self.radius = float("inf")
         self.witness: Tensor | None = None
@@ -109,7 +111,7 @@ class Hunt:
     def _repaired(self, points: Tensor) -> Tensor:
         """As images of the threat model."""
         points = points.reshape(-1, *self.image.shape)
-        return repair(self.image.expand_as(points), points, self.cap)
+        return self._threat.repair(self.image.expand_as(points), points)
 
     def _take(self, point: Tensor) -> None:
         """Pulls a misclassified point to the boundary along the segment from the image, and replays it."""
@@ -141,13 +143,13 @@ class Hunt:
         """Its distance if it is a counterexample, a point of the set that is searched; infinite if not."""
         label = torch.tensor([self.label], device=point.device)
         if self.feasible:
-            return float(replay(self._subject, self.image[None], label, point[None], self.ground, self.cap))
-        return self._distance(point) if bool(fooled(self._subject, point[None], label)) else math.inf
+            return float(replay(self._subject, self._threat.unlimited(self.image[None]), label, point[None]))
+        return self._distance(point) if bool(self._subject.fooled(point[None], label)) else math.inf
 
     def _distance(self, point: Tensor) -> float:
         """Of normalised images; off the images, between the positive and the negative part of the difference."""
         if self.feasible:
-            return float(distance(self.image[None], point[None], self.ground))
+            return float(self._threat.distance(self.image[None], point[None]))
         difference = point - self.image
         gained, lost = difference.clamp(min=0), (-difference).clamp(min=0)
         if float(lost.sum()) == 0:

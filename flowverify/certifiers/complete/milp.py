@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.certifier import CompleteOptions
@@ -18,7 +19,6 @@ from flowverify.certifiers.complete.hunt import Hunt
 from flowverify.certifiers.complete.program import NetworkProgram
 from flowverify.errors import InvalidInputError, SolverError
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 
 INSIDE = 1 - 1e-6, 0.999, 0.99, 0.9  # of the least distance: what is tried to prove, one after the other
 SOLVER_SHARE = 0.5  # of the time left: the rest is for the proof

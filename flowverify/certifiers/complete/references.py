@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from flowverify.ball import WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
 from flowverify.certifiers.references import sample_references
 from flowverify.errors import InvalidInputError
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_tree
 
 IMPOSSIBLE = (

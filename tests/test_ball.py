@@ -1,4 +1,4 @@
-"""The Wasserstein ball: its unit, its membership test, and what it refuses."""
+"""Threats and balls: their units, their members, the way into them, their covers, and what they refuse."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import ot
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flowverify.ball import Ball, Threat, WassersteinBall, check_images, distance_name
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
-from flowverify.threat import WassersteinBall, check_images
+from flowverify.transport.ground import ground_cost
 
 
 def digits(count: int = 2, *shape: int) -> Tensor:
@@ -172,6 +174,7 @@ def test_bad_pixels_are_named(value: float, message: str) -> None:
     images[1, 0, 5, 5] = -9.0
     for check in (
         check_images,
+        Threat().check,
         WassersteinBall(0.1).budget,
         lambda bad: WassersteinBall(0.1).contains(bad, bad),
     ):
@@ -234,5 +237,192 @@ def test_an_image_above_the_cap_is_an_error() -> None:
     with pytest.raises(InvalidInputError, match=r"image 1 has a pixel of 1\.5: expected at most the cap, 1\.2"):
         ball.contains(images, images)
     with pytest.raises(InvalidInputError, match=r"image 1 has a pixel of 1\.5"):
-        ball.check_cap(images)
-    WassersteinBall(0.1).check_cap(images)
+        ball.threat.check(images)
+    assert Threat().check(images) is images
+
+
+GROUNDS = ("l1", "l2", "l2^2", "l1^1.5", "local:3", "local:3:l1^2")
+
+
+def plan_cost(source: Tensor, target: Tensor, ground: str) -> float:
+    """Of the cheapest plan, for each unit of mass, by POT with full cost matrices; infinite if there is none."""
+    costs = ground_cost(source.shape[-2:], ground).numpy()
+    far = 1e5
+    total = 0.0
+    for mu, nu in zip(source.flatten(1).numpy(), target.flatten(1).numpy(), strict=True):
+        value = ot.emd2(mu / mu.sum(), nu / nu.sum(), np.where(np.isfinite(costs), costs, far), numItermax=1_000_000)
+        total += mu.sum() * value
+    cost = total / float(source.sum())
+    return cost if cost < 100 else np.inf
+
+
+def random_pairs(seed: int, count: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 2, 3, 4, generator=generator, dtype=torch.float64)
+    others = torch.rand(count, 2, 3, 4, generator=generator, dtype=torch.float64) ** 3
+    return images, others * (images.sum((-1, -2)) / others.sum((-1, -2)))[..., None, None]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(GROUNDS), st.integers(0, 10**6), st.floats(0.01, 0.4))
+def test_what_is_pulled_back_lies_in_the_ball_and_goes_far(ground: str, seed: int, radius: float) -> None:
+    images, others = random_pairs(seed)
+    ball = WassersteinBall(radius, ground).around(images)
+    found, power = ball.pull_back(others), ball.threat.cost.power
+    assert bool(ball.contains(found).all())
+    for image, other, back in zip(images, others, found, strict=True):
+        before, after = plan_cost(image, other, ground), plan_cost(image, back, ground)
+        assert after <= radius**power * (1 + 1e-7)
+        if before <= radius**power * (1 - 1e-9):
+            assert torch.equal(back, other)
+        elif np.isinf(before):
+            assert torch.equal(back, image)
+        elif power == 1 and not ground.startswith("local"):
+            assert after >= radius * (1 - 1e-6)  # all of the way that there is
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([None, 1.0, 1.3]), st.floats(0.01, 3.0))
+def test_what_is_repaired_is_an_image_of_the_threat_model(seed: int, cap: float | None, noise: float) -> None:
+    images, _ = random_pairs(seed)
+    candidates = images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).double()
+    candidates[0, 0, 0, 0] = torch.nan
+    threat = Threat(cap=cap)
+    found = threat.repair(images, candidates)
+    assert bool(threat.admits(images, found).all()) and torch.equal(found[0], images[0])
+
+
+THREATS = [Threat(ground, cap) for ground in GROUNDS for cap in (None, 1.5)] + [
+    Threat(ground, positive=False) for ground in GROUNDS
+]
+threats = pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.name)
+
+
+@threats
+def test_budget_and_radius_are_inverse(threat: Threat) -> None:
+    images = digits(3, 2, 4, 4)
+    radius = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64)
+    budget = threat.budget(radius, images)
+    assert budget.dtype == torch.float64 and budget[0] == 0
+    for image, one, found in zip(images, radius.tolist(), budget.tolist(), strict=True):
+        assert found == pytest.approx(one**threat.cost.power * float(image.double().sum()), rel=1e-12)
+    torch.testing.assert_close(threat.radius(budget, images), radius, rtol=1e-12, atol=0)
+    assert torch.equal(threat.budget(0.3, images)[1], budget[1])
+
+
+@threats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_support_is_attained_and_not_exceeded(threat: Threat, dtype: torch.dtype) -> None:
+    """No member of the ball exceeds it; without a cap, its maximiser is a member that attains it."""
+    images = random_pairs(0)[0]
+    functions = torch.randn(3, 4, 2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ball = threat.ball(images, threat.budget(torch.tensor([0.02, 0.1, 0.4]), images)).to(dtype=dtype)
+    found = ball.support(functions.to(dtype), maximiser=True)
+    assert found.excess.dtype == dtype and found.maximiser is not None
+    flat = (functions[:, :, None] * (found.maximiser.double() - images[:, None])[:, :, None]).flatten(2).sum(-1)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    if threat.cap is None:
+        torch.testing.assert_close(found.excess.double(), flat, rtol=tolerance, atol=tolerance)
+    if threat.positive:
+        best = torch.stack([ball.best_moves(functions[:, k]).gain for k in range(4)], 1)
+        assert bool((best <= found.excess.double() * (1 + tolerance) + tolerance).all())
+    if dtype == torch.float64 and (threat.positive or threat.cost.is_metric):
+        for k in range(4):
+            member = ball.best_moves(functions[:, k]).image if threat.positive else found.maximiser[:, k]
+            assert bool(ball.contains(member, 1e-7).all())
+            assert not bool(ball.with_budget(ball.budget * 0.9).contains(member).any()) or threat.cap is not None
+    shared = ball.support(functions[0].to(dtype)).excess
+    torch.testing.assert_close(shared[0], found.excess[0], rtol=tolerance, atol=tolerance)
+
+
+@threats
+def test_covers_are_looser_and_contain_the_ball(threat: Threat) -> None:
+    images = random_pairs(3)[0]
+    functions = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ball = threat.ball(images, threat.budget(torch.tensor([0.02, 0.3, 1.1]), images))
+    own = ball.support(functions).excess
+    covers = threat.covers()
+    assert covers[0] == threat and len(set(covers)) == len(covers)
+    for looser in [*covers, Threat("l1", threat.cap, threat.positive)]:
+        around = ball.within(looser)
+        assert around.threat == looser
+        value = around.support(functions).excess
+        if threat.cap is None and looser.cap is None:
+            assert bool((value >= own * (1 - 1e-9)).all())
+        if threat.positive and looser.positive:
+            for function in functions:
+                member = ball.best_moves(function.expand_as(images)).image
+                assert bool(around.contains(member, 1e-7).all())
+    assert torch.equal(ball.within(threat).budget, ball.budget)
+
+
+def test_only_looser_threats_cover() -> None:
+    ball = Threat("l2", 1.5).ball(digits(), 1.0)
+    for tighter in (Threat("l2", 1.2), Threat("l2^2"), Threat("local:3")):
+        with pytest.raises(InvalidInputError, match=r"balls of W1, l2, cap 1\.5 within balls of .*: expected a looser"):
+            ball.within(tighter)
+    with pytest.raises(InvalidInputError, match="within balls of W1, l1: expected a looser threat"):
+        Threat(positive=False).ball(digits(), 1.0).within(Threat())
+
+
+def test_flows_may_pass_where_there_is_no_mass() -> None:
+    """From an empty pixel to its neighbour: 1 unit at distance 1, which no nonnegative image allows."""
+    images = torch.zeros(1, 1, 2, 3, dtype=torch.float64)
+    images[0, 0, 0, 0] = 1.0
+    moved = images.clone()
+    moved[0, 0, 1, 1:] += torch.tensor([-0.5, 0.5])
+    flows = Threat(positive=False)
+    assert flows.price(images, moved).tolist() == pytest.approx([0.5])
+    assert (
+        flows.ball(images, 0.5 * (1 + 1e-12)).contains(moved).all()
+        and not flows.ball(images, 0.49).contains(moved).any()
+    )
+    back = flows.ball(images, 0.25).pull_back(moved)
+    torch.testing.assert_close(back, images + 0.5 * (moved - images))
+    assert not Threat().admits(images, moved).any()
+    assert flows.price(images, images).tolist() == [0.0]
+    with pytest.raises(InvalidInputError, match=r"flows at ground cost 'l2\^2': expected a metric"):
+        Threat("l2^2", positive=False).price(images, moved)
+    with pytest.raises(InvalidInputError, match="moves in balls of W1, l1, flows: expected a threat that is positive"):
+        flows.ball(images, 1.0).best_moves(images)
+    with pytest.raises(InvalidInputError, match="cap: given 1 for images whose pixels may be negative, expected None"):
+        Threat(cap=1.0, positive=False)
+
+
+def test_a_ball_is_a_batch() -> None:
+    images = digits(4)
+    ball = Threat("l2^2").ball(images, torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    assert len(ball) == 4 and ball.grid == Grid(8, 8)
+    part = ball[torch.tensor([2, 0])]
+    assert isinstance(part, Ball) and part.budget.tolist() == [2.0, 0.0] and torch.equal(part.images, images[[2, 0]])
+    assert ball[1:3].budget.tolist() == [1.0, 2.0]
+    torch.testing.assert_close(ball.mass, images.double().sum((1, 2, 3)))
+    torch.testing.assert_close(ball.radius**2 * ball.mass, ball.budget)
+    narrow = ball.to(dtype=torch.float64).with_budget(ball.budget / 2)
+    assert narrow.images.dtype == torch.float64 and narrow.budget.tolist() == [0.0, 0.5, 1.0, 1.5]
+    around = WassersteinBall(0.1, "l2^2").around(images[0])
+    assert around.threat == Threat("l2^2") and around.radius.tolist() == pytest.approx([0.1])
+    far = Threat().unlimited(images)
+    assert far.contains(images.flip(-1)).all() and torch.isinf(far.radius).all()
+    assert Threat("local:3").largest_radius(Grid(8, 8)) == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (torch.ones(3), r"budget of shape \(3,\): expected \(2,\) or a number"),
+        (torch.ones(2, 1), r"budget of shape \(2, 1\)"),
+        (-1.0, r"budget -1\.0: expected finite numbers >= 0"),
+        (torch.tensor([0.0, math.inf]), r"budget \[0\.0, inf\]: expected finite"),
+        (math.nan, "budget nan: expected finite"),
+    ],
+)
+def test_bad_budgets(budget: Any, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        Threat().ball(digits(), budget)
+
+
+def test_names() -> None:
+    assert distance_name("l2") == "W1, l2" == Threat("l2").name
+    assert distance_name("l1^1.5", 1.0) == "W1.5, l1^1.5, cap 1"
+    assert Threat("local:5:l2", positive=False).name == "W1, local:5, flows"

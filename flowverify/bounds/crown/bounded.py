@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowverify.errors import BoundError, FlowverifyError, UnsupportedOperationError
-from flowverify.lirpa.backend import (
+from flowverify.bounds.crown.backend import (
     ACTIVATIONS,
     BOUND_OPTIONS,
     INTERMEDIATE_KEYWORD,
@@ -21,6 +20,7 @@ from flowverify.lirpa.backend import (
     BoundedTensor,
     PerturbationLpNorm,
 )
+from flowverify.errors import BoundError, FlowverifyError, UnsupportedOperationError
 from flowverify.network import Add, Graph, Permute, Reshape, ScaleShift, Subtract, operation_name
 
 Interval = tuple[Tensor, Tensor]

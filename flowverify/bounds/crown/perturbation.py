@@ -20,9 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowverify.errors import InvalidInputError, UnsupportedOperationError
-from flowverify.grid import Grid
-from flowverify.lirpa.backend import (
+from flowverify.bounds.crown.backend import (
     PATCHES_KEEP_SHAPE,
     LinearBound,
     Patches,
@@ -30,8 +28,10 @@ from flowverify.lirpa.backend import (
     eyeC,
     patches_to_matrix,
 )
-from flowverify.lirpa.warm_start import WarmStart
-from flowverify.threat import check_cap
+from flowverify.bounds.warm_start import WarmStart
+from flowverify.errors import InvalidInputError, UnsupportedOperationError
+from flowverify.grid import Grid
+from flowverify.transport.capped import check_below
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.support import inner, support_value
@@ -41,7 +41,7 @@ from flowverify.transport.support import support as solve_support
 class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
     """What the two classes share: shapes of coefficients, the box, signs."""
 
-    exact_by_concretize = True  # see lirpa.backend
+    exact_by_concretize = True  # see bounds.crown.backend
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class PerturbationWasserstein(_Polytope):
 
     def box(self, center: Tensor) -> tuple[Tensor, Tensor]:
         _check_images(center)
-        check_cap(center, self.cap)
+        check_below(center, self.cap)
         mass = center.flatten(1).sum(1)[:, None, None, None]
         budget = self._budget(center).to(center.dtype)[:, None, None, None]
         if not self.feasible:

@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from flowverify.bounds.crown.bounded import l1_ball
+from flowverify.bounds.crown.perturbation import PerturbationFlowPolytope, PerturbationWasserstein
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import FoldError, InvalidInputError
-from flowverify.lirpa.bounded import l1_ball
-from flowverify.lirpa.perturbation import PerturbationFlowPolytope, PerturbationWasserstein
-from flowverify.lirpa.warm_start import WarmStart
 from flowverify.network import Network, fold
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, FLOAT32_MASS_TOLERANCE
 from flowverify.transport.ground import parse_ground

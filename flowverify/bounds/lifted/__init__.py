@@ -1,0 +1,1 @@
+"""Bounds in the coordinates in which the budget is spent: flows along and against each edge (theory, section 21)."""

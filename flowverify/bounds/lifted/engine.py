@@ -1,0 +1,473 @@
+"""Lifted bounds: margins and neurons over Wasserstein balls, in the coordinates in which the budget is spent.
+
+Relaxations of single neurons let every neuron spend the whole budget. Here each value v keeps its centre v0, its value
+at the image, and a row P with v - v0 <= P . m for all flows m of the ball (theory, section 21). Affine operations are
+merged backward, as in CROWN; an activation that is not settled takes max(s+ P, s- P), entry by entry, where it is
+bounded by secants, and hands its coefficient on where one line bounds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.bounds.intervals import Interval, intersect, propagate
+from flowverify.bounds.lifted.activations import secants
+from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
+from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
+from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows, rows_of_pixels, total
+from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value
+from flowverify.errors import UnsupportedOperationError
+from flowverify.network import INPUT, Network, Node
+from flowverify.network.operations import is_affine, is_elementwise_activation, operation_name
+
+CHUNK_ENTRIES = 1 << 24  # of rows of moves at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """How one activation is bounded around the centre of each ball.
+
+    Attributes:
+        above, below: slopes (B, *shape) of lines through the centre; above is 0 where there are rows instead.
+        rows_above, rows_below: rows above f(z) - f(z0), and above f(z0) - f(z); 0 where there is a line.
+    """
+
+    above: Tensor
+    below: Tensor
+    rows_above: StoredRows | None
+    rows_below: StoredRows | None
+    chord: Chord | None = None
+
+    def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, ...]) -> Coefficients:
+        """What is handed on to the activation's input: coefficients >= 0 above, and coefficients <= 0 below."""
+        return Coefficients(up.data * up.taken(self.above) + down.data * down.taken(self.below), up.origins)
+
+
+@dataclass(frozen=True, eq=False)
+class Chord:
+    """The lines of CROWN for an activation of two pieces whose slope rises: the chord above, lines through 0 below.
+
+    Attributes:
+        bent: which entries are on both pieces within the ball, (B, *shape); the others have no use for a choice.
+        slope, rise: of the chord, and its height above the activation at the centre.
+        centre, value: of the activation's input, and of itself.
+        flattest: the slope of the left piece; that of the right one is 1.
+        usual: the slope that CROWN takes below.
+    """
+
+    bent: Tensor
+    slope: Tensor
+    rise: Tensor
+    centre: Tensor
+    value: Tensor
+    flattest: float
+    usual: Tensor
+
+
+@dataclass(eq=False)
+class Choice:
+    """How rows mix both relaxations of one activation: (B, R, *shape) each.
+
+    Attributes:
+        share: of the rows of moves in what bounds it from above, in [0, 1]; the chord has the rest.
+        slope: of the line through 0 below it.
+    """
+
+    share: Tensor
+    slope: Tensor
+
+
+class LiftedBounds:
+    """Lower bounds of margins of one network, batched over images.
+
+    Args:
+        network: in canonical form; it is copied.
+        feasible: whether balls hold nonnegative images only (fine-tuned), or are the L1 balls of flows (vanilla).
+        dtype: precision of the bounds.
+        tolerance: relative gap at which the search for a multiplier stops.
+
+    Raises:
+        UnsupportedOperationError: an operation without a rule, named.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        feasible: bool = True,
+        dtype: torch.dtype = torch.float64,
+        tolerance: float = 1e-3,
+        steps: int = 0,
+        rate: float = 0.2,
+        first_share: float = 0.9,
+        chunk_entries: int = CHUNK_ENTRIES,
+    ) -> None:
+        self.steps, self.rate, self.first_share = steps, rate, first_share
+        self.network = copy.deepcopy(network).to(dtype)
+        self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
+        for node in self.network.nodes:
+            known = is_affine(node.operation) or is_elementwise_activation(node.operation)
+            if not known and not isinstance(node.operation, nn.MaxPool2d):
+                raise UnsupportedOperationError(
+                    f"node {node.name!r}: lifted bounds have no rule for {operation_name(node.operation)}"
+                )
+        self._read = list(dict.fromkeys(node.inputs[0] for node in self.network.activations))
+
+    def lower_bounds(
+        self, images: Tensor, labels: Tensor, budget: Tensor, known: Mapping[str, Interval] | None = None
+    ) -> Tensor:
+        """Lower bounds of f_y - f_t over the ball around each image, for the classes t other than y in ascending order.
+
+        Args:
+            images: (B, C, H, W), nonnegative, of positive mass; converted to the engine's precision.
+            labels: y, (B,).
+            budget: radius times mass, (B,), for l1 ground cost.
+            known: bounds (B, *shape) of values of the network from elsewhere, by name.
+        """
+        with torch.no_grad():
+            ball = _Batch(self, images, budget, known or {})
+            ball.analyse()
+            return ball.margins(labels)
+
+    def intervals(
+        self, images: Tensor, budget: Tensor, known: Mapping[str, Interval] | None = None
+    ) -> dict[str, Interval]:
+        """Bounds (B, *shape) of every value of the network, those that activations read by rows as well."""
+        with torch.no_grad():
+            ball = _Batch(self, images, budget, known or {})
+            ball.analyse()
+            return ball.intervals
+
+
+class _Batch:
+    """The analysis of one batch of balls."""
+
+    def __init__(
+        self, engine: LiftedBounds, images: Tensor, budget: Tensor, known: Mapping[str, Interval]
+    ) -> None:
+        self.engine, self.network, self.known = engine, engine.network, known
+        self.images = images.to(engine.dtype)
+        self.budget = budget.to(self.images.device)
+        self.values = self.network.values(self.images)
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(v.shape[1:]) for name, v in self.values.items()}
+        eps = self.budget.to(self.images.dtype).reshape(-1, 1, 1, 1)
+        loss = torch.minimum(self.images, eps) if engine.feasible else eps
+        self.intervals: dict[str, Interval] = {INPUT: (self.images - loss, self.images + eps)}
+        self.relaxations: dict[str, Relaxation | PoolRelaxation] = {}
+
+    # Forward: intervals of every value, and relaxations of activations.
+
+    def analyse(self) -> None:
+        for node in self.network.nodes:
+            if not is_affine(node.operation) and node.name not in self.relaxations:
+                self._relax(node.inputs[0])
+            self._enter(node)
+
+    def _enter(self, node: Node) -> None:
+        found = propagate(node.operation, [self.intervals[name] for name in node.inputs])
+        if node.name in self.known:
+            found = intersect(found, self.known[node.name])
+        centre = self.values[node.name]
+        self.intervals[node.name] = torch.minimum(found[0], centre), torch.maximum(found[1], centre)
+
+    def _relax(self, name: str) -> None:
+        """Bounds what activations read, and relaxes all that read it."""
+        readers = [node for node in self.network.consumers(name) if not is_affine(node.operation)]
+        two_piece = all(isinstance(node.operation, nn.ReLU | nn.LeakyReLU) for node in readers)
+        lower, upper = self.intervals[name]
+        open_ = (lower < 0) & (upper > 0) if two_piece else upper > lower
+        chunks = []
+        if bool(open_.any()):
+            for query in self._queries(name, open_):
+                rows, _ = self._rows(name, query.coefficients)
+                chunks.append((query, rows))
+                self._tighten(name, query, rows, two_piece)
+        for node in readers:
+            if isinstance(node.operation, nn.MaxPool2d):
+                self._relax_pool(node, chunks)
+            else:
+                self._relax_elementwise(node, chunks)
+
+    def _queries(self, name: str, open_: Tensor) -> list[_Query]:
+        shape, batch = self.shapes[name], len(self.images)
+        device, dtype = self.images.device, self.images.dtype
+        anywhere = open_.any(0)
+        moves = 4 * math.prod(self.network.input_shape)
+        if len(shape) == 3 and shape[1] * shape[2] > 1:
+            channels, height, width = shape
+            chosen = anywhere.any(0)
+            chosen[0, 0] = chosen[min(1, height - 1), min(1, width - 1)] = True  # where windows stand is seen there
+            places = chosen.nonzero()
+            size = max(2, self.engine.chunk_entries // (batch * 2 * channels * moves))
+            eye = torch.eye(channels, dtype=dtype, device=device)
+            data = torch.cat([eye, -eye])[None, None, :, :, None, None]
+            return [_Query(Coefficients(data, part), part, None) for part in places.split(size)]
+        entries = anywhere.flatten().nonzero().flatten()
+        size = max(1, self.engine.chunk_entries // (batch * 2 * moves))
+        queries = []
+        for part in entries.split(size):
+            units = torch.zeros(len(part), math.prod(shape), dtype=dtype, device=device)
+            units[torch.arange(len(part)), part] = 1
+            data = torch.cat([units, -units]).reshape(1, 1, -1, *shape)
+            queries.append(_Query(Coefficients(data, None), None, part))
+        return queries
+
+    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool) -> None:
+        centre = query.pick(self.values[name])  # (B, places, channels)
+        lower, upper = (query.pick(bound) for bound in self.intervals[name])
+        batch = len(self.images)
+        settled = torch.full_like(centre, torch.inf)
+        if two_piece:
+            # One end is what secants need; a cheaper bound does for the other.
+            open_ = (lower < 0) & (upper > 0)
+            other = torch.full_like(centre, -torch.inf) if self.engine.steps else settled
+            for_upper = torch.where(open_, torch.where(centre < 0, -centre, other), settled)
+            for_lower = torch.where(open_, torch.where(centre >= 0, centre, other), settled)
+        else:
+            for_upper = for_lower = torch.where(upper > lower, -settled, settled)
+        enough = torch.stack([for_upper, for_lower], 2).reshape(batch, -1)
+        found = maximum(
+            rows, self.images, self.budget, feasible=self.engine.feasible, enough=enough,
+            tolerance=self.engine.tolerance,
+        )  # fmt: skip
+        rise, fall = found.value.to(centre.dtype).reshape(batch, len(query), 2, -1).nan_to_num(nan=torch.inf).unbind(2)
+        low, high = torch.maximum(lower, centre - fall), torch.minimum(upper, centre + rise)
+        self.intervals[name] = tuple(  # type: ignore[assignment]
+            query.put(old, new) for old, new in zip(self.intervals[name], (low, high), strict=True)
+        )
+
+    def _relax_elementwise(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
+        name = node.inputs[0]
+        centre, (lower, upper) = self.values[name], self.intervals[name]
+        found = secants(node.operation, lower, centre, upper)
+        moves = upper > lower
+        bent_above = moves & (found.most_right > found.least_left)
+        bent_below = moves & (found.least_right < found.most_left)
+        within = (found.most_right + found.least_left) / 2 if not _pieces(node) else found.most_right
+        above = torch.where(bent_above, 0.0, within)
+        within = (found.least_right + found.most_left) / 2 if not _pieces(node) else found.least_right
+        below = torch.where(bent_below, 0.0, within)
+        rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)
+        rows_below = self._stored(name, chunks, bent_below, found.most_left, found.least_right, -1)
+        chord = self._chord(node, bent_above) if _rises(node.operation) else None
+        self.relaxations[node.name] = Relaxation(above, below, rows_above, rows_below, chord)
+
+    def _chord(self, node: Node, bent: Tensor) -> Chord:
+        name, operation = node.inputs[0], node.operation
+        flattest = float(getattr(operation, "negative_slope", 0.0))
+        centre, (lower, upper) = self.values[name], self.intervals[name]
+        value = self.values[node.name]
+        tiny = torch.finfo(centre.dtype).tiny
+        # From (lower, flattest * lower) to (upper, upper): upper and -lower are positive where bent.
+        share = (upper / (upper - lower).clamp(min=tiny)).clamp(0, 1)
+        slope = flattest + (1 - flattest) * share
+        rise = (slope * (centre - lower) + flattest * lower - value).clamp(min=0)
+        usual = torch.where(upper > -lower, 1.0, flattest)
+        return Chord(bent, slope, rise, centre, value, flattest, usual)
+
+    def _stored(
+        self, name: str, chunks: list[tuple[_Query, MoveRows]], bent: Tensor, first: Tensor, second: Tensor, sign: int
+    ) -> StoredRows | None:
+        """max of the rows of ``first`` and ``second`` times z - z0 (or z0 - z, sign -1), where ``bent``."""
+        if not bool(bent.any()):
+            return None
+        parts = []
+        for query, rows in chunks:
+            gains = rows.gains.expand(len(self.images), *rows.gains.shape[1:])
+            if query.entries is not None:
+                gains = gains[:, 0].unflatten(1, (2, -1))[:, None]  # (B, 1, 2, K, ...)
+            elif gains.shape[1] == 1 and len(rows.origins) == 1 and len(query) > 1:
+                gains = gains[:, 0].unflatten(1, (len(query), 2, -1))  # grown to the whole grid
+            else:
+                gains = gains.expand(-1, len(query), *gains.shape[2:]).unflatten(2, (2, -1))
+            up, down = (gains[:, :, 0], gains[:, :, 1]) if sign > 0 else (gains[:, :, 1], gains[:, :, 0])
+
+            def scaled(slope: Tensor, up: Tensor = up, down: Tensor = down, query: _Query = query) -> Tensor:
+                factor = query.pick(slope)[..., None, None, None, None]
+                result = factor.clamp(min=0) * up
+                return result - factor.clamp(max=0) * down if bool((factor < 0).any()) else result
+
+            rows_of = torch.maximum(scaled(first), scaled(second)) * query.pick(bent)[..., None, None, None, None]
+            parts.append((query, rows, rows_of))
+        return self._assembled(name, parts)
+
+    def _assembled(self, name: str, parts: list[tuple[_Query, MoveRows, Tensor]]) -> StoredRows:
+        query, rows, gains = parts[0]
+        if query.entries is not None:
+            index = torch.cat([one.entries for one, _, _ in parts if one.entries is not None])
+            return ListedRows(index, torch.cat([part[:, 0] for _, _, part in parts], 1), self.shapes[name])
+        channels, height, width = self.shapes[name]
+        assert query.places is not None
+        if len(rows.origins) == 1 and len(query) > 1:
+            places = torch.cat([one.places for one, _, _ in parts if one.places is not None])
+            at = places[:, 0] * width + places[:, 1]
+            index = (torch.arange(channels, device=at.device) * height * width + at[:, None]).flatten()
+            return ListedRows(index, torch.cat([part.flatten(1, 2) for _, _, part in parts], 1), self.shapes[name])
+        stored = gains.new_zeros(gains.shape[0], height, width, *gains.shape[2:])
+        for one, _, part in parts:
+            assert one.places is not None
+            stored[:, one.places[:, 0], one.places[:, 1]] = part
+        stride = []
+        origins, places = rows.origins, query.places
+        for axis in (0, 1):
+            difference = places[:, axis] - places[0, axis]
+            moved = difference.nonzero().flatten()
+            step = 0
+            if len(moved):
+                step = int((origins[moved[0], axis] - origins[0, axis]) // difference[moved[0]])
+            stride.append(step)
+        offset = tuple(int(origins[0, axis] - stride[axis] * places[0, axis]) for axis in (0, 1))
+        return WindowRows(stored, (stride[0], stride[1]), (offset[0], offset[1]))
+
+    def _relax_pool(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
+        name, operation = node.inputs[0], node.operation
+        assert isinstance(operation, nn.MaxPool2d)
+        centre, (lower, upper) = self.values[name], self.intervals[name]
+        one = torch.ones_like(centre)
+        members = self._stored(name, chunks, one > 0, one, one, +1) if chunks else None
+        size = (node.shape[1], node.shape[2])
+        self.relaxations[node.name] = relax_pool(operation, lower, centre, upper, size, members)
+
+    # Backward: rows above linear functions of a value.
+
+    def _rows(self, name: str, query: Coefficients, choices: Mapping[str, Choice] | None = None) -> tuple[MoveRows, Tensor | float]:
+        """Rows and constants above the differences of linear functions of a value from what they are at the centre."""
+        constant: Tensor | float = 0.0
+        pending, parts = {name: query}, list[MoveRows]()
+        for node in reversed(self.network.nodes):
+            outer = pending.pop(node.name, None)
+            if outer is None:
+                continue
+            shapes = [self.shapes[read] for read in node.inputs]
+            if is_affine(node.operation):
+                inner = pull_back(node.operation, outer, shapes, node.shape)
+            else:
+                relaxation = self.relaxations[node.name]
+                up, down = (Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0)))
+                if choices is not None and node.name in choices:
+                    through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
+                    assert relaxation.rows_above is not None
+                    parts.append(relaxation.rows_above.combine(Coefficients(above, None)))
+                    inner, constant = [Coefficients(through, None)], constant + rise
+                    for read, part in zip(node.inputs, inner, strict=True):
+                        pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
+                    continue
+                if relaxation.rows_above is not None:
+                    parts.append(relaxation.rows_above.combine(up))
+                if relaxation.rows_below is not None:
+                    parts.append(relaxation.rows_below.combine(Coefficients(-down.data, outer.origins)))
+                inner = [relaxation.through(up, down, shapes[0])]
+            for read, part in zip(node.inputs, inner, strict=True):
+                pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
+        if INPUT in pending:
+            parts.append(rows_of_pixels(pending[INPUT], self.network.input_shape))
+        return total(parts, self.network.input_shape[-2:]), constant
+
+    def margins(self, labels: Tensor) -> Tensor:
+        logits = self.values[self.network.output]
+        batch, classes = logits.shape
+        labels = labels.to(logits.device)
+        identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+        rises = (identity - identity[labels][:, None])[torch.arange(classes, device=logits.device) != labels[:, None]]
+        rises = rises.reshape(batch, classes - 1, classes)
+        query = Coefficients(rises[:, None], None)
+        clean = -(rises @ logits[..., None]).squeeze(-1)
+        options = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
+        rows, _ = self._rows(self.network.output, query)
+        best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
+        if self.engine.steps:
+            best = torch.maximum(best, self._mixed_margins(query, clean, options))
+        return best
+
+    def _mixed_margins(self, query: Coefficients, clean: Tensor, options: dict[str, Any]) -> Tensor:
+        """The best of the margins that mixtures of both relaxations give, by steps up the gradient."""
+        batch, classes = clean.shape
+        choices: dict[str, Choice] = {}
+        for name, relaxation in self.relaxations.items():
+            chord = relaxation.chord if isinstance(relaxation, Relaxation) else None
+            if chord is None or not bool(chord.bent.any()):
+                continue
+            assert isinstance(relaxation, Relaxation)
+            slope = torch.where(chord.centre >= 0, 1.0, chord.flattest)[:, None].expand(-1, classes, *chord.centre.shape[1:])
+            choices[name] = Choice(torch.full_like(slope, self.engine.first_share), slope.clone())
+        best = torch.full_like(clean, -torch.inf)
+        if not choices:
+            return best
+        variables = [tensor for choice in choices.values() for tensor in (choice.share, choice.slope)]
+        for tensor in variables:
+            tensor.requires_grad_(True)
+        optimiser = torch.optim.Adam(variables, lr=self.engine.rate, betas=(0.8, 0.95))
+        for step in range(self.engine.steps + 1):
+            with torch.enable_grad():
+                rows, constant = self._rows(self.network.output, query, choices)
+                rise = maximum_value(rows, self.images, self.budget, options)
+                margins = clean - constant - rise
+                best = torch.maximum(best, margins.detach().nan_to_num(nan=-torch.inf))
+                if step == self.engine.steps:
+                    break
+                optimiser.zero_grad()
+                (-margins.sum()).backward()
+            for group in optimiser.param_groups:
+                group["lr"] = self.engine.rate * (1 - step / (self.engine.steps + 1))
+            optimiser.step()
+            for name, choice in choices.items():
+                chord = self.relaxations[name].chord
+                choice.share.data.clamp_(0, 1)
+                choice.slope.data.clamp_(chord.flattest, 1)
+        return best
+
+
+def _rises(operation: nn.Module) -> bool:
+    """Whether the operation is of two pieces, the right one of slope 1, the left one of no larger slope."""
+    return isinstance(operation, nn.ReLU) or (isinstance(operation, nn.LeakyReLU) and operation.negative_slope <= 1)
+
+
+def _mixed(relaxation: Relaxation, choice: Choice, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What whole coefficients (B, 1, R, *shape) hand on, what takes the rows above, and the constants (B, R)."""
+    chord = relaxation.chord
+    assert chord is not None
+    share, bent = choice.share[:, None], chord.bent[:, None, None]
+    slope = torch.where(bent, choice.slope[:, None], relaxation.below[:, None, None])
+    above = torch.where(bent, (1 - share) * chord.slope[:, None, None], relaxation.above[:, None, None])
+    fall = torch.where(bent, chord.value[:, None, None] - slope * chord.centre[:, None, None], 0.0).clamp(min=0)
+    rise = torch.where(bent, (1 - share) * chord.rise[:, None, None], 0.0)
+    constant = (up * rise - down * fall).flatten(3).sum(3)[:, 0]
+    return up * above + down * slope, up * share, constant
+
+
+@dataclass(frozen=True, eq=False)
+class _Query:
+    """Which entries of a value rows are asked for, upward and downward: places with all channels, or listed entries."""
+
+    coefficients: Coefficients
+    places: Tensor | None
+    entries: Tensor | None
+
+    def __len__(self) -> int:
+        return 1 if self.places is None else len(self.places)
+
+    def pick(self, value: Tensor) -> Tensor:
+        """(B, *shape) -> (B, places, entries)."""
+        if self.places is None:
+            return value.flatten(1)[:, self.entries][:, None]
+        return value[:, :, self.places[:, 0], self.places[:, 1]].transpose(1, 2)
+
+    def put(self, value: Tensor, part: Tensor) -> Tensor:
+        """The value with its picked entries replaced."""
+        result = value.clone()
+        if self.places is None:
+            result.flatten(1)[:, self.entries] = part[:, 0]
+            return result
+        result[:, :, self.places[:, 0], self.places[:, 1]] = part.transpose(1, 2)
+        return result
+
+
+def _pieces(node: Node) -> bool:
+    return isinstance(node.operation, nn.ReLU | nn.LeakyReLU)

@@ -1,0 +1,152 @@
+"""Maximum pooling: from below its largest member at the centre, from above the entrywise maximum of its members' rows.
+
+Let v be the largest member z_k0 at the centre. For a member k with upper bound u_k the line from (z_k0, 0) to
+(u_k, u_k - v) is above z_k - v wherever z_k <= u_k, as its slope is at most 1: z_k - v <= s_k (z_k - z_k0), with
+s_k = (u_k - v) / (u_k - z_k0), and 1 for the largest member itself. Members that cannot reach v are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flowverify.bounds.lifted.coefficients import Coefficients
+from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class PoolRelaxation:
+    """How a maximum pool is bounded around the centre of each ball.
+
+    Attributes:
+        chosen: which member is the largest at the centre, one-hot, (taps, B, channels, h, w).
+        settled: where that member is the largest in the whole ball.
+        rows: above the pool less its centre, 0 where settled.
+    """
+
+    operation: nn.MaxPool2d
+    chosen: Tensor
+    settled: Tensor
+    rows_above: StoredRows | None
+    rows_below: None = None
+
+    def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, int, int]) -> Coefficients:
+        """What is handed on to the pool's input, of this shape."""
+        outer = Coefficients(up.data * up.taken(self.settled.to(up.data.dtype)) + down.data, up.origins)
+        kernel, stride, padding, dilation = _options(self.operation)
+        if outer.origins is None:
+            index = self._positions(shape).flatten(2)[:, None, None]
+            data = outer.data.expand(len(index), *outer.data.shape[1:]).flatten(4)
+            result = data.new_zeros(*data.shape[:4], shape[1] * shape[2])
+            return Coefficients(result.scatter_add(-1, index.expand(data.shape), data).unflatten(-1, shape[1:]), None)
+        total: Tensor | None = None
+        channels = shape[0]
+        for tap, chosen in enumerate(self.chosen):
+            weight = outer.data.new_zeros(channels, 1, *kernel)
+            weight[:, 0, tap // kernel[1], tap % kernel[1]] = 1
+            own = outer.scaled(chosen).data
+            part = functional.conv_transpose2d(
+                own.reshape(-1, *own.shape[3:]), weight, stride=stride, dilation=dilation, groups=channels
+            ).reshape(*own.shape[:4], *[(own.shape[4 + a] - 1) * stride[a] + (kernel[a] - 1) * dilation[a] + 1 for a in (0, 1)])
+            total = part if total is None else total + part
+        assert total is not None
+        device = outer.origins.device
+        moved = outer.origins * torch.tensor(stride, device=device) - torch.tensor(padding, device=device)
+        return Coefficients(total, moved)
+
+    def _positions(self, shape: tuple[int, int, int]) -> Tensor:
+        """Where the largest member stands in the input's plane, (B, channels, h, w)."""
+        index, _ = tap_positions(self.operation, shape, tuple(self.chosen.shape[-2:]))
+        return (self.chosen.long() * index[:, None, None].to(self.chosen.device)).sum(0)
+
+
+def _options(operation: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        _pair(option) for option in (operation.kernel_size, operation.stride, operation.padding, operation.dilation)
+    )
+
+
+def tap_positions(
+    operation: nn.MaxPool2d, shape: tuple[int, ...], size: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Where each tap of each window stands in the input's plane, (taps, h, w), and whether it stands in the map."""
+    kernel, stride, padding, dilation = _options(operation)
+    i, j = (
+        (torch.arange(kernel[a]) * dilation[a])[:, None] + torch.arange(size[a]) * stride[a] - padding[a] for a in (0, 1)
+    )
+    inside = ((i >= 0) & (i < shape[1]))[:, None, :, None] & ((j >= 0) & (j < shape[2]))[None, :, None]
+    index = i.clamp(0, shape[1] - 1)[:, None, :, None] * shape[2] + j.clamp(0, shape[2] - 1)[None, :, None]
+    return index.flatten(0, 1), inside.flatten(0, 1)
+
+
+def relax_pool(
+    operation: nn.MaxPool2d, lower: Tensor, centre: Tensor, upper: Tensor, size: tuple[int, int], members: StoredRows | None
+) -> PoolRelaxation:
+    """The relaxation from bounds of the input (B, channels, H, W), and rows above it."""
+    shape = tuple(centre.shape[1:])
+    index, inside = (t.to(centre.device) for t in tap_positions(operation, shape, size))
+
+    def taken(values: Tensor) -> Tensor:
+        """(taps, B, channels, h, w), -inf for what stands in the padding."""
+        found = values.flatten(2)[:, :, index].movedim(2, 0)
+        return found.masked_fill(~inside[:, None, None], -torch.inf)
+
+    low, middle, high = taken(lower), taken(centre), taken(upper)
+    largest, best = middle.max(0)
+    chosen = functional.one_hot(best, len(index)).movedim(-1, 0).to(centre.dtype)
+    others = high.masked_fill(chosen > 0, -torch.inf).amax(0)
+    settled = low.gather(0, best[None])[0] >= others
+    if members is None or bool(settled.all()):
+        return PoolRelaxation(operation, chosen, settled | torch.tensor(members is None), None)
+    tiny = torch.finfo(centre.dtype).tiny
+    slope = ((high - largest) / (high - middle).clamp(min=tiny)).nan_to_num(nan=0.0).clamp(0, 1)
+    slope = torch.where(chosen > 0, 1.0, slope)
+    counts = (chosen > 0) | ((high > largest) & inside[:, None, None])
+    return PoolRelaxation(operation, chosen, settled, _rows(operation, members, slope, counts, settled, inside, index))
+
+
+def _rows(
+    operation: nn.MaxPool2d, members: StoredRows, slope: Tensor, counts: Tensor, settled: Tensor, inside: Tensor, index: Tensor
+) -> StoredRows:
+    kernel, stride, padding, dilation = _options(operation)
+    windowed = isinstance(members, WindowRows)
+    plane = _by_entry(members)  # (B, H * W, channels, 4, C, h, w)
+    h, w = plane.shape[-2:]
+    steps = members.stride if windowed else (0, 0)
+    height, width = ((kernel[a] - 1) * dilation[a] * steps[a] + (h, w)[a] for a in (0, 1))
+    total: Tensor | None = None
+    for tap in range(len(index)):
+        own = plane[:, index[tap]]  # (B, oh, ow, channels, ...)
+        factor, valid = (t[tap].permute(0, 2, 3, 1)[..., None, None, None, None] for t in (slope, counts))
+        top, left = (tap // kernel[1]) * dilation[0] * steps[0], (tap % kernel[1]) * dilation[1] * steps[1]
+        placed = functional.pad(own * factor, (left, width - w - left, top, height - h - top))
+        placed = placed.masked_fill(~valid, -torch.inf)
+        total = placed if total is None else torch.maximum(total, placed)
+    assert total is not None
+    total = total.masked_fill(settled.permute(0, 2, 3, 1)[..., None, None, None, None], 0.0)
+    if windowed:
+        moved = tuple(steps[a] * stride[a] for a in (0, 1))
+        offset = tuple(members.offset[a] - steps[a] * padding[a] for a in (0, 1))
+        return WindowRows(total, (moved[0], moved[1]), (offset[0], offset[1]))
+    oh, ow, channels = total.shape[1:4]
+    flat = total.permute(0, 3, 1, 2, *range(4, total.ndim)).flatten(1, 3)
+    entries = torch.arange(flat.shape[1], device=flat.device)
+    return ListedRows(entries, flat, (channels, oh, ow))
+
+
+def _by_entry(members: StoredRows) -> Tensor:
+    if isinstance(members, WindowRows):
+        return members.gains.flatten(1, 2)
+    channels, height, width = members.shape
+    gains = members.gains
+    full = gains.new_zeros(gains.shape[0], channels * height * width, *gains.shape[2:])
+    full[:, members.index] = gains
+    return full.unflatten(1, (channels, height * width)).transpose(1, 2)
