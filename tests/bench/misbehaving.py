@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 from pydantic import Field
@@ -14,13 +13,12 @@ from flowverify.settings import Natural, settings
 
 @settings
 class Deeds(Run):
-    """``deeds`` maps positions to deeds; ``seconds`` is what each image takes; ``once`` is done a single time.
+    """``deeds`` maps positions to deeds; ``once`` is done a single time.
 
     Who hangs adds a byte to the file ``tell`` just before.
     """
 
     deeds: dict[int, str] = Field({})
-    seconds: float = Field(0.0)
     setup: str = Field("")
     marks: str = Field("")
     pids: str = Field("")
@@ -33,7 +31,7 @@ class Misbehaving(Kind):
     settings = Deeds
 
     def expand(self, run, defaults):
-        own = {"deeds": {str(position): deed for position, deed in run.deeds.items()}, "pause": run.seconds}
+        own = {"deeds": {str(position): deed for position, deed in run.deeds.items()}}
         own |= {"setup": run.setup, "marks": run.marks, "pids": run.pids, "tell": run.tell}
         return [Task("misbehaving", f"{__name__}:Misbehaving", own, tuple(range(run.count)), defaults.chunk)]
 
@@ -51,9 +49,8 @@ class _Prepared(Prepared):
     def run(self, positions):
         found = []
         for position in positions:
-            time.sleep(self._settings["pause"])
             act(self._settings["deeds"].get(str(position), ""), self._settings, position)
-            found.append({"verdict": "certified", "radius": position / 7, "seconds": self._settings["pause"]})
+            found.append({"verdict": "certified", "radius": position / 7, "seconds": 0.0})
         return found
 
 
