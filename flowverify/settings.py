@@ -60,7 +60,7 @@ def settings(kind: type[T]) -> type[T]:
     @functools.wraps(build)
     def __init__(self: T, *values: Any, **named: Any) -> None:  # noqa: N807
         try:
-            build(self, **dict(zip(names, values, strict=False)), **named)
+            build(self, *values[len(names) :], **dict(zip(names, values, strict=False)), **named)
         except ValidationError as error:
             raise _first(error, "") from None
 
@@ -126,7 +126,7 @@ def _first(error: ValidationError, whole: str) -> FlowverifyError:
     return wrong(place or whole, first["input"], _WORDS.get(kind, first["msg"]))
 
 
-def expected(text: str, **options: Any) -> WrapValidator:
+def expected(text: str) -> WrapValidator:
     """Says what was expected of a value that the type before it does not take."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -137,7 +137,7 @@ def expected(text: str, **options: Any) -> WrapValidator:
                 raise  # knows better
             raise PydanticCustomError("expected", "{text}", {"text": text}) from None
 
-    return WrapValidator(check, **options)
+    return WrapValidator(check)
 
 
 def unexpected(text: str) -> PydanticCustomError:

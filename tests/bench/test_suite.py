@@ -75,6 +75,11 @@ class TestExpansion:
         )
         assert len({plain, *(read(tmp_path, **change).fingerprint for change in changes)}) == 5
 
+    def test_results_of_earlier_versions_belong_to_their_suites(self):
+        """Of a suite without paths; what its tasks are made of may not change by accident."""
+        path = next(path for path in SUITES if path.stem == "quick")
+        assert read_suite(path).fingerprint == "c62728952b604c84206e40a51c092e9cc7ba884278b58b156b07aacea54f1133"
+
 
 WRONG = [
     ({"runs": [{"bonds": "crown"}]}, r"unknown key 'runs\[0\]\.bonds': expected one of bounds, cap, chunk"),
