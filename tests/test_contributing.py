@@ -130,18 +130,27 @@ class Smoothed:
 KIND = '''
 """A kind of job of one's own."""
 
-from flowverify.bench.tasks import Kind, Prepared, Task
+from pydantic import Field
+
+from flowverify.bench.tasks import Kind, Prepared, Run, Task
+from flowverify.settings import Natural, settings
+
+
+@settings
+class Counting(Run):
+    """Three numbers."""
+
+    first: Natural = Field(0, description="Where it starts.")
 
 
 class Count(Kind):
     """Counts, from a number on."""
 
-    name = "contributed.kind:Count"
+    name = "count"
+    settings = Counting
 
-    def expand(self, fields, defaults):
-        first = fields.integer("first", 0)
-        fields.finish()
-        return [Task("count", self.name, {"first": first}, (0, 1, 2), 2)]
+    def expand(self, run, defaults):
+        return [Task("count", "contributed.kind:Count", {"first": run.first}, (0, 1, 2), 2)]
 
     def prepare(self, task, context):
         return _Counting(task.settings["first"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowverify.bench.tasks import Kind
 from flowverify.registry import Entry, Registry
 
@@ -17,12 +19,12 @@ KINDS = Registry(
 )
 
 
-def find_kind(name: str) -> Kind:
+def find_kind(name: str) -> Kind[Any]:
     """The kind of this name, or of a user's class ``MODULE:CLASS``, which every worker must be able to import.
 
     Raises:
         UnknownNameError: no kind has this name.
         InvalidInputError: there is no such class, or it is no :class:`~flowverify.bench.tasks.Kind`.
     """
-    kind: Kind = KINDS.find(name)()
+    kind: Kind[Any] = KINDS.find(name)()
     return kind
