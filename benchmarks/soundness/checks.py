@@ -257,8 +257,8 @@ class Case:
         power = Threat(self.given.shape, cover.ground, None).power
         budget = cover.radius(radii) ** power * self.given.centres.sum((1, 2))
         images = self.given.images.double()
-        lower = engine.lower_bounds(images, self.given.labels, budget)
-        inner = engine.preactivation_bounds(images, budget)
+        ball = engine.threat.ball(images, budget)
+        lower, inner = engine.margins(ball, self.given.labels), engine.neurons(ball)
         names = [node.inputs[0] for node in engine.network.activations]
         for image in range(len(images)):
             points, margins = self.given.attacked(image, radius)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.ball import WassersteinBall
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.certifier import CompleteOptions
@@ -56,7 +56,7 @@ class MilpCertifier(BaseCertifier):
         # Built once without bounds, so that what is unsupported comes out first.
         empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
         NetworkProgram(self.network, torch.ones(self.network.input_shape), 1.0, empty)
-        self._bounds = MarginBounds(self.network, "fine-tuned", "crown", dtype=torch.float64)
+        self._bounds = MarginBounds(self.network, Threat(), "crown", dtype=torch.float64)
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``: one program for each other class.
@@ -79,7 +79,7 @@ class MilpCertifier(BaseCertifier):
         """
         image = image.double()
         budget = self._budget(image, radius)
-        bounds = self._bounds.preactivation_bounds(image[None], image.new_tensor([budget]))
+        bounds = self._bounds.neurons(Threat().ball(image, budget))
         return NetworkProgram(self.network, image, budget, bounds)
 
     def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
