@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowverify.ball import INSIDE, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.certifiers.complete.hunt import Hunt
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
@@ -89,16 +89,16 @@ def falsify(
         SolverError: an exact distance could not be computed.
     """
     centre, point = image.detach().cpu().double(), point.detach().cpu().double()
-    hunt = Hunt(certifier, centre.to(certifier.device), label, True, ball.ground, ball.cap)
+    nearest = NearestCounterexample(certifier.subject, centre.to(certifier.device), label, ball.threat)
     margins = []
     for scale in scales:
         larger = ball.with_radius(scale * ball.radius)
         start = repaired(point, centre, larger)
         best, margin = descend(certifier, start, centre, label, larger)
         margins.append(margin)
-        hunt.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
-        if hunt.witness is not None and hunt.radius <= ball.radius:
-            return Replay(True, hunt.witness.cpu(), hunt.radius)
+        nearest.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
+        if nearest.witness is not None and nearest.radius <= ball.radius:
+            return Replay(True, nearest.witness.cpu(), nearest.radius)
     return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 

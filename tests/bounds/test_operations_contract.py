@@ -26,8 +26,9 @@ from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import BOUNDS, ENGINES, Bound
 from flowverify.bounds.relaxations import relaxable
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.single_ball import SingleBall
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.lowering import keeps_for_export, lower
@@ -260,7 +261,7 @@ def test_neuron_bounds_of_complete_methods_hold(kind: type[nn.Module]) -> None:
         maps = affine_maps(network)
         for index, (image, budget) in enumerate(zip(truth.images, truth.budget.tolist(), strict=True)):
             for amount in (0.0, budget):
-                found = neuron_bounds(maps, Polytope(image, amount), iterations=2)
+                found = neuron_bounds(Problem.outputs(maps, SingleBall(Threat().ball(image, amount))), iterations=2)
                 bounds = list(zip(found.lower, found.upper, strict=True))
                 if amount:
                     own = [(least[index].flatten(), most[index].flatten()) for least, most in truth.reached]
