@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from flowverify.attack.make import ATTACKS
 from flowverify.bench import sources
-from flowverify.bench.fields import Fields
-from flowverify.bench.image_tasks import ImageTasks
+from flowverify.bench.image_tasks import ImageRun
 from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
-from flowverify.errors import InvalidInputError
+from flowverify.settings import OneOf, SettingError, settings, several
 
 if TYPE_CHECKING:
     from flowverify.attack.base import BaseAttack
@@ -21,24 +22,32 @@ if TYPE_CHECKING:
 VERDICTS = {"found": "falsified", "not found": "unknown", "misclassified": "misclassified"}
 
 
-class Attack(Kind):
-    """Every model x attack x ground cost x radius of a run, over its images."""
+AttackName = Annotated[str, OneOf(tuple(ATTACKS))]
+
+
+@settings
+class AttackRun(ImageRun):
+    """Every model x attack x ground cost x radius, over the same images; ``search`` is for the nearest images."""
+
+    kind: Literal["attack"] = Field("attack", description="Jobs that attack.")
+    attacks: Annotated[list[AttackName], several(AttackName)] = Field(description=f"{', '.join(ATTACKS)}.")
+    options: dict[str, Any] = Field(
+        {}, description="Of the attack's class; schedule: {first: .., factor: .., every: .., iterations: ..}."
+    )
+
+
+class Attack(Kind[AttackRun]):
+    """Attacks, and their checked results."""
 
     name = "attack"
+    settings = AttackRun
 
-    def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
-        images = ImageTasks.read(fields, defaults)
-        attacks = fields.names("attacks", tuple(ATTACKS))
-        cap = fields.cap()
-        options = fields.take("options", {})
-        if not isinstance(options, dict):
-            raise fields.wrong("options", options, "options of the attack with their values")
-        fields.finish()
-        after = [f"{key} {_text(value)}" for key, value in options.items()]
-        ways = [([attack], {"attack": attack, "cap": cap, "options": dict(options)}, after) for attack in attacks]
-        tasks = list(images.expand(self.name, ways, sources.positions_of(fields, images.data, defaults)))
+    def expand(self, run: AttackRun, defaults: Defaults) -> list[Task]:
+        after = [f"{key} {_text(value)}" for key, value in run.options.items()]
+        ways = [([attack], {"attack": attack, "options": dict(run.options)}, after) for attack in run.attacks]
+        tasks = list(run.tasks(ways, defaults))
         for task in tasks:
-            _try(fields, task)
+            _try(task)
         return tasks
 
     def prepare(self, task: Task, context: Context) -> Prepared:
@@ -92,11 +101,11 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-def _try(fields: Fields, task: Task) -> None:
+def _try(task: Task) -> None:
     """Builds the attack once, so that an option that it does not take is found before anything starts."""
     if not task.settings["options"]:
         return
     try:
         _attack(task, sources.dataset(task.settings["data"]), Context())
     except (TypeError, ValueError, LookupError) as error:
-        raise InvalidInputError(f"{fields.name('options')}: {error}") from error
+        raise SettingError("options", str(error)) from error

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from flowverify.bench import sources
-from flowverify.bench.fields import Fields
-from flowverify.bench.image_tasks import ImageTasks
+from flowverify.bench.image_tasks import ImageRun
 from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
 from flowverify.bounds.recipes import BOUNDS, METHODS
 from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
+from flowverify.settings import Natural, OneOf, PositiveNumber, settings, several, wrong
 
 if TYPE_CHECKING:
     from flowverify.ball import WassersteinBall
@@ -18,36 +20,46 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
 
 DOMAINS = ("auto", "image", "flow")
+ALL_METHODS = (*METHODS, *LINEAR_METHODS, *COMPLETE_METHODS)
+Method = Annotated[str, OneOf(ALL_METHODS)]
+Bound = Annotated[str, OneOf(tuple(BOUNDS))]
 
 
-class Certify(Kind):
-    """Every model x method x bound x ground cost x radius of a run, over its images."""
+@settings
+class CertifyRun(ImageRun):
+    """Every model x method x bound x ground cost x radius, over the same images."""
+
+    kind: Literal["certify"] = Field("certify", description="Jobs that certify, the default.")
+    methods: Annotated[list[Method], several(Method)] = Field(["fine-tuned"], description=f"{', '.join(ALL_METHODS)}.")
+    bounds: Annotated[list[Bound], several(Bound)] = Field(
+        ["best"], description=f"{', '.join(BOUNDS)}; exact methods take none."
+    )
+    seconds: PositiveNumber = Field(60.0, description="For an image, of complete methods.")
+    references: Natural = Field(0, description="The maximum over so many references.")
+    domain: Annotated[str, OneOf(DOMAINS)] = Field("auto", description="Where CROWN runs: auto, image or flow.")
+
+
+class Certify(Kind[CertifyRun]):
+    """A radius is decided, or the largest certified one is searched."""
 
     name = "certify"
+    settings = CertifyRun
 
-    def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
-        images = ImageTasks.read(fields, defaults)
-        methods = fields.names("methods", (*METHODS, *LINEAR_METHODS, *COMPLETE_METHODS), "fine-tuned")
-        bounds = fields.names("bounds", tuple(BOUNDS), "best")
-        references = fields.integer("references", 0)
-        domain = fields.one_of("domain", DOMAINS, "auto")
-        cap = fields.cap()
-        seconds = fields.number("seconds", 60.0, above=True) if set(methods) & set(COMPLETE_METHODS) else None
-        fields.finish()
-        if references and set(methods) & {*LINEAR_METHODS, "complete", "milp"}:
-            raise fields.wrong("references", references, "none for methods that are exact")
-        after = [f"references {references}"] if references else []
-        after += [f"domain {domain}"] if domain != "auto" else []
-        after += [f"cap {cap:g}"] if cap is not None else []
+    def expand(self, run: CertifyRun, defaults: Defaults) -> list[Task]:
+        if run.references and set(run.methods) & {*LINEAR_METHODS, "complete", "milp"}:
+            raise wrong("references", run.references, "none for methods that are exact")
+        after = [f"references {run.references}"] if run.references else []
+        after += [f"domain {run.domain}"] if run.domain != "auto" else []
+        after += [f"cap {run.cap:g}"] if run.cap is not None else []
         ways = []
-        for method in methods:
+        for method in run.methods:
             exact = method in LINEAR_METHODS or method in COMPLETE_METHODS
-            for bound in [_decided_by(method, images.grounds, cap)] if exact else bounds:
-                own = {"method": method, "bound": bound, "references": references, "domain": domain, "cap": cap}
+            for bound in [_decided_by(method, run.grounds, run.cap)] if exact else run.bounds:
+                own = {"method": method, "bound": bound, "references": run.references, "domain": run.domain}
                 if method in COMPLETE_METHODS:
-                    own["seconds"] = seconds
+                    own["seconds"] = run.seconds
                 ways.append(([method, bound], own, after))
-        return list(images.expand(self.name, ways, sources.positions_of(fields, images.data, defaults)))
+        return list(run.tasks(ways, defaults))
 
     def prepare(self, task: Task, context: Context) -> Prepared:
         from flowverify.ball import WassersteinBall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from flowverify.bench.attack_kind import Attack
 from flowverify.bench.certify_kind import Certify
@@ -11,10 +12,10 @@ from flowverify.bench.script_kind import Script
 from flowverify.bench.tasks import Kind
 from flowverify.errors import InvalidInputError, UnknownNameError
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Certify(), Attack(), Instances(), Script())}
+KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in (Certify(), Attack(), Instances(), Script())}
 
 
-def find_kind(name: str) -> Kind:
+def find_kind(name: str) -> Kind[Any]:
     """The kind of this name, or of a user's class ``MODULE:CLASS``, which every worker must be able to import.
 
     Raises:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
@@ -75,6 +76,18 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
+
+
+def schema_option(load: Callable[[], dict[str, Any]]) -> Any:
+    """The option ``--schema`` of a command that reads a file of settings."""
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(json.dumps(load(), indent=1))
+            raise typer.Exit
+
+    help_text = "Print the JSON schema of such a file, by which editors complete and check it, and exit."
+    return typer.Option("--schema", callback=show, is_eager=True, help=help_text)
 
 
 def output() -> Console:

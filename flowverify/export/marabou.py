@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,8 @@ class MarabouCertifier(BaseCertifier):
         encoding: "cuts" asks class by class over the first layer's values (:mod:`flowverify.export.cuts`), and what
             that leaves open as "linear"; or one that Marabou takes from files: linear, outputs or penalty.
         timeout: seconds for each image and radius.
+        process: that answers, a new one by default.
+        clock: of the timeout, in seconds.
 
     Raises:
         DependencyError: Marabou cannot be run here.
@@ -68,6 +71,8 @@ class MarabouCertifier(BaseCertifier):
         encoding: str = "cuts",
         timeout: float = TIMEOUT,
         input_shape: tuple[int, int, int] | None = None,
+        process: MarabouProcess | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if encoding not in ENCODINGS:
             raise UnknownNameError("encoding for marabou", encoding, ENCODINGS)
@@ -76,7 +81,7 @@ class MarabouCertifier(BaseCertifier):
         check_method(method)
         super().__init__(model, method, "marabou", input_shape)
         self.encoding, self.timeout = encoding, float(timeout)
-        self._process = MarabouProcess()
+        self._process, self._clock = process or MarabouProcess(), clock
 
     def prepare(self, ground: str = "l1", cap: float | None = None) -> None:
         assert self._parts is not None
@@ -119,7 +124,7 @@ class MarabouCertifier(BaseCertifier):
             self.close()
 
     def _search_one(self, image: Tensor, label: int, first: Certificate) -> Certificate:
-        begin = time.perf_counter()
+        begin = self._clock()
         start = WassersteinBall(first.radius, first.ground, first.cap)
         if first.verdict is Verdict.MISCLASSIFIED:
             return self._certificate(Verdict.MISCLASSIFIED, label, first.prediction, start, begin)
@@ -139,7 +144,7 @@ class MarabouCertifier(BaseCertifier):
         return self._certificate(verdict, label, first.prediction, start.with_radius(low), begin, note, high)
 
     def _decide(self, image: Tensor, label: int, prediction: int, correct: bool, ball: WassersteinBall) -> Certificate:
-        begin = time.perf_counter()
+        begin = self._clock()
         if not correct:
             return self._certificate(Verdict.MISCLASSIFIED, label, prediction, ball, begin)
         if ball.radius == 0:
@@ -154,12 +159,12 @@ class MarabouCertifier(BaseCertifier):
     def _answer(self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export) -> Found:
         """By cuts, where they are asked for; then by files, about the classes that are still open."""
         (instance,) = export.instances
-        end = time.perf_counter() + self.timeout
+        end = self._clock() + self.timeout
         if self.encoding == "cuts":
             decision = self._by_cuts(folder, image, label, ball, export, end - (1 - SHARE) * self.timeout)
             if decision.shown is not None or not decision.undecided:
                 return decision.shown or (Verdict.CERTIFIED, "", None)
-            if time.perf_counter() >= end:
+            if self._clock() >= end:
                 open_ = len(decision.undecided)
                 note = f"{open_} classes undecided after {self.timeout:g} s; the last one: {decision.message}"
                 return Verdict.TIMEOUT, note, None
@@ -180,6 +185,7 @@ class MarabouCertifier(BaseCertifier):
             folder,
             end,
             lambda candidate: self._replay_image(folder, image, label, ball, export, candidate),
+            self._clock,
         )
 
     def _replay_image(
@@ -210,7 +216,7 @@ class MarabouCertifier(BaseCertifier):
         """Asks; and where a counterexample does not hold, for one that is clearer, then in another way."""
 
         def attempt(instance: Instance, tightening: str) -> tuple[Outcome, Found]:
-            onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - time.perf_counter()))
+            onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - self._clock()))
             return outcome, verdict_of(self, image, label, ball, outcome, export, onnx)
 
         outcome, found = attempt(asked, TIGHTENINGS[0])
@@ -272,7 +278,7 @@ class MarabouCertifier(BaseCertifier):
         note: str = "",
         upper: float | None = None,
     ) -> Certificate:
-        seconds = time.perf_counter() - begin
+        seconds = self._clock() - begin
         return Certificate(
             verdict, label, prediction, self.method, self.bound, ball.ground, ball.radius, None, seconds, upper, note,
             ball.cap,

@@ -151,7 +151,7 @@ class TestBadInput:
 
     def test_full_disk(self, tmp_path, monkeypatch):
         path = tmp_path / "suite.yaml"
-        misbehaving(tmp_path, count=6, chunk=2, seconds=0.05)
+        misbehaving(tmp_path, count=6, chunk=2)
         write, written = os.write, []
 
         def full(file, content):

@@ -164,3 +164,18 @@ def test_a_killed_run_holds_no_lock(suite, tmp_path):
     assert process.exitcode == -signal.SIGKILL
     run_local(suite, tmp_path / "out")
     assert len(records(tmp_path / "out")) == 20
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(suite, tmp_path):
+    """It had a file for the lock, and left errors beside what superseded them."""
+    out = tmp_path / "out"
+    with Store(out, suite) as store:
+        store.append([record(0)])
+    (out / "lock").touch()
+    old = json.loads((out / "suite.json").read_text())
+    assert list(old) == ["fingerprint", "name", "description", "context", "budget", "tasks", "comparisons"]
+    assert old["budget"] == {"seconds": 300.0, "preparation": 600.0, "memory": None}
+    with (out / "records.jsonl").open("a") as file:
+        file.write(f"{json.dumps(record(1, 'error'))}\n{json.dumps(record(1))}\n")
+    run_local(suite, out)
+    assert len(records(out)) == 20
