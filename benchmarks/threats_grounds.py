@@ -16,6 +16,7 @@ import torch
 import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack import make_attack
+from flowverify.ball import Threat
 from flowverify.certifiers.verify import Certifier
 from flowverify.network import affine_rows
 from flowverify.results import Verdict
@@ -46,7 +47,7 @@ def first_layer(network: fv.Network, images: torch.Tensor, grounds: list[str], r
     weights, _ = affine_rows(network, name, torch.float32)
     rows = weights.reshape(-1, *network.input_shape)
     for ground in ["l1", *grounds]:
-        budget = parse_ground(ground).budget(torch.tensor(radius)).double() * images.flatten(1).double().sum(1)
+        budget = Threat(ground).budget(radius, images)
         support(rows[:16], images[:1], budget[:1], ground=ground)
         start = time.process_time()
         support(rows, images, budget, ground=ground)

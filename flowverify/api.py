@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import WassersteinBall, check_images
-from flowverify.bounds.crown.domain import DomainName
+from flowverify.bounds.engine import DomainName
 from flowverify.certifiers.make import make_certifier
 from flowverify.certifiers.radius import RELATIVE_TOLERANCE, search_radius
 from flowverify.certifiers.verify import Certifier

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.bounds.crown.domain import DomainName
+from flowverify.bounds.engine import DomainName
 from flowverify.certifiers.verify import Certifier
 from flowverify.cli import app
 from flowverify.cli.options import DOMAINS

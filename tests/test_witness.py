@@ -8,7 +8,7 @@ import flowverify as fv
 from flowverify.attack import BaseAttack, Schedule, make_attack
 from flowverify.ball import Threat
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.hunt import Hunt
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export import marabou
@@ -154,11 +154,12 @@ MOVES = {
 }  # fmt: skip
 
 
-def hunted(method):
+def pulled(method):
     def ask(network, label, folder):
-        hunt = Hunt(CompleteCertifier(network, method), IMAGE[0].double(), label, method == "complete")
-        hunt.offer(MOVED.double())
-        return hunt.radius <= 1.0
+        subject, positive = CompleteCertifier(network, method).subject, method == "complete"
+        nearest = NearestCounterexample(subject, IMAGE[0].double(), label, Threat(), positive=positive)
+        nearest.offer(MOVED.double())
+        return nearest.radius <= 1.0
 
     return ask
 
@@ -178,8 +179,8 @@ FOOLED = {
     "attack": lambda network, label, folder: (
         Offer(network).run(IMAGE, [label], fv.WassersteinBall(1.0)).outcome[0] == "found"
     ),
-    "complete": hunted("complete"),
-    "vanilla-complete": hunted("vanilla-complete"),
+    "complete": pulled("complete"),
+    "vanilla-complete": pulled("vanilla-complete"),
     "linear": lambda network, label, folder: bool(
         LinearCertifier(network).witness(IMAGE, torch.tensor([label]), torch.tensor([1.0]))[1]
     ),

@@ -20,7 +20,7 @@ from torch import nn
 import flowverify as fv
 from benchmarks.soundness.balls import Threat
 from benchmarks.soundness.claims import BEYOND_TIE, BRACKET, Claim, failures
-from benchmarks.soundness.exact import magnitudes
+from benchmarks.soundness.exact import least_radius, magnitudes
 from benchmarks.soundness.networks import Normalise
 from benchmarks.soundness.question import Question
 from benchmarks.soundness.tally import Tally
@@ -211,9 +211,14 @@ class Case:
                 self.fail(f"{setting}: image {image}: {one.note!r} on the bracket {one.radius:.6g} to {upper:.6g}")
 
     def _ties(self, image: int, radius: float) -> bool:
-        """Whether a little beyond this radius some image ties, as all images do where the last activation is flat."""
-        points, margins = self.given.attacked(image, radius * (1 + BEYOND_TIE))
-        return not float(margins.min()) > self.given.rounding(points)
+        """Whether a little beyond this radius some image ties: one that descent finds, or that is nearest of all."""
+        given, beyond = self.given, radius * (1 + BEYOND_TIE)
+        points, margins = given.attacked(image, beyond)
+        if not float(margins.min()) > given.rounding(points):
+            return True
+        if given.drawn.kind not in ("tiny", "offset"):
+            return False
+        return least_radius(given.drawn.oracle, given.threat, given.centres[image], int(given.labels[image])) <= beyond
 
     def _replay(self, one: Certificate, image: int, setting: Setting, certifier: Any) -> None:
         """A witness is an image of the ball that the user's network puts into another class."""
@@ -257,8 +262,8 @@ class Case:
         power = Threat(self.given.shape, cover.ground, None).power
         budget = cover.radius(radii) ** power * self.given.centres.sum((1, 2))
         images = self.given.images.double()
-        lower = engine.lower_bounds(images, self.given.labels, budget)
-        inner = engine.preactivation_bounds(images, budget)
+        ball = engine.threat.ball(images, budget)
+        lower, inner = engine.margins(ball, self.given.labels), engine.neurons(ball)
         names = [node.inputs[0] for node in engine.network.activations]
         for image in range(len(images)):
             points, margins = self.given.attacked(image, radius)

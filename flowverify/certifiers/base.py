@@ -49,7 +49,7 @@ class BaseCertifier(ABC):
         for dtype in (torch.float32, torch.float64):
             support(image[None].to(dtype), image.to(dtype), image.new_ones(1), maximiser=True)
             if ground != "l1" or cap is not None:
-                name = parse_ground(ground).distance  # a window would not fit on so small an image
+                name = parse_ground(ground).distance.name  # a window would not fit on so small an image
                 support(
                     image[None].to(dtype),
                     image.to(dtype),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from flowverify.bounds.crown.domain import DomainName
+from flowverify.bounds.engine import DomainName
 from flowverify.bounds.recipes import METHODS
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.ball import WassersteinBall
-from flowverify.bounds.crown.domain import DomainName
+from flowverify.ball import Ball, Threat, WassersteinBall
+from flowverify.bounds.engine import DomainName, EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import check_bound, check_method
 from flowverify.bounds.warm_start import WarmStart
@@ -112,13 +112,10 @@ class Certifier(BaseCertifier):
         if key not in self._engines:
             self._engines[key] = MarginBounds(
                 self.network,
-                key[0],
+                Threat(ground, cap, key[0] == "fine-tuned"),
                 self.bound,
-                domain=self._domain,
                 dtype=dtype,
-                tolerance=DUALITY_GAP,
-                ground=ground,
-                cap=cap,
+                options=EngineOptions(self._domain, DUALITY_GAP),
             )
         return self._engines[key]
 
@@ -142,7 +139,8 @@ class Certifier(BaseCertifier):
         mass = images.flatten(1).double().sum(1)
         budget = parse_ground(ground).budget(radius.double().to(images.device)) * mass
         engine = self.engine(dtype, method, ground, cap)
-        bounds = engine.lower_bounds(images, labels, budget, references=references, warm_start=warm_start)
+        ball = Ball(engine.threat, images, budget)
+        bounds = engine.margins(ball, labels, references=references, warm_start=warm_start)
         worst = bounds.double().amin(1)
         if dtype == torch.float64:
             displaced = 0.0 * mass

@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from flowverify.ball import Ball, Threat
 from flowverify.bounds.backward import pull_back
 from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.bounds.relaxations import crosses_zero
@@ -23,10 +24,7 @@ from flowverify.errors import SolverError
 from flowverify.export.networks import Parts, append_rows, margin_rows
 from flowverify.export.program import Program, with_cuts, write_program
 from flowverify.export.rounding import FloatArray
-from flowverify.grid import Grid
 from flowverify.network import INPUT
-from flowverify.transport.dilation import lipschitz_constant
-from flowverify.transport.support import support
 
 MOST_CUTS = 256  # from hidden neurons, at the start
 MIXTURES = 40  # steps towards the nearest value of an image
@@ -46,14 +44,13 @@ class ReducedQuestion:
     """Is there a z within the cuts whose margin f_label - f_t is <= 0? One question for each t.
 
     Args:
-        image: (C, H, W), float64, nonnegative; ``budget``: eps.
-        positivity: False for the ball without it.
+        ball: one ball with l1 ground cost, float64; with positivity or without it.
     """
 
-    def __init__(self, parts: Parts, grid: Grid, image: Tensor, label: int, budget: float, positivity: bool) -> None:
-        self.weight, self.bias, self.positivity = parts.weight, parts.bias, positivity
-        self.shape = (-1, *grid.image_shape)
-        self.image, self.budget = image.double(), torch.tensor([budget], dtype=torch.float64)
+    def __init__(self, parts: Parts, ball: Ball, label: int) -> None:
+        self.weight, self.bias = parts.weight, parts.bias
+        self.ball, self.image = ball, ball.images[0]
+        self.valid = Threat(ball.threat.ground).ball(ball.images, ball.budget)  # where counterexamples are
         self.graph = append_rows(parts.tail, margin_rows(parts.classes, label))
         self.middle = self.weight @ self.image.flatten() + self.bias
         self._intervals: dict[str, Interval] = {}
@@ -94,10 +91,7 @@ class ReducedQuestion:
 
     def _excess(self, rows: Tensor) -> Tensor:
         """The maximum of c . (nu - image) over the ball for rows c over pixels, (S, pixels) -> (S,)."""
-        functions = rows.reshape(self.shape)
-        if self.positivity:
-            return support(functions, self.image[None], self.budget).excess[0]
-        return self.budget * lipschitz_constant(functions)
+        return self.ball.support(rows.reshape(-1, *self.image.shape)).excess[0]
 
     def _bound_values(self) -> None:
         """Intervals of all that ReLUs read: exact for the input, the tighter of two methods behind it."""
@@ -137,9 +131,9 @@ class ReducedQuestion:
         return found[INPUT][0].flatten(1), constant[0]
 
     def _furthest(self, direction: Tensor) -> Tensor:
-        """The image of the ball whose value is furthest along a direction; the ball is the one with positivity."""
-        rows = (direction @ self.weight).reshape(1, *self.shape[1:])
-        found = support(rows, self.image[None], self.budget, maximiser=True).maximiser
+        """The image of the ball with positivity whose value is furthest along a direction."""
+        rows = (direction @ self.weight).reshape(1, *self.image.shape)
+        found = self.valid.support(rows, maximiser=True).maximiser
         assert found is not None
         return found[0, 0]
 

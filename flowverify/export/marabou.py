@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.ball import WassersteinBall
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError, UnknownNameError
@@ -177,7 +177,8 @@ class MarabouCertifier(BaseCertifier):
     ) -> Decision[Found]:
         (instance,), inputs = export.instances, export.network.inputs
         centre = inputs.image(instance.centre).clamp(min=0)
-        question = ReducedQuestion(self._parts, inputs.grid, centre, label, instance.budget, export.network.positivity)
+        threat = Threat(positive=export.network.positivity)
+        question = ReducedQuestion(self._parts, threat.ball(centre.double(), instance.budget), label)
         return decide_by_cuts(
             question,
             self._process,

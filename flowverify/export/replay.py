@@ -18,13 +18,12 @@ from torch import Tensor
 
 from flowverify.ball import INSIDE, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.certifiers.complete.hunt import Hunt
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
 from flowverify.export.rounding import FloatArray
 from flowverify.network.subject import surplus
-from flowverify.transport.moves import best_moves
 
 STEPS = 12
 NEIGHBOURS = 4
@@ -90,16 +89,16 @@ def falsify(
         SolverError: an exact distance could not be computed.
     """
     centre, point = image.detach().cpu().double(), point.detach().cpu().double()
-    hunt = Hunt(certifier, centre.to(certifier.device), label, True, ball.ground, ball.cap)
+    nearest = NearestCounterexample(certifier.subject, centre.to(certifier.device), label, ball.threat)
     margins = []
     for scale in scales:
         larger = ball.with_radius(scale * ball.radius)
         start = repaired(point, centre, larger)
         best, margin = descend(certifier, start, centre, label, larger)
         margins.append(margin)
-        hunt.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
-        if hunt.witness is not None and hunt.radius <= ball.radius:
-            return Replay(True, hunt.witness.cpu(), hunt.radius)
+        nearest.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
+        if nearest.witness is not None and nearest.radius <= ball.radius:
+            return Replay(True, nearest.witness.cpu(), nearest.radius)
     return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 
@@ -132,8 +131,7 @@ def repaired(point: Tensor, image: Tensor, ball: WassersteinBall) -> Tensor:
     around = ball.around(image)
     valid, centre = ball.threat.repair(around.images, point[None]), around.images
     if not bool(torch.isfinite(ball.threat.price(centre, valid))):
-        budget = around.budget * INSIDE
-        return best_moves(valid - centre, centre, budget=budget, ground=ball.ground, cap=ball.cap).image[0]
+        return around.with_budget(around.budget * INSIDE).best_moves(valid - centre).image[0]
     return around.pull_back(valid)[0]
 
 
@@ -153,8 +151,8 @@ def descend(
     of the ball stay inside.
     """
     network, device = certifier.precise, certifier.device  # weights need no gradient
-    budget = (ball.budget(image) * INSIDE).expand(NEIGHBOURS)
-    centres = image.expand(NEIGHBOURS, *image.shape)
+    inside = ball.around(image)[[0] * NEIGHBOURS]
+    inside = inside.with_budget(inside.budget * INSIDE)
 
     def margins(candidates: Tensor) -> Tensor:
         labels = torch.full((len(candidates),), label, device=device)
@@ -168,7 +166,7 @@ def descend(
         noise[0] = 0
         points = (best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise).requires_grad_(True)
         slopes = torch.autograd.grad(margins(points).sum(), points)[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        vertices = best_moves(-slopes, centres, budget=budget, ground=ball.ground, cap=ball.cap).image
+        vertices = inside.best_moves(-slopes).image
         trials = torch.stack([best + share * (vertex - best) for vertex in vertices for share in SHARES])
         with torch.no_grad():
             values = margins(trials)

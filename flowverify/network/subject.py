@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from flowverify.errors import InvalidInputError
 from flowverify.network.graph import Network
 
 CLOSE = 64  # units in the last place of the largest logit: so near a tie, the rest of the batch could decide
-ROWS = 4  # batches are filled up to a multiple: a row's value then does not depend on how many there are
 
 
 class Subject:
@@ -46,13 +45,16 @@ class Subject:
         InvalidInputError: not a torch module, or one whose weights are not all float32 or all float64.
     """
 
+    filled_to: ClassVar[int] = 4  # a multiple: a row's value then does not depend on how many rows there are
+    precisions: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float64})
+
     def __init__(self, module: nn.Module, precise: nn.Module | None = None) -> None:
         if not isinstance(module, nn.Module):
             raise InvalidInputError(f"model of type {type(module).__name__}: expected a torch.nn.Module")
         self.own = module if isinstance(module, Network) else copy.deepcopy(module).eval().requires_grad_(False)
         tensors = [*self.own.parameters(), *self.own.buffers()]
         kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}
-        if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        if len(kinds) > 1 or not kinds <= self.precisions:
             raise InvalidInputError(
                 f"model with weights of type {sorted(map(str, kinds))}: expected all float32 or all float64"
             )
@@ -84,7 +86,7 @@ class Subject:
     def call(self, module: nn.Module, images: Tensor, alone: bool = False) -> Tensor:
         """As :meth:`logits` for ``own`` or ``precise`` and images of its precision and device, with gradients."""
         count = images.shape[0]
-        missing = 0 if alone else -count % ROWS
+        missing = 0 if alone else -count % self.filled_to
         if missing:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         try:
@@ -111,11 +113,10 @@ class Subject:
             threat.cost.check_grid(grid.height, grid.width)
         images = threat.check(images, grid).detach().to(self.device)
         given = check_labels(labels, len(images), device=self.device)
-        if not len(images):
-            return images, given
-        return images, check_labels(given, len(images), self._classes(images))
+        return images, check_labels(given, len(images), self.classes(images)) if len(images) else given
 
-    def _classes(self, images: Tensor) -> int:
+    def classes(self, images: Tensor) -> int:
+        """How many there are for such images, of which there is at least one."""
         return self.own.num_classes if isinstance(self.own, Network) else self.logits(images[:1]).shape[1]
 
     def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

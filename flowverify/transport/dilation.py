@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowverify.transport import compiled
-from flowverify.transport.ground import offsets_by_cost, parse_ground, steepest_offsets
+from flowverify.transport.ground import L1, L2, Power, offsets_by_cost, parse_ground, steepest_offsets
 
 
 class Dilation(NamedTuple):
@@ -45,8 +45,7 @@ def dilate(coefficients: Tensor, multiplier: Tensor, ground: str = "l1") -> Dila
     """
     cost = parse_ground(ground)
     slope = multiplier[..., None, None, None]
-    separable = cost.window is None and (cost.distance, cost.power) in (("l1", 1.0), ("l2", 2.0))
-    if not separable:
+    if cost not in (L1(), Power(L2(), 2.0)):
         return _by_offsets(coefficients, slope, ground)
     one_axis = _running_maximum if cost.power == 1.0 else _parabola_maximum
     width = coefficients.shape[-1]

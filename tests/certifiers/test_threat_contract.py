@@ -11,7 +11,8 @@ from plans import COSTS, frank_wolfe, least_margins, plan_cost, plan_samples, po
 from torch import Tensor, nn
 
 from flowverify.api import certify_batch
-from flowverify.ball import WassersteinBall
+from flowverify.ball import Threat, WassersteinBall
+from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import METHODS
 from flowverify.certifiers.linear_certifier import LinearCertifier
@@ -46,7 +47,7 @@ def images_of(kind: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def engine(kind: str, method: str, bound: str, ground: str, cap: float | None, dtype: torch.dtype) -> MarginBounds:
-    return MarginBounds(network_of(kind), method, bound, dtype=dtype, ground=ground, cap=cap)
+    return MarginBounds(network_of(kind), Threat(ground, cap, method == "fine-tuned"), bound, dtype=dtype)
 
 
 def budget_of(images: Tensor, radius: float, ground: str) -> Tensor:
@@ -65,7 +66,8 @@ def bounds_of(
 ) -> Tensor:
     images, labels = images_of(kind)
     budget = budget_of(images, radius, ground)
-    return engine(kind, method, bound, ground, cap, dtype).lower_bounds(images, labels, budget).double()
+    bounds = engine(kind, method, bound, ground, cap, dtype)
+    return bounds.margins(bounds.threat.ball(images, budget), labels).double()
 
 
 @cache
@@ -110,8 +112,8 @@ class TestEveryCost:
         images, labels = images_of(kind)
         for radius in RADII:
             around = WassersteinBall(radius, ground).l1_radius
-            budget = around * images.flatten(1).sum(1)
-            converted = engine(kind, "fine-tuned", "ibp", "l1", None, DOUBLE).lower_bounds(images, labels, budget)
+            l1_ball = Threat().ball(images, around * images.flatten(1).sum(1))
+            converted = engine(kind, "fine-tuned", "ibp", "l1", None, DOUBLE).margins(l1_ball, labels)
             assert (bounds_of(kind, "fine-tuned", "ibp", ground, radius) >= converted - 1e-9).all()
 
     def test_single_precision_rounds_only(self, ground: str, kind: str) -> None:
@@ -146,8 +148,9 @@ def test_below_the_exact_optimum_of_a_tiny_network(ground: str) -> None:
         assert (exact.double() <= margins_at(network, points, labels).amin(1) + 1e-6).all()
         for method in METHODS:
             for bound in BOUNDS:
-                found = MarginBounds(network, method, bound, dtype=DOUBLE, ground=small, cap=cap)
-                assert (found.lower_bounds(images, labels, budget) <= exact + 1e-6).all(), (method, bound)
+                threat = Threat(small, cap if method == "fine-tuned" else None, method == "fine-tuned")
+                found = MarginBounds(network, threat, bound, dtype=DOUBLE).margins(threat.ball(images, budget), labels)
+                assert (found <= exact + 1e-6).all(), (method, bound)
 
 
 @pytest.mark.parametrize("ground", COSTS)
@@ -244,4 +247,4 @@ def test_bad_threat_models() -> None:
     with pytest.raises(InvalidInputError, match=r"image 0 has a pixel of 1: expected at most the cap, 0\.9"):
         certifier.certify(images, labels, WassersteinBall(0.1, "l1", 0.9))
     with pytest.raises(InvalidInputError, match="domain flow with ground cost l2: expected l1, or the domain image"):
-        MarginBounds(network, domain="flow", ground="l2")
+        MarginBounds(network, Threat("l2"), options=EngineOptions(domain="flow"))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowverify.ball import Threat
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.networks import take_apart
 from flowverify.export.program import write_program
@@ -23,7 +24,8 @@ def deep():
 
 def question(network, image, positivity=True, budget=BUDGET):
     label = int(network(image[None].double()).argmax())
-    return ReducedQuestion(take_apart(network), network.grid, image.double(), label, budget, positivity), label
+    ball = Threat(positive=positivity).ball(image.double(), budget)
+    return ReducedQuestion(take_apart(network), ball, label), label
 
 
 def variables(graph, values):

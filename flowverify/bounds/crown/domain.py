@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
 from flowverify.bounds.crown.bounded import l1_ball
 from flowverify.bounds.crown.perturbation import PerturbationFlowPolytope, PerturbationWasserstein
-from flowverify.bounds.warm_start import WarmStart
-from flowverify.errors import FoldError, InvalidInputError
+from flowverify.bounds.engine import Batch, DomainName
+from flowverify.errors import FoldError
 from flowverify.network import Network, fold
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, FLOAT32_MASS_TOLERANCE
-from flowverify.transport.ground import parse_ground
 from flowverify.transport.inverse import flow_by_tree
-
-DomainName = Literal["auto", "image", "flow"]
 
 
 class Domain(Protocol):
@@ -27,16 +25,9 @@ class Domain(Protocol):
     module: nn.Module
     width: int  # size of the perturbed input
 
-    def inputs(self, images: Tensor, references: Tensor | None) -> Sequence[Tensor]: ...
+    def inputs(self, images: Tensor, references: Tensor | None = None) -> Sequence[Tensor]: ...
 
-    def perturbation(
-        self,
-        images: Tensor,
-        references: Tensor | None,
-        budget: Tensor,
-        tolerance: float | None,
-        warm_start: WarmStart | None,
-    ) -> Any: ...
+    def perturbation(self, batch: Batch, tolerance: float | None) -> Any: ...
 
 
 class ImageDomain:
@@ -44,31 +35,22 @@ class ImageDomain:
 
     name = "image"
 
-    def __init__(self, network: Network, feasible: bool, ground: str = "l1", cap: float | None = None) -> None:
+    def __init__(self, network: Network) -> None:
         self.module: nn.Module = network
-        self.feasible = feasible
-        self.ground, self.cap = parse_ground(ground), cap
         self.width = network.grid.pixels
 
-    def inputs(self, images: Tensor, references: Tensor | None) -> Sequence[Tensor]:
+    def inputs(self, images: Tensor, references: Tensor | None = None) -> Sequence[Tensor]:
         return (images,)
 
-    def perturbation(
-        self,
-        images: Tensor,
-        references: Tensor | None,
-        budget: Tensor,
-        tolerance: float | None,
-        warm_start: WarmStart | None,
-    ) -> Any:
-        radius = self.ground.radius(budget / images.flatten(1).double().sum(1))
+    def perturbation(self, batch: Batch, tolerance: float | None) -> Any:
+        threat = batch.ball.threat
         return PerturbationWasserstein(
-            radius,
-            ground=self.ground.name,
-            cap=self.cap,
-            feasible=self.feasible,
+            batch.ball.radius,
+            ground=threat.ground,
+            cap=threat.cap,
+            feasible=threat.positive,
             tolerance=tolerance,
-            warm_start=warm_start,
+            warm_start=batch.warm_start,
         )
 
 
@@ -81,14 +63,12 @@ class FlowDomain:
 
     name = "flow"
 
-    def __init__(self, network: Network, feasible: bool, cap: float | None = None) -> None:
+    def __init__(self, network: Network) -> None:
         self.folded = fold(network)
-        self.cap = cap
         self.module: nn.Module = self.folded
-        self.feasible = feasible
         self.width = self.folded.flow_shape[0] if len(self.folded.flow_shape) == 1 else 2 * network.grid.pixels
 
-    def inputs(self, images: Tensor, references: Tensor | None) -> Sequence[Tensor]:
+    def inputs(self, images: Tensor, references: Tensor | None = None) -> Sequence[Tensor]:
         if references is None:
             flow = images.new_zeros(images.shape[0], self.folded.grid.edges)
             references = images
@@ -99,29 +79,17 @@ class FlowDomain:
             references = references.to(images)
         return (self.folded.encode(flow), self.folded.offset(references).contiguous())  # auto_LiRPA takes views
 
-    def perturbation(
-        self,
-        images: Tensor,
-        references: Tensor | None,
-        budget: Tensor,
-        tolerance: float | None,
-        warm_start: WarmStart | None,
-    ) -> Any:
-        if not self.feasible:
-            return l1_ball(budget.to(images.dtype))
-        radius = budget / images.flatten(1).double().sum(1)
+    def perturbation(self, batch: Batch, tolerance: float | None) -> Any:
+        ball = batch.ball
+        if not ball.threat.positive:
+            return l1_ball(ball.budget.to(ball.images))
+        reference = ball.images if batch.references is None else batch.references.to(ball.images)
         return PerturbationFlowPolytope(
-            radius,
-            images if references is None else references.to(images),
-            cap=self.cap,
-            tolerance=tolerance,
-            warm_start=warm_start,
+            ball.radius, reference, cap=ball.threat.cap, tolerance=tolerance, warm_start=batch.warm_start
         )
 
 
-def make_domain(
-    network: Network, name: DomainName, feasible: bool, ground: str = "l1", cap: float | None = None
-) -> Domain:
+def make_domain(network: Network, name: DomainName, threat: Threat) -> Domain:
     """The named domain; "auto" is flows for vanilla (with l1 ground cost) and images for all else.
 
     Fine-tuned bounds are the same in both (theory, section 6), and images have half the coordinates. A network
@@ -130,23 +98,12 @@ def make_domain(
 
     Raises:
         FoldError: flows were asked for by name, and the network cannot be folded.
-        InvalidInputError: flows were asked for by name, with another ground cost than l1.
     """
-    if name == "flow" and ground != "l1":
-        raise InvalidInputError(f"domain flow with ground cost {ground}: expected l1, or the domain image")
-    if name == "image" or (name == "auto" and (feasible or not network.grid.edges or ground != "l1")):
-        return ImageDomain(network, feasible, ground, cap)
-    try:
-        return FlowDomain(network, feasible, cap)
-    except FoldError:
-        if name == "flow":
-            raise
-        return ImageDomain(network, feasible, ground, cap)
-
-
-def sample_images(network: Network) -> Tensor:
-    """Two images to trace with."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, *network.input_shape, generator=generator, dtype=torch.float64)
-    parameter = next(network.parameters(), None)
-    return images.to(network.dtype if parameter is None else parameter)
+    flows = threat.ground == "l1" and not threat.positive and network.grid.edges
+    if name == "flow" or (name == "auto" and flows):
+        try:
+            return FlowDomain(network)
+        except FoldError:
+            if name == "flow":
+                raise
+    return ImageDomain(network)

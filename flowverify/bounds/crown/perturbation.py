@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowverify.ball import Ball, Threat
 from flowverify.bounds.crown.backend import (
     PATCHES_KEEP_SHAPE,
     LinearBound,
@@ -32,10 +33,7 @@ from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.grid import Grid
 from flowverify.transport.capped import check_below
-from flowverify.transport.dilation import lipschitz_constant
-from flowverify.transport.ground import parse_ground
 from flowverify.transport.support import inner, support_value
-from flowverify.transport.support import support as solve_support
 
 
 class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
@@ -59,11 +57,9 @@ class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
             )
         super().__init__(eps=float(values.max()), norm=np.inf)
         self.radius = values
-        self.feasible = feasible
+        self.threat = Threat(ground, cap if feasible else None, feasible)
         self.tolerance = tolerance
         self.warm_start = warm_start
-        self.ground = parse_ground(ground)
-        self.cap = cap
 
     def box(self, center: Tensor) -> tuple[Tensor, Tensor]:
         """Componentwise least and largest values over the set, for a batch of centers."""
@@ -117,32 +113,31 @@ class _Polytope(PerturbationLpNorm):  # type: ignore[misc]
         return bound.reshape(shape) if shape is not None and PATCHES_KEEP_SHAPE else bound
 
     def _budget(self, images: Tensor) -> Tensor:
-        return self.ground.budget(self.radius).to(images.device) * images.flatten(1).double().sum(1)
+        return self.threat.budget(self.radius, images)
 
     def _largest_excess(self, images: Tensor, coefficients: Tensor, sign: int) -> Tensor:
         """max over the ball of sign * c . (nu - mu), of shape (B, S)."""
-        budget = self._budget(images)
+        ball = Ball(self.threat, images, self._budget(images))
         signed = coefficients if sign > 0 else -coefficients
-        ground = self.ground.name
-        if not self.feasible:
-            return budget[:, None].to(images.dtype) * lipschitz_constant(signed, ground)
+        if not self.threat.positive:
+            return ball.support(signed).excess
         guess = None if self.warm_start is None else self.warm_start.guess(sign, signed.shape[1])
         if signed.requires_grad and torch.is_grad_enabled():
             value = support_value(
-                signed, images, budget, guess=guess, tolerance=self.tolerance, ground=ground, cap=self.cap
-            )
+                signed, images, ball.budget, guess=guess, tolerance=self.tolerance, ground=self.threat.ground,
+                cap=self.threat.cap,
+            )  # fmt: skip
             return value - inner(signed, images)
-        solution = solve_support(
-            signed, images, budget, guess=guess, tolerance=self.tolerance, ground=ground, cap=self.cap
-        )
+        found = ball.support(signed, guess=guess, tolerance=self.tolerance)
         if self.warm_start is not None:
-            self.warm_start.keep(sign, solution.multiplier)
-        return solution.excess
+            self.warm_start.keep(sign, found.multiplier)
+        return found.excess
 
     def __repr__(self) -> str:
+        threat = self.threat
         return (
-            f"{type(self).__name__}(radius={self.radius.tolist()}, ground={self.ground.name!r}, cap={self.cap}, "
-            f"feasible={self.feasible})"
+            f"{type(self).__name__}(radius={self.radius.tolist()}, ground={threat.ground!r}, cap={threat.cap}, "
+            f"feasible={threat.positive})"
         )
 
 
@@ -180,18 +175,18 @@ class PerturbationWasserstein(_Polytope):
 
     def box(self, center: Tensor) -> tuple[Tensor, Tensor]:
         _check_images(center)
-        check_below(center, self.cap)
+        check_below(center, self.threat.cap)
         mass = center.flatten(1).sum(1)[:, None, None, None]
         budget = self._budget(center).to(center.dtype)[:, None, None, None]
-        if not self.feasible:
+        if not self.threat.positive:
             return center - budget, center + budget
         # Mass that leaves or reaches a pixel travels at least one pixel, at a cost of at least 1, so it is at most the
         # budget.
         per_channel = center.flatten(2).sum(2)[..., None, None]
         arriving = torch.minimum(budget, per_channel - center).clamp(min=0) + 1e-6 * mass
         upper = center + arriving
-        if self.cap is not None:
-            upper = torch.maximum(upper.clamp(max=self.cap), center)
+        if self.threat.cap is not None:
+            upper = torch.maximum(upper.clamp(max=self.threat.cap), center)
         return center - torch.minimum(budget, center), upper
 
     def excess(self, center: Tensor, coefficients: Tensor, sign: int) -> tuple[Tensor, Tensor]:
@@ -241,10 +236,10 @@ class PerturbationFlowPolytope(_Polytope):
     def _images(self, flow: Tensor) -> Tensor:
         # Rounding leaves pixels of -1e-17 where mass has left; as mass they would be nonsense.
         images = self.grid.apply(self.reference, self._vector(flow)).clamp(min=0)
-        if self.cap is None:
+        if self.threat.cap is None:
             return images
         # Nor may rounding put a pixel above the cap; an image that lies there does not pass as rounding.
-        return torch.where(images <= self.cap * (1 + 1e-5), images.clamp(max=self.cap), images)
+        return torch.where(images <= self.threat.cap * (1 + 1e-5), images.clamp(max=self.threat.cap), images)
 
     def box(self, center: Tensor) -> tuple[Tensor, Tensor]:
         budget = self._budget(self._images(center)).to(center.dtype)

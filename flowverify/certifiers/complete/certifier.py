@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.budget import Budget, Progress
-from flowverify.certifiers.complete.hunt import Adversary, Hunt
+from flowverify.certifiers.complete.counterexamples import Adversary, NearestCounterexample
+from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.least_margin import LeastMargin, least_margin
-from flowverify.certifiers.complete.radius_search import RadiusSearch
+from flowverify.certifiers.complete.radius_search import Progress, RadiusSearch
+from flowverify.certifiers.complete.settings import SearchSettings
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.transport.ground import parse_ground
 from flowverify.witness import replay
 
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
@@ -33,27 +33,34 @@ NO_IMAGE = "what changes the class in the L1 ball is no image: it has negative p
 
 @dataclass(frozen=True)
 class CompleteOptions:
-    """How far a complete method goes.
+    """How far a complete method goes; fields have a text for users in their metadata.
 
     Attributes:
-        timeout: seconds for each image (and radius); None for no limit.
-        nodes: of the search trees of each image; None for no limit.
-        tolerance: of the bracket that a radius search closes, relative.
-        adversary: gives first counterexamples, such as :class:`flowverify.attack.minimal.MinimalRadius`; without
-            one the search finds its own.
-        progress: told what is known, now and then.
-        clock: what seconds are counted by.
+        adversary: such as :class:`flowverify.attack.minimal.MinimalRadius`.
 
     Raises:
         InvalidInputError: a timeout or a number of nodes that is not positive, a tolerance outside (0, 1).
     """
 
-    timeout: float | None = TIMEOUT
-    nodes: int | None = None
-    tolerance: float = TOLERANCE
-    adversary: Adversary | None = None
-    progress: Callable[[Progress], None] | None = None
-    clock: Callable[[], float] = time.perf_counter
+    timeout: float | None = field(
+        default=TIMEOUT, metadata={"help": "seconds for each image (and radius); none for no limit"}
+    )
+    nodes: int | None = field(
+        default=None, metadata={"help": "nodes of the search trees of each image; none for no limit"}
+    )
+    tolerance: float = field(
+        default=TOLERANCE, metadata={"help": "of the bracket that a radius search closes, relative"}
+    )
+    adversary: Adversary | None = field(
+        default=None, metadata={"help": "an attack that gives first counterexamples; without, the search finds its own"}
+    )
+    progress: Callable[[Progress], None] | None = field(
+        default=None, metadata={"help": "told what is known, now and then"}
+    )
+    clock: Callable[[], float] = field(default=time.perf_counter, metadata={"help": "what seconds are counted by"})
+    settings: SearchSettings = field(
+        default=SearchSettings(), metadata={"help": "how the search goes about its work; nothing that is proven"}
+    )
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:
@@ -63,9 +70,9 @@ class CompleteOptions:
         if not 0 < self.tolerance < 1:
             raise InvalidInputError(f"tolerance: given {self.tolerance!r}, expected a number between 0 and 1")
 
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.timeout, self.nodes, self.clock)
+    def deadline(self) -> Deadline:
+        """For one image, from now on."""
+        return Deadline(self.timeout, self.nodes, self.clock)
 
 
 class CompleteCertifier(BaseCertifier):
@@ -97,10 +104,10 @@ class CompleteCertifier(BaseCertifier):
             raise UnknownNameError("complete method", method, BRANCH_AND_BOUND)
         super().__init__(model, method, "branch-and-bound", input_shape)
         self.options = CompleteOptions() if options is None else options
-        self.maps = affine_maps(self.network)
+        self.maps = affine_maps(self.network, self.options.settings.maps)
 
     def start(self, image: Tensor, label: int, ground: str = "l1", cap: float | None = None) -> RadiusSearch:
-        """The search for one image (C, H, W), not yet run; ``run`` it with one budget after the other.
+        """The search for one image (C, H, W), not yet run; ``run`` it with one deadline after the other.
 
         Raises:
             InvalidInputError: as :meth:`check`; or the image is misclassified.
@@ -108,7 +115,7 @@ class CompleteCertifier(BaseCertifier):
         images, labels = self.check(image, torch.as_tensor(label), Threat(ground, cap))
         if not bool(self.clean(images, labels)[1]):
             raise InvalidInputError(f"image of label {label}: misclassified, so there is no radius to search")
-        return self._search_of(images[0].double(), int(label), ground, cap)
+        return self._search_of(images[0].double(), int(label), Threat(ground, cap))
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``, one after the other.
@@ -133,14 +140,14 @@ class CompleteCertifier(BaseCertifier):
             InvalidInputError: as :meth:`check`.
         """
         images, labels = self.check(image, torch.as_tensor(label), ball.threat)
-        search = self._search_of(images[0].double(), int(labels[0]), ball.ground, ball.cap)
+        search = self._search_of(images[0].double(), int(labels[0]), ball.threat)
         with torch.no_grad():
-            largest = max(float(value.abs().max()) for value in self.precise.values(search.hunt.image[None]).values())
-        budget = search.ball(ball.radius).budget
-        gap = max(tolerance * largest, 2 * float(self.allowance(search.hunt.image[None], budget)))
-        return least_margin(
-            self.maps, search.ball(ball.radius), search.specification, search.hunt, gap, self.options.budget
-        )
+            largest = max(
+                float(value.abs().max()) for value in self.precise.values(search.nearest.image[None]).values()
+            )
+        problem = search.problem(ball.radius)
+        gap = max(tolerance * largest, 2 * float(self.allowance(search.nearest.image[None], problem.ball.budget)))
+        return least_margin(problem, search.nearest, gap, self.options.deadline())
 
     def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
         return self.one_by_one(
@@ -155,18 +162,18 @@ class CompleteCertifier(BaseCertifier):
         self, image: Tensor, label: Tensor, prediction: Tensor, ball: WassersteinBall, searching: bool
     ) -> Certificate:
         begin = self.options.clock()
-        search = self._search_of(image, int(label), ball.ground, ball.cap)
+        search = self._search_of(image, int(label), ball.threat)
 
         def report(decided: bool | None) -> Certificate:
             verdict, radius, margin, note = _found(search) if searching else _decided(search, decided, ball)
             if searching and not search.limit > 0 and not decided:
                 verdict, note = Verdict.UNKNOWN, "a tie to within rounding at the image itself"
-            witness = search.hunt.witness
+            witness = search.nearest.witness
             if witness is not None and not bool((witness >= 0).all()):
                 witness, note = None, "; ".join(filter(None, [note, NO_IMAGE]))
                 verdict = Verdict.UNKNOWN if verdict is Verdict.FALSIFIED else verdict
             upper = search.upper_radius if math.isfinite(search.upper_radius) else None
-            if not search.hunt.feasible and (ball.ground != "l1" or ball.cap is not None):
+            if not search.nearest.positive and (ball.ground != "l1" or ball.cap is not None):
                 # What was searched is an l1 ball of flows around the ball: the witness may lie outside of that.
                 upper = self._distance(search, witness, ball)
                 witness = None if upper is None else witness
@@ -182,9 +189,9 @@ class CompleteCertifier(BaseCertifier):
         decided: bool | None = None
         try:
             if searching and search.limit > 0:
-                search.run(self.options.budget)
+                search.run(self.options.deadline())
             else:
-                decided = search.decide(0.0 if searching else ball.radius, self.options.budget)
+                decided = search.decide(0.0 if searching else ball.radius, self.options.deadline())
         except KeyboardInterrupt:
             raise Interrupted([report(None)]) from None
         return report(decided)
@@ -193,23 +200,24 @@ class CompleteCertifier(BaseCertifier):
         """The radius at which a witness is a counterexample of the threat model of ``ball``; None if it is none."""
         if witness is None:
             return None
-        hunt, label = search.hunt, torch.tensor([search.hunt.label], device=witness.device)
-        found = float(replay(self.subject, ball.threat.unlimited(hunt.image[None]), label, witness[None]))
+        label = torch.tensor([search.nearest.label], device=witness.device)
+        found = float(replay(self.subject, ball.threat.unlimited(search.nearest.image[None]), label, witness[None]))
         return found if math.isfinite(found) else None
 
-    def _search_of(self, centre: Tensor, label: int, ground: str, cap: float | None) -> RadiusSearch:
+    def _search_of(self, centre: Tensor, label: int, threat: Threat) -> RadiusSearch:
+        options = self.options
         specification = margin_specification(
             torch.tensor([label], device=centre.device), self.network.num_classes, torch.float64
         )[0]
+        nearest = NearestCounterexample(
+            self.subject, centre, label, threat, positive=self.method == "complete",
+            settings=options.settings.counterexamples,
+        )  # fmt: skip
         return RadiusSearch(
-            self.maps,
-            Hunt(self, centre, label, self.method == "complete", ground, cap),
-            specification,
-            limit=parse_ground(ground).largest_distance(*centre.shape[-2:]),
-            tolerance=self.options.tolerance,
-            adversary=self.options.adversary,
-            progress=self.options.progress,
-        )
+            self.maps, nearest, specification, limit=threat.largest_radius(self.network.grid),
+            tolerance=options.tolerance, adversary=options.adversary, progress=options.progress,
+            settings=options.settings,
+        )  # fmt: skip
 
 
 Finding = tuple[Verdict, float, float | None, str]  # verdict, radius, margin, note
@@ -232,7 +240,8 @@ def _undecided(search: RadiusSearch) -> str:
     if not math.isfinite(search.undecided):
         return "a tie to within rounding at the image itself"
     if search.tie:
-        return f"from radius {search.undecided:.6g} on, a tie to within rounding"
+        precision = f" of {search.nearest.dtype}" if search.nearest.disputed < search.upper_radius else ""
+        return f"from radius {search.undecided:.6g} on, a tie to within rounding{precision}"
     return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"
 
 

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from flowverify.ball import Threat
-from flowverify.certifiers.base import BaseCertifier
-from flowverify.transport.distance import wasserstein_distance
-from flowverify.transport.ground import parse_ground
+from flowverify.certifiers.complete.settings import DEFAULTS, CounterexampleSettings
+from flowverify.network.subject import Subject
 from flowverify.transport.least_budget import least_budget
 from flowverify.witness import replay
 
-DESCENT_STEPS = 8
-OVERSHOOT = 1.02
-FARTHER = 1.2  # than the nearest counterexample: not worth a look
-HALVINGS = 40
-NEAREST = 3  # points of a batch that descent starts from
+FLOW_MASS_TOLERANCE = 1e-6  # of what is lost and gained
 
 
 class Adversary(Protocol):
@@ -33,37 +28,45 @@ class Adversary(Protocol):
         """A result whose ``images`` (B, C, H, W) are candidates; they are replayed, not trusted."""
 
 
-class Hunt:
+class NearestCounterexample:
     """The nearest counterexample known for one image.
 
     Args:
-        certifier: gives the network in both precisions.
+        subject: a network.
         image: (C, H, W), float64.
         label: its class.
-        feasible: whether only images count; otherwise any image + A d, by ||d||_1.
-        ground, cap: the threat model, which images must keep to.
+        threat: which images must keep to.
+        positive: whether only images count; otherwise any image + A d, by ||d||_1.
 
     Attributes:
         radius: distance of the nearest counterexample, of normalised images; infinite while there is none.
         witness: that image (C, H, W), or None.
         least_margin: the least min over t of f_y - f_t at any point that was looked at.
+        disputed: the least distance of an image that float64 puts into another class and the network's own precision
+            does not; infinite where there is none.
         largest: the largest absolute value of the image's logits.
     """
 
     def __init__(
-        self, certifier: BaseCertifier, image: Tensor, label: int, feasible: bool, ground: str = "l1",
-        cap: float | None = None,
+        self, subject: Subject, image: Tensor, label: int, threat: Threat, *, positive: bool = True,
+        settings: CounterexampleSettings = DEFAULTS.counterexamples,
     ) -> None:  # fmt: skip
-        self.image, self.label, self.feasible, self.ground, self.cap = image, label, feasible, ground, cap
-        self._threat = Threat(ground, cap)
-        self.mass = float(image.sum())
+        self.image, self.label, self.threat, self.positive = image, label, threat, positive
+        self._settings = settings
         self.radius = float("inf")
         self.witness: Tensor | None = None
         self.least_margin = float("inf")
+        self.disputed = float("inf")
         self._lock = RLock()
-        self._precise, self._network, self._subject = certifier.precise, certifier.network, certifier.subject
+        self._subject, self._precise = subject, subject.precise
         with torch.no_grad():
-            self.largest = float(self._precise(image[None]).abs().max())
+            logits: Tensor = self._precise(image[None])
+        self._classes, self.largest = logits.shape[1], float(logits.abs().max())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's own precision."""
+        return self._subject.dtype
 
     def margins(self, points: Tensor) -> Tensor:
         """min over t of f_y - f_t, float64 (N,), for points (N, C, H, W)."""
@@ -75,13 +78,14 @@ class Hunt:
 
     def ask(self, adversary: Adversary) -> None:
         """Takes what an injected search finds."""
-        found = adversary.minimise(self.image[None], torch.tensor([self.label]), self.ground, self.cap).images
+        ground, cap = self.threat.ground, self.threat.cap
+        found = adversary.minimise(self.image[None], torch.tensor([self.label]), ground, cap).images
         self.offer(found.to(self.image).reshape(-1, *self.image.shape))
 
     def descend(self) -> None:
         """A descent from the image towards each other class."""
-        if self.feasible:
-            for target in range(self._network.num_classes):
+        if self.positive:
+            for target in range(self._classes):
                 if target != self.label:
                     self._descend(self.image, target)
 
@@ -96,28 +100,28 @@ class Hunt:
         points = points[usable]
         if not len(points):
             return False
-        if self.feasible:
+        if self.positive:
             points = self._repaired(points)
         margins, before = self.margins(points), self.radius
         self.least_margin = min(self.least_margin, float(margins.min()))
         wrong = (margins < 0).nonzero().flatten()
-        for index in wrong[margins[wrong].argsort()][:NEAREST].tolist():
+        for index in wrong[margins[wrong].argsort()][: self._settings.nearest].tolist():
             self._take(points[index])
-        if descend and self.feasible:
-            for point in points[margins.argsort()[:NEAREST]]:
+        if descend and self.positive:
+            for point in points[margins.argsort()[: self._settings.nearest]]:
                 self._descend(point)
         return self.radius < before
 
     def _repaired(self, points: Tensor) -> Tensor:
         """As images of the threat model."""
         points = points.reshape(-1, *self.image.shape)
-        return self._threat.repair(self.image.expand_as(points), points)
+        return self.threat.repair(self.image.expand_as(points), points)
 
     def _take(self, point: Tensor) -> None:
         """Pulls a misclassified point to the boundary along the segment from the image, and replays it."""
         away = self._distance(point)
         low, high = 0.0, 1.0
-        for _ in range(HALVINGS):
+        for _ in range(self._settings.halvings):
             middle = (low + high) / 2
             if float(self.margins(self._between(point, middle)[None])) < 0:
                 high = middle
@@ -127,40 +131,53 @@ class Hunt:
                 break
         if away * high >= self.radius:
             return
-        for nudge in (0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-            candidate = self._between(point, min(1.0, high * (1 + nudge)))
-            reached = self._replayed(candidate)
-            if math.isfinite(reached):
-                if reached < self.radius:
-                    self.radius, self.witness = reached, candidate
+        for nudge in self._settings.nudges:
+            if self._keep(self._between(point, min(1.0, high * (1 + nudge)))):
                 return
+        # The network's own precision rounds the margins next to the boundary away: farther out, up to the point itself.
+        shares = torch.linspace(high, 1.0, self._settings.retries, dtype=point.dtype, device=point.device)[1:].tolist()
+        farther = torch.stack([self._between(point, share) for share in shares])
+        labels = torch.full((len(farther),), self.label, device=point.device)
+        for candidate in farther[self._subject.fooled(farther, labels)]:
+            if self._keep(candidate):
+                return
+        self.disputed = min(self.disputed, away * high)
+
+    def _keep(self, candidate: Tensor) -> bool:
+        """Whether it is a counterexample; the nearest is kept."""
+        reached = self._replayed(candidate)
+        if reached < self.radius:
+            self.radius, self.witness = reached, candidate
+        return math.isfinite(reached)
 
     def _between(self, point: Tensor, share: float) -> Tensor:
         between = point if share >= 1 else self.image + share * (point - self.image)
-        return between.clamp(min=0) if self.feasible else between
+        return between.clamp(min=0) if self.positive else between
 
     def _replayed(self, point: Tensor) -> float:
         """Its distance if it is a counterexample, a point of the set that is searched; infinite if not."""
         label = torch.tensor([self.label], device=point.device)
-        if self.feasible:
-            return float(replay(self._subject, self._threat.unlimited(self.image[None]), label, point[None]))
+        if self.positive:
+            return float(replay(self._subject, self.threat.unlimited(self.image[None]), label, point[None]))
         return self._distance(point) if bool(self._subject.fooled(point[None], label)) else math.inf
 
     def _distance(self, point: Tensor) -> float:
         """Of normalised images; off the images, between the positive and the negative part of the difference."""
-        if self.feasible:
-            return float(self._threat.distance(self.image[None], point[None]))
-        difference = point - self.image
-        gained, lost = difference.clamp(min=0), (-difference).clamp(min=0)
+        if self.positive:
+            return float(self.threat.distance(self.image[None], point[None]))
+        difference = (point - self.image)[None]
+        # As what is lost and gained: next to the pixels themselves small differences would be rounded.
+        lost, gained = (-difference).clamp(min=0), difference.clamp(min=0)
         if float(lost.sum()) == 0:
             return 0.0
-        moved = float(wasserstein_distance(lost[None], gained[None], normalised=False, mass_tolerance=1e-6))
-        return parse_ground(self.ground).from_l1(moved / self.mass)
+        flows = Threat("l1", positive=False)
+        price = flows.price(lost, gained, FLOW_MASS_TOLERANCE)
+        return self.threat.cost.from_l1(float(flows.radius(price, self.image[None])))
 
     def _descend(self, point: Tensor, target: int | None = None) -> None:
         """DeepFool in W1: the nearest image to the boundary as linearised at the last one, again and again."""
         current = point
-        for _ in range(DESCENT_STEPS):
+        for _ in range(self._settings.descent_steps):
             leaf = current[None].clone().requires_grad_(True)
             with torch.enable_grad():
                 logits = self._precise(leaf)[0]
@@ -170,7 +187,9 @@ class Hunt:
                     target = int(others.argmax())
                 gain = logits[target] - logits[self.label]
             gradient = torch.autograd.grad(gain, leaf)[0][0]
-            wanted = OVERSHOOT * (-float(gain.detach()) - float((gradient * (self.image - current)).sum()))
+            wanted = self._settings.overshoot * (
+                -float(gain.detach()) - float((gradient * (self.image - current)).sum())
+            )
             if not bool(torch.isfinite(gradient).all()) or wanted <= 0:
                 return
             found = least_budget(
@@ -178,9 +197,9 @@ class Hunt:
                 self.image[None],
                 gradient.new_tensor([[wanted]]),
                 maximiser=True,
-                ground=self.ground,
+                ground=self.threat.ground,
             )
-            reach = float(parse_ground(self.ground).budget(gradient.new_tensor(self.radius * FARTHER))) * self.mass
+            reach = float(self.threat.budget(self.radius * self._settings.farther, self.image[None]))
             if not float(found.budget) < reach:
                 return
             assert found.maximiser is not None

@@ -1,4 +1,4 @@
-"""Nodes of the search tree, many in one batch: what is split, the bounds of the neurons, the multipliers."""
+"""TreeNodes of the search tree, many in one batch: what is split, the bounds of the neurons, the multipliers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.joint import JointLimits
-from flowverify.certifiers.complete.relaxation import Multipliers, initial_multipliers
+from flowverify.certifiers.complete.joint_limits import JointLimits
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, initial_multipliers
 
 
 @dataclass
-class Nodes:
+class TreeNodes:
     """N nodes; lists have one entry a ReLU layer, tensors of bounds and signs are (N, n_k).
 
     Attributes:
@@ -38,15 +39,19 @@ class Nodes:
     def __len__(self) -> int:
         return len(self.row)
 
-    def __getitem__(self, chosen: Tensor | slice) -> Nodes:
+    def __getitem__(self, chosen: Tensor | slice) -> TreeNodes:
         lower, upper, signs = ([v[chosen] for v in group] for group in (self.lower, self.upper, self.signs))
         joint = [limits[chosen] for limits in self.joint]
-        return Nodes(
+        return TreeNodes(
             self.row[chosen], lower, upper, signs, joint, self.multipliers[chosen], self.bound[chosen],
             self.share[chosen],
         )  # fmt: skip
 
-    def decide(self, neuron: Tensor, active: bool) -> Nodes:
+    def relaxation(self, problem: Problem) -> Relaxation:
+        """Of a problem, each node with the specification of its row."""
+        return Relaxation.of(problem.rows(self.row), self.lower, self.upper, self.signs, self.joint)
+
+    def decide(self, neuron: Tensor, active: bool) -> TreeNodes:
         """A copy in which neuron (N,), counted through all layers, is split to one side in each node."""
         result = self[torch.arange(len(self), device=self.row.device)]
         start, rows = 0, torch.arange(len(self), device=self.row.device)
@@ -63,7 +68,7 @@ class Nodes:
         result.share = result.share / 2
         return result
 
-    def unlimited(self) -> Nodes:
+    def unlimited(self) -> TreeNodes:
         """A copy without joint limits."""
         result = self[torch.arange(len(self), device=self.row.device)]
         result.joint = [JointLimits.none(len(self), self.row.device) for _ in self.joint]
@@ -80,14 +85,14 @@ class Nodes:
         return sum((unstable.sum(1) for unstable in self.unstable()), count)
 
 
-def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> Nodes:
+def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> TreeNodes:
     """One node without splits for each specification, from bounds (n_k,) that all share."""
     count = len(rows)
     own_lower, own_upper = ([v.expand(count, -1).clone() for v in group] for group in (lower, upper))
     like = rows.new_zeros(count, dtype=torch.float64)
     multipliers = initial_multipliers(own_lower, own_upper, count)
     multipliers.guess = multipliers.guess.to(like.device)
-    return Nodes(
+    return TreeNodes(
         rows,
         own_lower,
         own_upper,
@@ -99,13 +104,13 @@ def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> Nod
     )
 
 
-def join(parts: Sequence[Nodes]) -> Nodes:
+def join(parts: Sequence[TreeNodes]) -> TreeNodes:
     """Batches of nodes as one, in order."""
 
     def joined(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         return [torch.cat(layer) for layer in zip(*groups, strict=True)]
 
-    return Nodes(
+    return TreeNodes(
         torch.cat([p.row for p in parts]),
         joined([p.lower for p in parts]),
         joined([p.upper for p in parts]),
