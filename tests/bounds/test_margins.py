@@ -9,7 +9,7 @@ from torch import nn
 from flowverify.ball import Threat
 from flowverify.bounds.crown.bounded import BoundedNetwork
 from flowverify.bounds.margins import MarginBounds
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import BoundError, UnsupportedOperationError
 from flowverify.network import Network
 
