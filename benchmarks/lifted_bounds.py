@@ -37,8 +37,14 @@ def lifted_radii(name: str, images: Tensor, labels: Tensor, steps: int) -> Tenso
     for image, label in zip(images[:, None], labels[:, None], strict=True):
         mass, warm = image.flatten(1).double().sum(1), dict[str, Choice]()
 
-        def margin(engine: LiftedBounds, radius: float, image: Tensor = image, label: Tensor = label, mass: Tensor = mass,
-            warm: dict[str, Choice] = warm) -> float:
+        def margin(
+            engine: LiftedBounds,
+            radius: float,
+            image: Tensor = image,
+            label: Tensor = label,
+            mass: Tensor = mass,
+            warm: dict[str, Choice] = warm,
+        ) -> float:
             budget = radius * mass
             bound = engine.lower_bounds(image, label, budget, warm=warm).min()
             return float(bound - (rounding.margins(mass, budget)[0] if engine is exact else 0.0))
@@ -85,7 +91,9 @@ def main() -> None:
             found[bound] = radii
             print(f"| {name} | {bound} | {quartiles(radii)} | {seconds:.3f} |", flush=True)
         if {"lifted", "best"} <= set(found):
-            print(f"| {name} | larger of lifted and best | {quartiles(torch.maximum(found['lifted'], found['best']))} | |")
+            print(
+                f"| {name} | larger of lifted and best | {quartiles(torch.maximum(found['lifted'], found['best']))} | |"
+            )
         if {"lifted", "attack"} <= set(found):
             assert bool((found["lifted"] <= found["attack"]).all()), "a certified radius is above the attack's"
 

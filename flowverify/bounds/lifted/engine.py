@@ -286,7 +286,7 @@ class _Batch:
         share = (upper / (upper - lower).clamp(min=tiny)).clamp(0, 1)
         slope = flattest + (1 - flattest) * share
         rise = (slope * (centre - lower) + flattest * lower - value).clamp(min=0)
-        usual = torch.where(upper > -lower, 1.0, flattest)
+        usual = torch.where(upper > -lower, torch.ones_like(centre), flattest)
         return Chord(bent, slope, rise, centre, value, flattest, usual)
 
     def _stored(
@@ -331,16 +331,17 @@ class _Batch:
         for one, _, part in parts:
             assert one.places is not None
             stored[:, one.places[:, 0], one.places[:, 1]] = part
+        # Windows stand at stride * place + offset: two places that are always among those asked for tell both.
+        origins = torch.cat([part.origins for _, part, _ in parts])
+        places = torch.cat([one.places for one, _, _ in parts if one.places is not None])
         stride = []
-        origins, places = rows.origins, query.places
         for axis in (0, 1):
             difference = places[:, axis] - places[0, axis]
-            moved = difference.nonzero().flatten()
-            step = 0
-            if len(moved):
-                step = int((origins[moved[0], axis] - origins[0, axis]) // difference[moved[0]])
-            stride.append(step)
+            moved = difference.nonzero().flatten()[:1]
+            stride.append(int((origins[moved, axis] - origins[0, axis]) // difference[moved]) if len(moved) else 0)
         offset = tuple(int(origins[0, axis] - stride[axis] * places[0, axis]) for axis in (0, 1))
+        at = places * torch.tensor(stride, device=places.device) + torch.tensor(offset, device=places.device)
+        assert torch.equal(at, origins), "windows of one map stand at equal steps"
         return WindowRows(stored, (stride[0], stride[1]), (offset[0], offset[1]))
 
     def _relax_pool(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
@@ -373,11 +374,14 @@ class _Batch:
                 inner = pull_back(node.operation, outer, shapes, node.shape)
             else:
                 relaxation = self.relaxations[node.name]
-                up, down = (Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0)))
+                up, down = (
+                    Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0))
+                )
                 if choices is not None and node.name in choices:
                     through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
                     assert listed is not None
-                    parts.append(listed[node.name].combine(Coefficients(above, None)))
+                    if bool(choices[node.name].share.any()):
+                        parts.append(listed[node.name].combine(Coefficients(above, None)))
                     inner, constant = [Coefficients(through, None)], constant + rise
                     for read, part in zip(node.inputs, inner, strict=True):
                         pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
@@ -406,8 +410,23 @@ class _Batch:
         rows, _ = self._rows(self.network.output, query)
         best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
         if self.engine.steps:
+            best = torch.maximum(best, self.margins_at(rises, clean, 0.0))
             best = self._mixed_margins(rises, clean, best, options)
         return best
+
+    def margins_at(self, rises: Tensor, clean: Tensor, share: float) -> Tensor:
+        """Margins with the same share of rows everywhere, and the lines below that CROWN takes: at 0 they are CROWN's."""
+        bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
+        choices, stored = {}, {}
+        for name, one in bent.items():
+            assert one.chord is not None and one.rows_above is not None
+            slope = one.chord.usual[:, None].to(clean.dtype)
+            choices[name], stored[name] = Choice(torch.full_like(slope, share), slope), one.rows_above
+        rows, constant = self._rows(self.network.output, Coefficients(rises[:, None], None), choices, stored)
+        found = maximum(
+            rows, self.images, self.budget, feasible=self.engine.feasible, tolerance=self.engine.tolerance / 10
+        )
+        return (clean - constant - found.value.to(clean.dtype)).nan_to_num(nan=-torch.inf)
 
     def _mixed_margins(self, rises: Tensor, clean: Tensor, best: Tensor, options: dict[str, Any]) -> Tensor:
         """The best of the margins that mixtures of both relaxations give, by steps up the gradient.
@@ -426,7 +445,8 @@ class _Batch:
             if name in warm:
                 choices[name] = Choice(*(t[:, chosen].to(clean) for t in (warm[name].share, warm[name].slope)))
                 continue
-            tangent = torch.where(relaxation.chord.centre >= 0, 1.0, relaxation.chord.flattest).to(clean.dtype)
+            centre = relaxation.chord.centre
+            tangent = torch.where(centre >= 0, torch.ones_like(centre), relaxation.chord.flattest)
             slope = tangent[:, None].repeat(1, len(chosen), *[1] * (tangent.ndim - 1))
             choices[name] = Choice(torch.full_like(slope, engine.first_share), slope)
         variables = [tensor.requires_grad_(True) for one in choices.values() for tensor in (one.share, one.slope)]
@@ -456,7 +476,10 @@ class _Batch:
                 tangent = choice.slope.detach().mean(1, keepdim=True).expand(shape).clone()
                 kept = Choice(torch.full_like(tangent, engine.first_share), tangent)
                 warm[name] = kept
-            kept.share[:, chosen], kept.slope[:, chosen] = choice.share.detach().to(kept.share), choice.slope.detach().to(kept.slope)
+            kept.share[:, chosen], kept.slope[:, chosen] = (
+                choice.share.detach().to(kept.share),
+                choice.slope.detach().to(kept.slope),
+            )
         best = best.clone()
         best[:, chosen] = own
         return best

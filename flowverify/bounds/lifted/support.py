@@ -34,7 +34,7 @@ from flowverify.transport.backend import Backend, use_compiled
 WAYS = 4
 DOWNWARD = (0, 0, 1, -1)
 RIGHTWARD = (1, -1, 0, 0)
-SEARCH_STEPS = 12
+SEARCH_STEPS = 16
 ROUNDS = 200
 UNIT = 2.0**-53
 
@@ -131,7 +131,9 @@ def maximum(
 
 class _Maximum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]) -> Tensor:
+    def forward(
+        ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         found = maximum(MoveRows(gains, origins), images, budget, flow=True, **options)
         ctx.save_for_backward(found.flow)
         ctx.shape = gains.shape
@@ -154,7 +156,14 @@ def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[
 
 
 def _compiled(
-    rows: MoveRows, gains: Tensor, images: Tensor, budget: Tensor, enough: Tensor, guess: Tensor, tolerance: float, flow: bool
+    rows: MoveRows,
+    gains: Tensor,
+    images: Tensor,
+    budget: Tensor,
+    enough: Tensor,
+    guess: Tensor,
+    tolerance: float,
+    flow: bool,
 ) -> MoveSupport:
     from flowverify.bounds.lifted import kernel
 
@@ -243,7 +252,11 @@ def _swept(gains: Tensor, images: Tensor, budget: Tensor) -> tuple[Tensor, Tenso
     high = gains.flatten(2).amax(2).clamp(min=0)
     high_value, high_cost = high * budget, torch.zeros_like(high)
     best, best_at = high_value.clone(), high.clone()
-    low, low_value, low_slope = (torch.zeros_like(high) for _ in range(3))
+    pairs = gains[:, :, 0, ..., :-1] + gains[:, :, 1, ..., 1:], gains[:, :, 2, ..., :-1, :] + gains[:, :, 3, ..., 1:, :]
+    low = (
+        torch.stack([pair.flatten(2).amax(2) if pair.numel() else 0 * high for pair in pairs]).amax(0).clamp(min=0) / 2
+    )
+    low_value, low_slope = torch.zeros_like(high), torch.zeros_like(high)
     known = torch.zeros_like(high, dtype=torch.bool)
     for _ in range(SEARCH_STEPS):
         high_slope = budget - high_cost
