@@ -110,6 +110,22 @@ def test_answers_do_not_depend_on_the_batch():
                 assert [value.tolist() for value in row] == [value.tolist()[0] for value in alone[start + k]]
 
 
+class Moody(nn.Module):
+    """Ties for an image that is alone; in company the label 0 is ahead by as much as rounding may do."""
+
+    def forward(self, images):
+        logits = torch.ones(len(images), 2, dtype=images.dtype)
+        logits[:, 1] -= float(len(images) > 1) * 4 * torch.finfo(images.dtype).eps
+        return logits
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_near_a_tie_it_counts_what_is_answered_to_an_image_alone(count):
+    subject, labels = Subject(Moody()), torch.zeros(count, dtype=torch.int64)
+    predictions, right = subject.clean(IMAGE.expand(count, -1, -1, -1), labels)
+    assert not bool(right.any()) and predictions.tolist() == [1] * count
+
+
 class TestCheck:
     def test_what_is_valid_comes_as_a_batch(self):
         for subject in (Subject(constant(1.0, 0.0)), Subject(random_module())):
