@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.common import header, stopwatch
 from flowverify.ball import WassersteinBall
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.network import Network
 from flowverify.results import Verdict
 

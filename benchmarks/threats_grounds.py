@@ -17,7 +17,7 @@ import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack import make_attack
 from flowverify.ball import Threat
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.network import affine_rows
 from flowverify.results import Verdict
 from flowverify.transport.ground import parse_ground
@@ -28,10 +28,10 @@ def radii(
     certifier: Certifier, images: torch.Tensor, labels: torch.Tensor, ground: str, cap: float | None
 ) -> torch.Tensor:
     """Certified radii of the images that are classified right, printed with their processor time."""
-    certifier.prepare(ground, cap)
-    certifier.search(images[:1], labels[:1], ground, cap)
+    certifier.prepare(Threat(ground, cap))
+    certifier.search(images[:1], labels[:1], Threat(ground, cap))
     start = time.process_time()
-    found = certifier.search(images, labels, ground, cap)
+    found = certifier.search(images, labels, Threat(ground, cap))
     milliseconds = 1000 * (time.process_time() - start) / len(images)
     result = torch.tensor([one.radius for one in found if one.verdict is not Verdict.MISCLASSIFIED])
     name = ground if cap is None else f"{ground}, pixels at most {cap:g}"

@@ -22,21 +22,19 @@ sys.stdin.read()
 """
 COMMANDS = {
     "verify": (("verify", "digits-fc3", "--bound", "ibp", "--index", "0"), "lines.jsonl"),
-    "attack": (("attack", "digits-fc3", "--attack", "frank-wolfe", "--index", "8"), "folder/attack.jsonl"),
+    "attack": (("attack", "digits-fc3", "--attack", "frank-wolfe", "--index", "8"), "attack.jsonl"),
     "smooth": (("smooth", "certify", "digits-fc3", "--sigma", "0.002", "--n0", "5", "--n", "5", "--index", "0"), "s"),
 }  # fmt: skip
 
 
 def run(command, path):
-    saved = path.parent if command[0] == "attack" else path
-    return CliRunner().invoke(app, [*command, "--save", str(saved)])
+    return CliRunner().invoke(app, [*command, "--save", str(path)])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_second_process_is_refused_and_takes_nothing_away(name, tmp_path):
     command, file = COMMANDS[name]
     path = tmp_path / file
-    path.parent.mkdir(exist_ok=True)
     assert run(command, path).exit_code == 0  # and lets go of the file
     (line,) = path.read_text().splitlines()
     with subprocess.Popen(

@@ -22,7 +22,10 @@ def test_what_is_no_record_is_refused_and_kept(tmp_path, text):
     RecordFile(path, INDEX).close()  # the lock has gone
 
 
-@pytest.mark.parametrize("torn", ["{", '{"index": 1}', "\0\0", "\0\0\n", '{"index"\0\0\n'])
+TORN = ("brace", "unended", "zeros", "line of zeros", "zeros in a line")
+
+
+@pytest.mark.parametrize("torn", ["{", '{"index": 1}', "\0\0", "\0\0\n", '{"index"\0\0\n'], ids=TORN)
 def test_what_a_kill_leaves_is_cut_off(tmp_path, torn):
     path = tmp_path / "records"
     path.write_text('{"index": 0}\n' + torn)

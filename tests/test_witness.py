@@ -182,7 +182,7 @@ FOOLED = {
     "complete": pulled("complete"),
     "vanilla-complete": pulled("vanilla-complete"),
     "linear": lambda network, label, folder: bool(
-        LinearCertifier(network).witness(IMAGE, torch.tensor([label]), torch.tensor([1.0]))[1]
+        LinearCertifier(network).witness(fv.WassersteinBall(1.0).around(IMAGE), torch.tensor([label]))[1]
     ),
     "export": replayed_export,
 }

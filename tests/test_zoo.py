@@ -12,7 +12,7 @@ from torch import nn
 
 from flowverify import zoo
 from flowverify.ball import WassersteinBall
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.data import Dataset, load_dataset
 from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
 from flowverify.network import Network

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from flowverify.attack.make import ATTACKS
 from flowverify.bench import sources
 from flowverify.bench.image_tasks import ImageRun
 from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
+from flowverify.registry import ATTACKS
 from flowverify.settings import OneOf, SettingError, settings, several
 
 if TYPE_CHECKING:
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from flowverify.attack.result import AttackResult
     from flowverify.data import Dataset
 
-VERDICTS = {"found": "falsified", "not found": "unknown", "misclassified": "misclassified"}
 
-
-AttackName = Annotated[str, OneOf(tuple(ATTACKS))]
+AttackName = Annotated[str, OneOf(tuple(ATTACKS), outside=True)]
 
 
 @settings
@@ -30,7 +28,7 @@ class AttackRun(ImageRun):
     """Every model x attack x ground cost x radius, over the same images; ``search`` is for the nearest images."""
 
     kind: Literal["attack"] = Field("attack", description="Jobs that attack.")
-    attacks: Annotated[list[AttackName], several(AttackName)] = Field(description=f"{', '.join(ATTACKS)}.")
+    attacks: Annotated[list[AttackName], several(AttackName)] = Field(description=f"{ATTACKS.listing()}.")
     options: dict[str, Any] = Field(
         {}, description="Of the attack's class; schedule: {first: .., factor: .., every: .., iterations: ..}."
     )
@@ -79,7 +77,7 @@ class _Attack(Prepared):
         record = found.to_json(index)
         distance = record.pop("radius")
         record["radius"] = self._settings["radius"]
-        record["verdict"] = VERDICTS[record.pop("outcome")]
+        record.pop("outcome")
         if record["verdict"] == "falsified":
             record["upper_radius"] = distance
         return record
@@ -87,12 +85,9 @@ class _Attack(Prepared):
 
 def _attack(task: Task, data: Dataset, context: Context) -> BaseAttack:
     from flowverify.attack.make import make_attack
-    from flowverify.attack.schedule import Schedule
 
     network = sources.network(task.settings["model"], data.input_shape).to(context.device)
     options = {"batch_size": task.chunk, "seed": context.seed, **task.settings["options"]}
-    if isinstance(options.get("schedule"), dict):
-        options["schedule"] = Schedule(**options["schedule"])
     return make_attack(task.settings["attack"], network, **options)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from flowverify.bench.tasks import Defaults
-from flowverify.data import DATASETS, SPLITS, load_dataset, parse_index
+from flowverify.data import SPLITS, load_dataset, parse_index
 from flowverify.errors import FlowverifyError, ModelFileError
+from flowverify.registry import DATASETS
 from flowverify.settings import OneOf, SettingError, Settings, expected, settings, several, unexpected
 from flowverify.zoo import list_models, load_card, load_model
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def _data_name(name: str, info: ValidationInfo) -> str:
     if name.endswith(".npz"):
         return str(resolved(name, info.context["folder"])) if info.context else name
-    if name not in DATASETS:
+    if name not in DATASETS and not DATASETS.is_outside(name):
         raise unexpected(f"one of {', '.join(DATASETS)} or a path that ends in .npz")
     return name
 

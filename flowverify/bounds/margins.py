@@ -14,7 +14,7 @@ from flowverify.ball import Ball, Threat
 from flowverify.bounds.engine import Batch, Engine, EngineOptions, Run, largest
 from flowverify.bounds.interval_engine import IntervalEngine
 from flowverify.bounds.intervals import Interval, intersect
-from flowverify.bounds.recipes import Bound, check_bound, engine_class
+from flowverify.bounds.recipes import ENGINES, Bound, check_bound
 from flowverify.bounds.relaxations import crosses_zero
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError
@@ -72,7 +72,7 @@ class MarginBounds:
         for name in dict.fromkeys((*composition.neurons, *composition.margins)):
             if name not in self._engines:
                 try:
-                    self._engines[name] = engine_class(name)(self.network, self.threat, dtype, self.options)
+                    self._engines[name] = ENGINES.find(name)(self.network, self.threat, dtype, self.options)
                 except (UnsupportedOperationError, BoundError) as error:
                     self._without(name, error)
         # What activations read, and whether it is enough to know the sign.

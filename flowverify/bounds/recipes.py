@@ -1,26 +1,22 @@
-"""The names of what bounds: the balls, with and without positivity, the engines, and the bounds made of them."""
+"""The names of what bounds: the engines, and the bounds made of them; nothing heavy is imported."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from flowverify.errors import DependencyError, UnknownNameError
+from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.registry import OUTSIDE, Entry, Registry, imported, is_outside
 
-if TYPE_CHECKING:
-    from flowverify.bounds.engine import Engine
-
-METHODS: dict[str, str] = {
-    "vanilla": "the L1 ball in the flow domain (framework paper, Theorem 3)",
-    "fine-tuned": "the flows of the L1 ball that lead to images, R + A delta >= 0 (Theorem 6)",
-}
-
-ENGINES: dict[str, str] = {
-    "interval": "flowverify.bounds.interval_engine:IntervalEngine",
-    "crown": "flowverify.bounds.crown.engine:CrownEngine",
-    "alpha-crown": "flowverify.bounds.crown.engine:AlphaCrownEngine",
-}
+ENGINES = Registry(
+    "engine of bounds",
+    {
+        "interval": Entry(
+            "interval arithmetic above an exact first layer", "flowverify.bounds.interval_engine:IntervalEngine"
+        ),
+        "crown": Entry("CROWN, by auto_LiRPA", "flowverify.bounds.crown.engine:CrownEngine"),
+        "alpha-crown": Entry("CROWN with optimised slopes", "flowverify.bounds.crown.engine:AlphaCrownEngine"),
+    },
+)
 """Classes on the protocol of :class:`flowverify.bounds.engine.Engine`, loaded when a bound asks for them."""
 
 
@@ -51,33 +47,22 @@ BOUNDS: dict[str, Bound] = {
 
 
 def check_bound(bound: str | Bound) -> Bound:
-    """The composition of a bound by its name, or raises UnknownNameError with the valid ones."""
-    if isinstance(bound, Bound):
-        return bound
-    if bound not in BOUNDS:
-        raise UnknownNameError("bound", bound, tuple(BOUNDS))
-    return BOUNDS[bound]
-
-
-def check_method(method: str) -> str:
-    """Returns the name of a method, or raises UnknownNameError with the valid ones."""
-    if method not in METHODS:
-        raise UnknownNameError("method", method, tuple(METHODS))
-    return method
-
-
-def engine_class(name: str) -> type[Engine]:
-    """The class of an engine.
+    """The composition of a bound: of its name, or MODULE:NAME of a :class:`Bound` of somebody else's.
 
     Raises:
-        UnknownNameError: no name of :data:`ENGINES`, and no ``MODULE:CLASS`` that can be imported.
-        DependencyError: it needs a library that is not there.
+        UnknownNameError: no bound has this name.
+        InvalidInputError: there is no such object, or it is no bound.
     """
-    module, _, attribute = ENGINES.get(name, name).partition(":")
+    if isinstance(bound, Bound):
+        return bound
+    if bound in BOUNDS:
+        return BOUNDS[bound]
+    if not is_outside(bound):
+        raise UnknownNameError("bound", bound, (*BOUNDS, OUTSIDE))
     try:
-        found: type[Engine] = getattr(importlib.import_module(module), attribute)
-    except DependencyError:
-        raise
+        found = imported(bound)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UnknownNameError("engine of bounds", name, (*ENGINES, "MODULE:CLASS")) from error
+        raise InvalidInputError(f"bound {bound!r}: {error}, expected a Bound as {OUTSIDE}") from error
+    if not isinstance(found, Bound):
+        raise InvalidInputError(f"bound {bound!r}: {found!r}, expected a Bound")
     return found

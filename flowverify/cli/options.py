@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.registry import DATASETS, help_of
 
 Model = Annotated[str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")]
-DatasetName = Annotated[
-    str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
-]
+DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
 Split = Annotated[str, typer.Option(help="test or train.")]
+INCOMPLETE = "flowverify.certifiers.options:IncompleteOptions"
+Bound = Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"))]
 Ground = Annotated[
     str, typer.Option(help="The ground cost: l1, l2, local:5 (within 5 x 5 windows), or a power such as l2^2 (W_2).")
 ]
@@ -26,7 +27,13 @@ DataDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, and nothing else.")]
-DOMAINS = ("auto", "image", "flow")
+Save = Annotated[
+    Path | None, typer.Option(help="Also write the JSON lines to this file; if it is there, go on after its records.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Another option of the method; repeat it for several.", show_default=False),
+]
 
 
 def check_device(name: str) -> Any:
@@ -44,13 +51,6 @@ def check_device(name: str) -> Any:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InvalidInputError(f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
-
-
-def check_domain(name: str) -> Any:
-    """Returns the name of a domain, or raises UnknownNameError with the valid ones."""
-    if name not in DOMAINS:
-        raise UnknownNameError("domain", name, DOMAINS)
-    return name
 
 
 def check_picture(path: Path) -> Path:

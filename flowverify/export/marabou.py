@@ -13,24 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
-from flowverify.bounds.recipes import check_method
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.marabou_cuts import Decision, decide_by_cuts
 from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outcome
 from flowverify.export.networks import Parts, take_apart
+from flowverify.export.options import MarabouOptions
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap
 from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
+from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
 
-ENCODINGS = ("cuts", "linear", "outputs", "penalty")
-TIMEOUT = 300.0  # seconds an image
 RAISE = 1.5  # a search multiplies a certified radius by this until one is not
 ROUNDING = 1e-6  # relative; rounding a weight to float32 changes it by at most 6e-8 of itself
 GAP = 1e-4  # of the clean margin
@@ -63,27 +61,26 @@ class MarabouCertifier(BaseCertifier):
         FoldError, UnsupportedOperationError: the network cannot be exported, which comes out in :meth:`prepare`.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,
         method: str = "fine-tuned",
         *,
-        encoding: str = "cuts",
-        timeout: float = TIMEOUT,
+        encoding: str = MarabouOptions.encoding,
+        timeout: float = MarabouOptions.timeout,
         input_shape: tuple[int, int, int] | None = None,
         process: MarabouProcess | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if encoding not in ENCODINGS:
-            raise UnknownNameError("encoding for marabou", encoding, ENCODINGS)
-        if not timeout > 0:
-            raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0")
-        check_method(method)
+        MarabouOptions(encoding, timeout)  # checks them
+        METHODS.check_family(method, INCOMPLETE)
         super().__init__(model, method, "marabou", input_shape)
         self.encoding, self.timeout = encoding, float(timeout)
         self._process, self._clock = process or MarabouProcess(), clock
 
-    def prepare(self, ground: str = "l1", cap: float | None = None) -> None:
+    def prepare(self, threat: Threat | None = None) -> None:
         assert self._parts is not None
 
     @cached_property
@@ -102,14 +99,14 @@ class MarabouCertifier(BaseCertifier):
             for k in range(len(images))
         ]
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The largest radius that Marabou certifies, to 2%, and the least at which it has a replayed counterexample.
 
         It starts at the radius of CROWN's certificate. A radius at which Marabou does not decide ends the search.
         """
-        from flowverify.certifiers.verify import Certifier
+        from flowverify.certifiers.incomplete import Certifier
 
-        started = Certifier(self.network, self.method).search(images, labels, ground, cap)
+        started = Certifier(self.network, self.method).search(images, labels, threat)
         return [
             self._search_one(image, int(label), first)
             for image, label, first in zip(images, torch.as_tensor(labels).reshape(-1), started, strict=True)
@@ -126,6 +123,7 @@ class MarabouCertifier(BaseCertifier):
     def _search_one(self, image: Tensor, label: int, first: Certificate) -> Certificate:
         begin = self._clock()
         start = WassersteinBall(first.radius, first.ground, first.cap)
+        assert first.prediction is not None
         if first.verdict is Verdict.MISCLASSIFIED:
             return self._certificate(Verdict.MISCLASSIFIED, label, first.prediction, start, begin)
         low, high, note = first.radius, None, "radius of CROWN's certificate"

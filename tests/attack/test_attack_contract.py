@@ -194,7 +194,7 @@ class TestBadInput:
 
     def test_names_and_options(self):
         network, images, labels = digits(1)
-        with pytest.raises(UnknownNameError, match="unknown attack 'pgd': expected one of flow-pgd, frank-wolfe"):
+        with pytest.raises(UnknownNameError, match="unknown attack 'pgd': expected one of MODULE:CLASS, flow-pgd"):
             make_attack("pgd", network)
         with pytest.raises(UnknownNameError, match="unknown ground cost"):
             make_attack("minimal", network).minimise(images, labels, "l7")

@@ -9,7 +9,7 @@ from torch import nn
 from flowverify.ball import Threat
 from flowverify.bounds.crown.bounded import BoundedNetwork
 from flowverify.bounds.margins import MarginBounds
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import BoundError, UnsupportedOperationError
 from flowverify.network import Network
 
@@ -88,7 +88,10 @@ def test_bounds_of_an_image_do_not_depend_on_its_batch(bound: str) -> None:
     labels = network(images).argmax(1)
     ball = Threat().ball(images, torch.linspace(0, 2, 8))
     engine = MarginBounds(network, bound=bound, dtype=torch.float64)
-    together = engine.margins(ball, labels)
+    together, neurons = engine.margins(ball, labels), engine.neurons(ball)
     for index in range(8):
         one = slice(index, index + 1)
         torch.testing.assert_close(engine.margins(ball[one], labels[one]), together[one], rtol=1e-9, atol=1e-9)
+        for alone, among in zip(engine.neurons(ball[one]), neurons, strict=True):
+            for end, same in zip(alone, among, strict=True):
+                torch.testing.assert_close(end, same[one], rtol=1e-9, atol=1e-9)

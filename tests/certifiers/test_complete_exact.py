@@ -11,8 +11,9 @@ from contracts import exact_margins, random_network, sparse_images
 from torch import Tensor, nn
 
 from flowverify import Network, WassersteinBall
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.milp import MilpCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 
 COUNT = int(os.environ.get("FLOWVERIFY_TINY_NETWORKS", "16"))
 

@@ -15,14 +15,18 @@ from flowverify.ball import Ball, Threat
 from flowverify.bounds.crown.bounded import BoundedNetwork
 from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds, margin_specification
-from flowverify.bounds.recipes import BOUNDS, METHODS
-from flowverify.certifiers.verify import Certifier
+from flowverify.bounds.recipes import BOUNDS
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
+from flowverify.registry import INCOMPLETE
+from flowverify.registry import METHODS as NAMES
 from flowverify.results import Verdict
 
 MLP = [nn.Flatten(), nn.Linear(25, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)]
 CNN = [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+
+METHODS = NAMES.family(INCOMPLETE)
 
 
 def problem(layers: list[nn.Module], seed: int = 0, count: int = 6) -> tuple[Network, Tensor, Tensor]:
@@ -222,7 +226,7 @@ def test_bad_names_and_options() -> None:
     network, images, labels = problem(MLP, 0, 3)
     with pytest.raises(UnknownNameError, match="unknown method 'exact': expected one of fine-tuned"):
         Certifier(network, "exact")
-    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of alpha-crown, best"):
+    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of MODULE:CLASS, alpha-crown"):
         Certifier(network, "vanilla", "magic")
     with pytest.raises(UnknownNameError, match="unknown ground cost 'l3'"):
         fv.search_radius(Certifier(network), images, labels, "l3")

@@ -28,9 +28,9 @@ from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
 from flowverify.certifiers.complete.problem import Problem as Bounding
 from flowverify.certifiers.complete.relaxation import lower_bound
 from flowverify.certifiers.complete.tree_nodes import roots
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.linear import HalfSpaces
 from flowverify.certifiers.linear_certifier import LinearCertifier
-from flowverify.certifiers.verify import Certifier
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Index, Network, Pad, Permute, Reshape, RoundingBound, ScaleShift, from_torch
 from flowverify.network.operations import CANONICAL, RECORDS

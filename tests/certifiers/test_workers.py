@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flowverify as fv
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
 from flowverify.certifiers.complete.workers import Workers
 

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from flowverify.ball import WassersteinBall
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.export.folder import Layout, Source, write_folder
 from flowverify.export.marabou import MarabouCertifier
@@ -46,7 +46,7 @@ def exact(ground):
     network, image, label = case()
     if ground == "l1":
         return (least_misclassifying_budget(network, image, label) / float(image.sum()),) * 2
-    found = CompleteCertifier(network).search(image[None], torch.tensor([label]), ground)[0]
+    found = CompleteCertifier(network).search(image[None], torch.tensor([label]), Threat(ground))[0]
     return found.radius, found.upper_radius
 
 

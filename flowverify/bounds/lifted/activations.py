@@ -59,8 +59,13 @@ def _two_pieces(slope: float, lower: Tensor, centre: Tensor, upper: Tensor) -> S
     # At a centre of exactly zero nothing is known but the pieces themselves.
     left = torch.where((centre == 0) & (lower < 0), slope, left)
     own_left = torch.where((centre == 0) & (lower < 0), slope, own)
-    four = torch.maximum(own, right), torch.minimum(own_left, left), torch.minimum(own, right), torch.maximum(own_left, left)
-    settled = torch.where(upper <= 0, slope, 1.0)
+    four = (
+        torch.maximum(own, right),
+        torch.minimum(own_left, left),
+        torch.minimum(own, right),
+        torch.maximum(own_left, left),
+    )
+    settled = torch.where(upper <= 0, torch.full_like(centre, slope), 1.0)
     return Secants(*(torch.where((lower >= 0) | (upper <= 0), settled, one) for one in four))
 
 
@@ -93,12 +98,14 @@ def _s_shaped(operation: nn.Module, lower: Tensor, centre: Tensor, upper: Tensor
         for _ in range(BISECTIONS):
             middle = (near + beyond) / 2
             point = sign * middle
-            slope = (value(point) - value(centre)).abs() / (point - centre).abs().clamp(min=torch.finfo(centre.dtype).tiny)
+            slope = (value(point) - value(centre)).abs() / (point - centre).abs().clamp(
+                min=torch.finfo(centre.dtype).tiny
+            )
             short = derivative(point) >= slope
             near, beyond = torch.where(short, middle, near), torch.where(short, beyond, middle)
         turned = derivative(sign * near)
         reaches = sign * end > 0
-        over = (sign * centre < 0)
+        over = sign * centre < 0
         tangent_or_end = torch.where(reaches & (derivative(end) < chord), turned, chord + doubt)
         most = torch.where(over, torch.maximum(tangent_or_end, here), here)
         return least, (most * (1 + epsilon) + torch.finfo(centre.dtype).tiny).clamp(max=steepest)

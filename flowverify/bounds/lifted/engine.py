@@ -45,6 +45,11 @@ class Relaxation:
     rows_below: StoredRows | None
     chord: Chord | None = None
 
+    @property
+    def mixes(self) -> bool:
+        """Whether there is a choice between rows and a chord anywhere."""
+        return self.chord is not None and self.rows_above is not None
+
     def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, ...]) -> Coefficients:
         """What is handed on to the activation's input: coefficients >= 0 above, and coefficients <= 0 below."""
         return Coefficients(up.data * up.taken(self.above) + down.data * down.taken(self.below), up.origins)
@@ -107,9 +112,10 @@ class LiftedBounds:
         steps: int = 0,
         rate: float = 0.2,
         first_share: float = 0.9,
+        goal: float = math.inf,
         chunk_entries: int = CHUNK_ENTRIES,
     ) -> None:
-        self.steps, self.rate, self.first_share = steps, rate, first_share
+        self.steps, self.rate, self.first_share, self.goal = steps, rate, first_share, goal
         self.network = copy.deepcopy(network).to(dtype)
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
@@ -121,7 +127,12 @@ class LiftedBounds:
         self._read = list(dict.fromkeys(node.inputs[0] for node in self.network.activations))
 
     def lower_bounds(
-        self, images: Tensor, labels: Tensor, budget: Tensor, known: Mapping[str, Interval] | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        budget: Tensor,
+        known: Mapping[str, Interval] | None = None,
+        warm: dict[str, Choice] | None = None,
     ) -> Tensor:
         """Lower bounds of f_y - f_t over the ball around each image, for the classes t other than y in ascending order.
 
@@ -130,9 +141,10 @@ class LiftedBounds:
             labels: y, (B,).
             budget: radius times mass, (B,), for l1 ground cost.
             known: bounds (B, *shape) of values of the network from elsewhere, by name.
+            warm: how earlier bounds of the same images mixed their rows; taken as a start, and brought up to date.
         """
         with torch.no_grad():
-            ball = _Batch(self, images, budget, known or {})
+            ball = _Batch(self, images, budget, known or {}, {} if warm is None else warm)
             ball.analyse()
             return ball.margins(labels)
 
@@ -150,9 +162,14 @@ class _Batch:
     """The analysis of one batch of balls."""
 
     def __init__(
-        self, engine: LiftedBounds, images: Tensor, budget: Tensor, known: Mapping[str, Interval]
+        self,
+        engine: LiftedBounds,
+        images: Tensor,
+        budget: Tensor,
+        known: Mapping[str, Interval],
+        warm: dict[str, Choice] | None = None,
     ) -> None:
-        self.engine, self.network, self.known = engine, engine.network, known
+        self.engine, self.network, self.known, self.warm = engine, engine.network, known, {} if warm is None else warm
         self.images = images.to(engine.dtype)
         self.budget = budget.to(self.images.device)
         self.values = self.network.values(self.images)
@@ -269,7 +286,7 @@ class _Batch:
         share = (upper / (upper - lower).clamp(min=tiny)).clamp(0, 1)
         slope = flattest + (1 - flattest) * share
         rise = (slope * (centre - lower) + flattest * lower - value).clamp(min=0)
-        usual = torch.where(upper > -lower, 1.0, flattest)
+        usual = torch.where(upper > -lower, torch.ones_like(centre), flattest)
         return Chord(bent, slope, rise, centre, value, flattest, usual)
 
     def _stored(
@@ -314,16 +331,17 @@ class _Batch:
         for one, _, part in parts:
             assert one.places is not None
             stored[:, one.places[:, 0], one.places[:, 1]] = part
+        # Windows stand at stride * place + offset: two places that are always among those asked for tell both.
+        origins = torch.cat([part.origins for _, part, _ in parts])
+        places = torch.cat([one.places for one, _, _ in parts if one.places is not None])
         stride = []
-        origins, places = rows.origins, query.places
         for axis in (0, 1):
             difference = places[:, axis] - places[0, axis]
-            moved = difference.nonzero().flatten()
-            step = 0
-            if len(moved):
-                step = int((origins[moved[0], axis] - origins[0, axis]) // difference[moved[0]])
-            stride.append(step)
+            moved = difference.nonzero().flatten()[:1]
+            stride.append(int((origins[moved, axis] - origins[0, axis]) // difference[moved]) if len(moved) else 0)
         offset = tuple(int(origins[0, axis] - stride[axis] * places[0, axis]) for axis in (0, 1))
+        at = places * torch.tensor(stride, device=places.device) + torch.tensor(offset, device=places.device)
+        assert torch.equal(at, origins), "windows of one map stand at equal steps"
         return WindowRows(stored, (stride[0], stride[1]), (offset[0], offset[1]))
 
     def _relax_pool(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
@@ -337,7 +355,13 @@ class _Batch:
 
     # Backward: rows above linear functions of a value.
 
-    def _rows(self, name: str, query: Coefficients, choices: Mapping[str, Choice] | None = None) -> tuple[MoveRows, Tensor | float]:
+    def _rows(
+        self,
+        name: str,
+        query: Coefficients,
+        choices: Mapping[str, Choice] | None = None,
+        listed: Mapping[str, StoredRows] | None = None,
+    ) -> tuple[MoveRows, Tensor | float]:
         """Rows and constants above the differences of linear functions of a value from what they are at the centre."""
         constant: Tensor | float = 0.0
         pending, parts = {name: query}, list[MoveRows]()
@@ -350,11 +374,14 @@ class _Batch:
                 inner = pull_back(node.operation, outer, shapes, node.shape)
             else:
                 relaxation = self.relaxations[node.name]
-                up, down = (Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0)))
+                up, down = (
+                    Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0))
+                )
                 if choices is not None and node.name in choices:
                     through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
-                    assert relaxation.rows_above is not None
-                    parts.append(relaxation.rows_above.combine(Coefficients(above, None)))
+                    assert listed is not None
+                    if bool(choices[node.name].share.any()):
+                        parts.append(listed[node.name].combine(Coefficients(above, None)))
                     inner, constant = [Coefficients(through, None)], constant + rise
                     for read, part in zip(node.inputs, inner, strict=True):
                         pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
@@ -383,45 +410,89 @@ class _Batch:
         rows, _ = self._rows(self.network.output, query)
         best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
         if self.engine.steps:
-            best = torch.maximum(best, self._mixed_margins(query, clean, options))
+            best = torch.maximum(best, self.margins_at(rises, clean, 0.0))
+            best = self._mixed_margins(rises, clean, best, options)
         return best
 
-    def _mixed_margins(self, query: Coefficients, clean: Tensor, options: dict[str, Any]) -> Tensor:
-        """The best of the margins that mixtures of both relaxations give, by steps up the gradient."""
-        batch, classes = clean.shape
-        choices: dict[str, Choice] = {}
-        for name, relaxation in self.relaxations.items():
-            chord = relaxation.chord if isinstance(relaxation, Relaxation) else None
-            if chord is None or not bool(chord.bent.any()):
-                continue
-            assert isinstance(relaxation, Relaxation)
-            slope = torch.where(chord.centre >= 0, 1.0, chord.flattest)[:, None].expand(-1, classes, *chord.centre.shape[1:])
-            choices[name] = Choice(torch.full_like(slope, self.engine.first_share), slope.clone())
-        best = torch.full_like(clean, -torch.inf)
-        if not choices:
+    def margins_at(self, rises: Tensor, clean: Tensor, share: float) -> Tensor:
+        """Margins with the same share of rows everywhere, and the lines below that CROWN takes: at 0 they are CROWN's."""
+        bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
+        choices, stored = {}, {}
+        for name, one in bent.items():
+            assert one.chord is not None and one.rows_above is not None
+            slope = one.chord.usual[:, None].to(clean.dtype)
+            choices[name], stored[name] = Choice(torch.full_like(slope, share), slope), one.rows_above
+        rows, constant = self._rows(self.network.output, Coefficients(rises[:, None], None), choices, stored)
+        found = maximum(
+            rows, self.images, self.budget, feasible=self.engine.feasible, tolerance=self.engine.tolerance / 10
+        )
+        return (clean - constant - found.value.to(clean.dtype)).nan_to_num(nan=-torch.inf)
+
+    def _mixed_margins(self, rises: Tensor, clean: Tensor, best: Tensor, options: dict[str, Any]) -> Tensor:
+        """The best of the margins that mixtures of both relaxations give, by steps up the gradient.
+
+        Only classes whose margin is not positive yet are gone on with, and only until it is.
+        """
+        engine, warm = self.engine, self.warm
+        chosen = (best <= engine.goal).any(0).nonzero().flatten()
+        bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
+        if not len(chosen) or not bent:
             return best
-        variables = [tensor for choice in choices.values() for tensor in (choice.share, choice.slope)]
-        for tensor in variables:
-            tensor.requires_grad_(True)
-        optimiser = torch.optim.Adam(variables, lr=self.engine.rate, betas=(0.8, 0.95))
-        for step in range(self.engine.steps + 1):
+        listed = {name: self._listed(one) for name, one in bent.items()}
+        choices: dict[str, Choice] = {}
+        for name, relaxation in bent.items():
+            assert relaxation.chord is not None
+            if name in warm:
+                choices[name] = Choice(*(t[:, chosen].to(clean) for t in (warm[name].share, warm[name].slope)))
+                continue
+            centre = relaxation.chord.centre
+            tangent = torch.where(centre >= 0, torch.ones_like(centre), relaxation.chord.flattest)
+            slope = tangent[:, None].repeat(1, len(chosen), *[1] * (tangent.ndim - 1))
+            choices[name] = Choice(torch.full_like(slope, engine.first_share), slope)
+        variables = [tensor.requires_grad_(True) for one in choices.values() for tensor in (one.share, one.slope)]
+        optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95))
+        query, own = Coefficients(rises[:, None, chosen], None), best[:, chosen]
+        for step in range(engine.steps + 1):
             with torch.enable_grad():
-                rows, constant = self._rows(self.network.output, query, choices)
-                rise = maximum_value(rows, self.images, self.budget, options)
-                margins = clean - constant - rise
-                best = torch.maximum(best, margins.detach().nan_to_num(nan=-torch.inf))
-                if step == self.engine.steps:
+                rows, constant = self._rows(self.network.output, query, choices, listed)
+                margins = clean[:, chosen] - constant - maximum_value(rows, self.images, self.budget, options)
+                own = torch.maximum(own, margins.detach().nan_to_num(nan=-torch.inf))
+                if step == engine.steps or bool((own > engine.goal).all()):
                     break
                 optimiser.zero_grad()
-                (-margins.sum()).backward()
+                (-margins.sum()).backward()  # type: ignore[no-untyped-call]
             for group in optimiser.param_groups:
-                group["lr"] = self.engine.rate * (1 - step / (self.engine.steps + 1))
+                group["lr"] = engine.rate * (1 - step / (engine.steps + 1))
             optimiser.step()
             for name, choice in choices.items():
-                chord = self.relaxations[name].chord
+                chord = bent[name].chord
+                assert chord is not None
                 choice.share.data.clamp_(0, 1)
                 choice.slope.data.clamp_(chord.flattest, 1)
+        for name, choice in choices.items():
+            kept = warm.get(name)
+            if kept is None:
+                shape = (len(clean), clean.shape[1], *choice.share.shape[2:])
+                tangent = choice.slope.detach().mean(1, keepdim=True).expand(shape).clone()
+                kept = Choice(torch.full_like(tangent, engine.first_share), tangent)
+                warm[name] = kept
+            kept.share[:, chosen], kept.slope[:, chosen] = (
+                choice.share.detach().to(kept.share),
+                choice.slope.detach().to(kept.slope),
+            )
+        best = best.clone()
+        best[:, chosen] = own
         return best
+
+    def _listed(self, relaxation: Relaxation) -> StoredRows:
+        """Rows on the whole grid where there are few of them: one product a step, not one a tap of every window."""
+        rows, chord = relaxation.rows_above, relaxation.chord
+        assert rows is not None and chord is not None
+        entries = chord.bent.any(0).flatten().nonzero().flatten()
+        moves = 4 * math.prod(self.network.input_shape)
+        if isinstance(rows, ListedRows) or len(entries) * moves * len(self.images) > self.engine.chunk_entries:
+            return rows
+        return rows.listed(entries, self.network.input_shape[-2:])
 
 
 def _rises(operation: nn.Module) -> bool:

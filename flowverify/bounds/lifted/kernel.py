@@ -245,6 +245,7 @@ def solve_rows(
         if not high <= np.inf or not np.isfinite(row.sum()):
             values[index], multipliers[index] = np.nan, np.nan
             continue
+        steepest, simple = high, high * budget * inflated  # without any price: every gain is below
         high_value, high_cost = high * budget, 0.0
         best, best_at = high_value, high
         low, low_value, low_slope, feasible = 0.0, 0.0, 0.0, False
@@ -294,8 +295,8 @@ def solve_rows(
                         starts[kept] = starts[k]
                         kept += 1
                 count = kept
-        if best_at == high and high_cost == 0.0 and flows.shape[0] == 0:
-            values[index], multipliers[index] = best * inflated, best_at  # no price at all: every gain is below
+        if best_at == steepest and flows.shape[0] == 0:
+            values[index], multipliers[index] = simple, best_at
             continue
         # The bound, from the inequalities themselves.
         count = 0
@@ -310,8 +311,7 @@ def solve_rows(
         for k in range(reached):
             total += mass[touched[k]] * y[touched[k]]
         price = best_at + _violation(row, place, shape, best_at, y, touched, reached)
-        value = (price * budget + total) * inflated
-        values[index], multipliers[index] = value, best_at
+        values[index], multipliers[index] = min(simple, (price * budget + total) * inflated), best_at
         _clear(y, touched, reached)
         if flows.shape[0] > 0:
             flow = flows[index]

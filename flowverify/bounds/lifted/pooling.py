@@ -55,7 +55,10 @@ class PoolRelaxation:
             own = outer.scaled(chosen).data
             part = functional.conv_transpose2d(
                 own.reshape(-1, *own.shape[3:]), weight, stride=stride, dilation=dilation, groups=channels
-            ).reshape(*own.shape[:4], *[(own.shape[4 + a] - 1) * stride[a] + (kernel[a] - 1) * dilation[a] + 1 for a in (0, 1)])
+            ).reshape(
+                *own.shape[:4],
+                *[(own.shape[4 + a] - 1) * stride[a] + (kernel[a] - 1) * dilation[a] + 1 for a in (0, 1)],
+            )
             total = part if total is None else total + part
         assert total is not None
         device = outer.origins.device
@@ -74,13 +77,12 @@ def _options(operation: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
     )
 
 
-def tap_positions(
-    operation: nn.MaxPool2d, shape: tuple[int, ...], size: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def tap_positions(operation: nn.MaxPool2d, shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Where each tap of each window stands in the input's plane, (taps, h, w), and whether it stands in the map."""
     kernel, stride, padding, dilation = _options(operation)
     i, j = (
-        (torch.arange(kernel[a]) * dilation[a])[:, None] + torch.arange(size[a]) * stride[a] - padding[a] for a in (0, 1)
+        (torch.arange(kernel[a]) * dilation[a])[:, None] + torch.arange(size[a]) * stride[a] - padding[a]
+        for a in (0, 1)
     )
     inside = ((i >= 0) & (i < shape[1]))[:, None, :, None] & ((j >= 0) & (j < shape[2]))[None, :, None]
     index = i.clamp(0, shape[1] - 1)[:, None, :, None] * shape[2] + j.clamp(0, shape[2] - 1)[None, :, None]
@@ -88,7 +90,12 @@ def tap_positions(
 
 
 def relax_pool(
-    operation: nn.MaxPool2d, lower: Tensor, centre: Tensor, upper: Tensor, size: tuple[int, int], members: StoredRows | None
+    operation: nn.MaxPool2d,
+    lower: Tensor,
+    centre: Tensor,
+    upper: Tensor,
+    size: tuple[int, int],
+    members: StoredRows | None,
 ) -> PoolRelaxation:
     """The relaxation from bounds of the input (B, channels, H, W), and rows above it."""
     shape = tuple(centre.shape[1:])
@@ -114,7 +121,13 @@ def relax_pool(
 
 
 def _rows(
-    operation: nn.MaxPool2d, members: StoredRows, slope: Tensor, counts: Tensor, settled: Tensor, inside: Tensor, index: Tensor
+    operation: nn.MaxPool2d,
+    members: StoredRows,
+    slope: Tensor,
+    counts: Tensor,
+    settled: Tensor,
+    inside: Tensor,
+    index: Tensor,
 ) -> StoredRows:
     kernel, stride, padding, dilation = _options(operation)
     windowed = isinstance(members, WindowRows)

@@ -28,6 +28,16 @@ class WindowRows:
     stride: tuple[int, int]
     offset: tuple[int, int]
 
+    def listed(self, entries: Tensor, size: Sequence[int]) -> ListedRows:
+        """The rows above some entries of the flattened map, on the whole grid."""
+        batch, height, width, channels = self.gains.shape[:4]
+        place = entries % (height * width)
+        at = torch.stack([place // width, place % width], 1)
+        gains = self.gains[:, at[:, 0], at[:, 1], entries // (height * width)][:, :, None]
+        device = entries.device
+        origins = at * torch.tensor(self.stride, device=device) + torch.tensor(self.offset, device=device)
+        return ListedRows(entries, whole_grid(MoveRows(gains, origins), size), (channels, height, width))
+
     def combine(self, outer: Coefficients) -> MoveRows:
         """The rows of sums with coefficients >= 0 of the entries."""
         gains = self.gains

@@ -19,6 +19,7 @@ to the left, down and up. A row may be a *window*: planes over a part of the gri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ from flowverify.transport.backend import Backend, use_compiled
 WAYS = 4
 DOWNWARD = (0, 0, 1, -1)
 RIGHTWARD = (1, -1, 0, 0)
-SEARCH_STEPS = 12
+SEARCH_STEPS = 16
 ROUNDS = 200
 UNIT = 2.0**-53
 
@@ -130,7 +131,9 @@ def maximum(
 
 class _Maximum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]) -> Tensor:
+    def forward(
+        ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         found = maximum(MoveRows(gains, origins), images, budget, flow=True, **options)
         ctx.save_for_backward(found.flow)
         ctx.shape = gains.shape
@@ -153,7 +156,14 @@ def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[
 
 
 def _compiled(
-    rows: MoveRows, gains: Tensor, images: Tensor, budget: Tensor, enough: Tensor, guess: Tensor, tolerance: float, flow: bool
+    rows: MoveRows,
+    gains: Tensor,
+    images: Tensor,
+    budget: Tensor,
+    enough: Tensor,
+    guess: Tensor,
+    tolerance: float,
+    flow: bool,
 ) -> MoveSupport:
     from flowverify.bounds.lifted import kernel
 
@@ -190,33 +200,38 @@ def _compiled(
     return MoveSupport(torch.from_numpy(values), torch.from_numpy(multipliers), moved)
 
 
-def whole_grid(rows: MoveRows, size: tuple[int, ...]) -> Tensor:
+def whole_grid(rows: MoveRows, size: Sequence[int]) -> Tensor:
     """The rows on the whole grid, (B, Q * R, 4, C, H, W); moves that leave it gain 0."""
     gains, (height, width) = rows.gains, size
     gains = gains.expand(gains.shape[0], len(rows.origins), *gains.shape[2:])
-    batch, places, per_place, ways, channels, h, w = gains.shape
-    result = gains.new_zeros(batch, places, per_place, ways, channels, height, width)
-    by_origin: dict[tuple[int, int], list[int]] = {}
-    for place, (top, left) in enumerate(rows.origins.tolist()):
-        by_origin.setdefault((top, left), []).append(place)
-    for (top, left), chosen in by_origin.items():
-        i0, i1, j0, j1 = max(0, top), min(height, top + h), max(0, left), min(width, left + w)
-        if i0 < i1 and j0 < j1:
-            result[:, chosen, ..., i0:i1, j0:j1] = gains[:, chosen, ..., i0 - top : i1 - top, j0 - left : j1 - left]
-    return result.flatten(1, 2) * moves_within(height, width, gains.device)
+    h, w = gains.shape[-2:]
+    if (h, w) == (height, width) and not bool(rows.origins.any()):
+        whole = gains
+    else:
+        index, inside = _pixels(rows.origins, (h, w), (height, width))
+        flat = (gains * inside[:, None, None, None]).flatten(-2)
+        whole = gains.new_zeros(*gains.shape[:-2], height * width)
+        at = index.flatten(1)[None, :, None, None, None]
+        whole = whole.scatter_add(-1, at.expand(flat.shape), flat).unflatten(-1, (height, width))
+    return whole.flatten(1, 2) * moves_within(height, width, gains.device)
+
+
+def _pixels(origins: Tensor, window: Sequence[int], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the pixels of windows stand in the flattened grid, (Q, h, w), and which of them do."""
+    i = origins[:, 0, None] + torch.arange(window[0], device=origins.device)
+    j = origins[:, 1, None] + torch.arange(window[1], device=origins.device)
+    inside = ((i >= 0) & (i < size[0]))[:, :, None] & ((j >= 0) & (j < size[1]))[:, None]
+    return i.clamp(0, size[0] - 1)[:, :, None] * size[1] + j.clamp(0, size[1] - 1)[:, None], inside
 
 
 def windows_of(planes: Tensor, rows: MoveRows) -> Tensor:
     """The windows of planes (B, Q * R, 4, C, H, W), with the shape of the rows: the adjoint of :func:`whole_grid`."""
-    places, (h, w) = len(rows.origins), rows.gains.shape[-2:]
-    batch, _, ways, channels, height, width = planes.shape
-    planes = (planes * moves_within(height, width, planes.device)).reshape(batch, places, -1, ways, channels, height, width)
-    result = planes.new_zeros(*planes.shape[:5], h, w)
-    for place, (top, left) in enumerate(rows.origins.tolist()):
-        i0, i1, j0, j1 = max(0, top), min(height, top + h), max(0, left), min(width, left + w)
-        if i0 < i1 and j0 < j1:
-            result[:, place, ..., i0 - top : i1 - top, j0 - left : j1 - left] = planes[:, place, ..., i0:i1, j0:j1]
-    return result
+    size, window = planes.shape[-2:], rows.gains.shape[-2:]
+    planes = (planes * moves_within(*size, planes.device)).unflatten(1, (len(rows.origins), -1))
+    index, inside = _pixels(rows.origins, window, size)
+    at = index.flatten(1)[None, :, None, None, None]
+    found = planes.flatten(-2).gather(-1, at.expand(*planes.shape[:-2], at.shape[-1]))
+    return found.unflatten(-1, window) * inside[:, None, None, None]
 
 
 def _vanilla(gains: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +252,11 @@ def _swept(gains: Tensor, images: Tensor, budget: Tensor) -> tuple[Tensor, Tenso
     high = gains.flatten(2).amax(2).clamp(min=0)
     high_value, high_cost = high * budget, torch.zeros_like(high)
     best, best_at = high_value.clone(), high.clone()
-    low, low_value, low_slope = (torch.zeros_like(high) for _ in range(3))
+    pairs = gains[:, :, 0, ..., :-1] + gains[:, :, 1, ..., 1:], gains[:, :, 2, ..., :-1, :] + gains[:, :, 3, ..., 1:, :]
+    low = (
+        torch.stack([pair.flatten(2).amax(2) if pair.numel() else 0 * high for pair in pairs]).amax(0).clamp(min=0) / 2
+    )
+    low_value, low_slope = torch.zeros_like(high), torch.zeros_like(high)
     known = torch.zeros_like(high, dtype=torch.bool)
     for _ in range(SEARCH_STEPS):
         high_slope = budget - high_cost

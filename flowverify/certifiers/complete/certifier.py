@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,64 +12,17 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.counterexamples import Adversary, NearestCounterexample
-from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.least_margin import LeastMargin, least_margin
-from flowverify.certifiers.complete.radius_search import Progress, RadiusSearch
-from flowverify.certifiers.complete.settings import SearchSettings
+from flowverify.certifiers.complete.options import CompleteOptions
+from flowverify.certifiers.complete.radius_search import RadiusSearch
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Certificate, Interrupted, Verdict
 from flowverify.witness import replay
 
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
-TIMEOUT = 60.0  # seconds an image
-TOLERANCE = 0.01
 OUTSIDE = "what changes the class in the l1 ball of flows that covers the ball lies outside of the ball itself"
 NO_IMAGE = "what changes the class in the L1 ball is no image: it has negative pixels"
-
-
-@dataclass(frozen=True)
-class CompleteOptions:
-    """How far a complete method goes; fields have a text for users in their metadata.
-
-    Attributes:
-        adversary: such as :class:`flowverify.attack.minimal.MinimalRadius`.
-
-    Raises:
-        InvalidInputError: a timeout or a number of nodes that is not positive, a tolerance outside (0, 1).
-    """
-
-    timeout: float | None = field(
-        default=TIMEOUT, metadata={"help": "seconds for each image (and radius); none for no limit"}
-    )
-    nodes: int | None = field(
-        default=None, metadata={"help": "nodes of the search trees of each image; none for no limit"}
-    )
-    tolerance: float = field(
-        default=TOLERANCE, metadata={"help": "of the bracket that a radius search closes, relative"}
-    )
-    adversary: Adversary | None = field(
-        default=None, metadata={"help": "an attack that gives first counterexamples; without, the search finds its own"}
-    )
-    progress: Callable[[Progress], None] | None = field(
-        default=None, metadata={"help": "told what is known, now and then"}
-    )
-    clock: Callable[[], float] = field(default=time.perf_counter, metadata={"help": "what seconds are counted by"})
-    settings: SearchSettings = field(
-        default=SearchSettings(), metadata={"help": "how the search goes about its work; nothing that is proven"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise InvalidInputError(f"timeout: given {self.timeout!r}, expected seconds > 0")
-        if self.nodes is not None and self.nodes < 1:
-            raise InvalidInputError(f"nodes: given {self.nodes!r}, expected at least 1")
-        if not 0 < self.tolerance < 1:
-            raise InvalidInputError(f"tolerance: given {self.tolerance!r}, expected a number between 0 and 1")
-
-    def deadline(self) -> Deadline:
-        """For one image, from now on."""
-        return Deadline(self.timeout, self.nodes, self.clock)
 
 
 class CompleteCertifier(BaseCertifier):
@@ -91,6 +41,8 @@ class CompleteCertifier(BaseCertifier):
         UnknownNameError: another method.
         UnsupportedOperationError: an activation other than ReLU, named; a network that is too large.
     """
+
+    batched = False
 
     def __init__(
         self,
@@ -123,11 +75,11 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             Interrupted: at Ctrl-C, with what is known until then.
         """
-        return self._each(images, labels, ball, searching=False)
+        return self._each(images, labels, ball.threat, ball.radius)
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """Both ends of the radius of each image, one after the other; raises as :meth:`certify`."""
-        return self._each(images, labels, WassersteinBall(0.0, ground, cap), searching=True)
+        return self._each(images, labels, threat or Threat(), None)
 
     def least_margin(self, image: Tensor, label: int, ball: WassersteinBall, tolerance: float = 1e-7) -> LeastMargin:
         """min over t of the least f_y - f_t over the ball around one image (C, H, W), from both sides.
@@ -149,59 +101,58 @@ class CompleteCertifier(BaseCertifier):
         gap = max(tolerance * largest, 2 * float(self.allowance(search.nearest.image[None], problem.ball.budget)))
         return least_margin(problem, search.nearest, gap, self.options.deadline())
 
-    def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
+    def _each(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> list[Certificate]:
         return self.one_by_one(
             images,
             labels,
-            ball,
-            searching,
-            lambda image, label, prediction: self._one(image, label, prediction, ball, searching),
+            threat,
+            radius,
+            lambda image, label, prediction: self._one(image, label, prediction, threat, radius),
         )
 
     def _one(
-        self, image: Tensor, label: Tensor, prediction: Tensor, ball: WassersteinBall, searching: bool
+        self, image: Tensor, label: Tensor, prediction: Tensor, threat: Threat, asked: float | None
     ) -> Certificate:
         begin = self.options.clock()
-        search = self._search_of(image, int(label), ball.threat)
+        search = self._search_of(image, int(label), threat)
 
         def report(decided: bool | None) -> Certificate:
-            verdict, radius, margin, note = _found(search) if searching else _decided(search, decided, ball)
-            if searching and not search.limit > 0 and not decided:
+            verdict, radius, margin, note = _found(search) if asked is None else _decided(search, decided, asked)
+            if asked is None and not search.limit > 0 and not decided:
                 verdict, note = Verdict.UNKNOWN, "a tie to within rounding at the image itself"
             witness = search.nearest.witness
             if witness is not None and not bool((witness >= 0).all()):
                 witness, note = None, "; ".join(filter(None, [note, NO_IMAGE]))
                 verdict = Verdict.UNKNOWN if verdict is Verdict.FALSIFIED else verdict
             upper = search.upper_radius if math.isfinite(search.upper_radius) else None
-            if not search.nearest.positive and (ball.ground != "l1" or ball.cap is not None):
+            if not search.nearest.positive and (threat.ground != "l1" or threat.cap is not None):
                 # What was searched is an l1 ball of flows around the ball: the witness may lie outside of that.
-                upper = self._distance(search, witness, ball)
+                upper = self._distance(search, witness, threat)
                 witness = None if upper is None else witness
                 if verdict is Verdict.FALSIFIED and not (upper is not None and upper <= radius):
                     verdict, note = Verdict.UNKNOWN, "; ".join(filter(None, [note, OUTSIDE]))
             notes = "; ".join(filter(None, [note, search.notes]))
-            found = self.certificate(
-                label, prediction, verdict, ball.ground, radius, self.options.clock() - begin, cap=ball.cap,
-                margin=margin, upper_radius=upper, note=notes,
+            return self.certificate(
+                label, prediction, verdict, threat, radius, self.options.clock() - begin, margin=margin,
+                upper_radius=upper, note=notes, witness=witness,
             )  # fmt: skip
-            return replace(found, witness=witness)
 
         decided: bool | None = None
         try:
-            if searching and search.limit > 0:
+            if asked is None and search.limit > 0:
                 search.run(self.options.deadline())
             else:
-                decided = search.decide(0.0 if searching else ball.radius, self.options.deadline())
+                decided = search.decide(asked or 0.0, self.options.deadline())
         except KeyboardInterrupt:
             raise Interrupted([report(None)]) from None
         return report(decided)
 
-    def _distance(self, search: RadiusSearch, witness: Tensor | None, ball: WassersteinBall) -> float | None:
-        """The radius at which a witness is a counterexample of the threat model of ``ball``; None if it is none."""
+    def _distance(self, search: RadiusSearch, witness: Tensor | None, threat: Threat) -> float | None:
+        """The radius at which a witness is a counterexample of the threat; None if it is none."""
         if witness is None:
             return None
         label = torch.tensor([search.nearest.label], device=witness.device)
-        found = float(replay(self.subject, ball.threat.unlimited(search.nearest.image[None]), label, witness[None]))
+        found = float(replay(self.subject, threat.unlimited(search.nearest.image[None]), label, witness[None]))
         return found if math.isfinite(found) else None
 
     def _search_of(self, centre: Tensor, label: int, threat: Threat) -> RadiusSearch:
@@ -245,10 +196,10 @@ def _undecided(search: RadiusSearch) -> str:
     return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"
 
 
-def _decided(search: RadiusSearch, decided: bool | None, ball: WassersteinBall) -> Finding:
-    """What is known about the radius of ``ball``."""
+def _decided(search: RadiusSearch, decided: bool | None, radius: float) -> Finding:
+    """What is known about a radius."""
     if decided:
-        return Verdict.CERTIFIED, ball.radius, search.margin, ""
+        return Verdict.CERTIFIED, radius, search.margin, ""
     if decided is None:
-        return Verdict.UNKNOWN if search.exhausted else Verdict.TIMEOUT, ball.radius, search.worst, ""
-    return Verdict.FALSIFIED, ball.radius, None, ""
+        return Verdict.UNKNOWN if search.exhausted else Verdict.TIMEOUT, radius, search.worst, ""
+    return Verdict.FALSIFIED, radius, None, ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.certifiers.complete.certifier import CompleteOptions
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.dual_proof import DualProof
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.complete.program import NetworkProgram
 from flowverify.errors import InvalidInputError, SolverError
 from flowverify.results import Certificate, Verdict
@@ -43,14 +42,17 @@ class MilpCertifier(BaseCertifier):
         DependencyError: auto_LiRPA cannot be used.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,
+        method: str = "milp",
         *,
         options: CompleteOptions | None = None,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__(model, "milp", "highs", input_shape)
+        super().__init__(model, method, "highs", input_shape)
         self.options = CompleteOptions() if options is None else options
         # Built once without bounds, so that what is unsupported comes out first.
         empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
@@ -64,11 +66,11 @@ class MilpCertifier(BaseCertifier):
             InvalidInputError: another ground cost than l1, or a cap.
             Interrupted: at Ctrl-C, with what is known until then.
         """
-        return self._each(images, labels, ball, searching=False)
+        return self._each(images, labels, ball.threat, ball.radius)
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The least distance to a counterexample of each image; raises as :meth:`certify`."""
-        return self._each(images, labels, WassersteinBall(0.0, ground, cap), searching=True)
+        return self._each(images, labels, threat or THREAT, None)
 
     def program(self, image: Tensor, radius: float) -> NetworkProgram:
         """The program for one image (C, H, W), with bounds that hold up to this radius.
@@ -78,18 +80,21 @@ class MilpCertifier(BaseCertifier):
         """
         image = image.double()
         budget = self._budget(image, radius)
-        bounds = self._bounds.neurons(Threat().ball(image, budget))
+        bounds = self._bounds.neurons(THREAT.ball(image, budget))
         return NetworkProgram(self.network, image, budget, bounds)
 
-    def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
-        if ball.threat != THREAT:
+    def _each(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> list[Certificate]:
+        if threat != THREAT:
             raise InvalidInputError(
-                f"method milp with ground cost {ball.ground!r} and cap {ball.cap}: expected l1 and no cap"
+                f"method milp with ground cost {threat.ground!r} and cap {threat.cap}: expected l1 and no cap"
             )
-        one = self._search if searching else self._decide
-        return self.one_by_one(
-            images, labels, ball, searching, lambda image, label, prediction: one(image, label, prediction, ball.radius)
-        )
+
+        def one(image: Tensor, label: Tensor, prediction: Tensor) -> Certificate:
+            if radius is None:
+                return self._search(image, label, prediction)
+            return self._decide(image, label, prediction, radius)
+
+        return self.one_by_one(images, labels, threat, radius, one)
 
     def _budget(self, image: Tensor, radius: float) -> float:
         return float(THREAT.budget(radius, image[None])) * MASS_ROUNDING
@@ -119,7 +124,7 @@ class MilpCertifier(BaseCertifier):
         margin = least if math.isfinite(least) else None
         return self._certified(nearest, label, prediction, verdict, radius, margin, deadline.elapsed)
 
-    def _search(self, image: Tensor, label: Tensor, prediction: Tensor, radius: float) -> Certificate:
+    def _search(self, image: Tensor, label: Tensor, prediction: Tensor) -> Certificate:
         nearest, deadline = self._nearest(image, label), self.options.deadline()
         if self.options.adversary is not None:
             nearest.ask(self.options.adversary)
@@ -199,7 +204,7 @@ class MilpCertifier(BaseCertifier):
         note: str = "",
     ) -> Certificate:
         upper = nearest.radius if math.isfinite(nearest.radius) else None
-        found = self.certificate(
-            label, prediction, verdict, "l1", radius, seconds, margin=margin, upper_radius=upper, note=note
+        return self.certificate(
+            label, prediction, verdict, THREAT, radius, seconds, margin=margin, upper_radius=upper, note=note,
+            witness=nearest.witness,
         )  # fmt: skip
-        return replace(found, witness=nearest.witness)
