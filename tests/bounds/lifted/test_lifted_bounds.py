@@ -124,10 +124,15 @@ def residual() -> Network:
 
 
 NETWORKS = {
-    "dense": random_network((1, 4, 4), [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)], 1),
+    "dense": random_network(
+        (1, 4, 4), [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)], 1
+    ),
     "convolutional": random_network(
         (1, 7, 6),
-        [nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 6), nn.ReLU(), nn.Linear(6, 3)],
+        [
+            nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(80, 6), nn.ReLU(), nn.Linear(6, 3),
+        ],
         2,
     ),
     "residual": residual(),
