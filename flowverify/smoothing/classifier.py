@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
 from flowverify.results import Verdict
-from flowverify.smoothing.certificates import check_certificate, wasserstein_radius
+from flowverify.smoothing.certificates import (
+    check_alpha,
+    check_certificate,
+    check_samples,
+    top_two_p_values,
+    upper_bound_of_failure,
+    wasserstein_radius,
+)
 from flowverify.smoothing.noise import Noise
 from flowverify.smoothing.results import SmoothedCertificate, SmoothedPrediction
 from flowverify.smoothing.sampling import Sampler
-from flowverify.smoothing.statistics import check_alpha, check_samples, top_two_p_values, upper_bound_of_failure
 from flowverify.smoothing.voting import MEMORY
 
 SELECT, BOUND, PREDICT = 0, 1, 2  # stages: what samples are for; each draws its own
