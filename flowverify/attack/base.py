@@ -1,20 +1,27 @@
-"""What every attack has: a model, valid inputs, a search, and a check that it cannot avoid."""
+"""What every attack has: a model, valid inputs, a search, and a check that it cannot avoid.
+
+What a search offers is repaired, and pulled back along the segment from the clean image to where the class changes.
+There W1(mu, (1 - t) mu + t nu) = t W1(mu, nu) for every t in [0, 1]: W1 is the maximum of f . (nu - mu) over
+1-Lipschitz f, which is homogeneous in nu - mu. For a ground cost that is no metric, the cost of the cheapest plan is
+convex: at most t times that to nu. Nonnegativity, mass and a cap hold on the whole segment.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.batch import Batch
-from flowverify.attack.check import confirm
 from flowverify.attack.model import AttackedModel
 from flowverify.attack.result import FOUND, MISCLASSIFIED, NOT_FOUND, AttackResult, join
-from flowverify.ball import Ball, Threat, WassersteinBall
+from flowverify.ball import Ball, Threat, WassersteinBall, between
 from flowverify.errors import InvalidInputError
+from flowverify.network.subject import surplus
+from flowverify.witness import replay
 
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks
 GROWTH = 2.0
@@ -23,7 +30,7 @@ TRIALS = 60  # or after so many radii
 
 
 class BaseAttack(ABC):
-    """A search for adversarial images, and the check of what it finds (:mod:`flowverify.attack.check`).
+    """A search for adversarial images, and the check of what it finds (:mod:`flowverify.attack.base`).
 
     A subclass says how to search; it is not trusted. Every image that an attack returns has been repaired and
     re-checked against the threat model on the model itself, or is reported as not found.
@@ -146,3 +153,146 @@ class BaseAttack(ABC):
             cap=whole.ball.threat.cap,
             seconds=time.perf_counter() - begin,
         )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one search, all classified right, on the model's device.
+
+    Attributes:
+        ball: around the images, float64 (B, C, H, W); its budgets are infinite where the nearest image is sought.
+        labels: int64 (B,).
+        logits: of the images, float64 (B, classes).
+        positions: of the images in what the user gave, for seeding; int64 (B,).
+    """
+
+    ball: Ball
+    labels: Tensor
+    logits: Tensor
+    positions: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        return self.ball.images
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(self.ball[rows], self.labels[rows], self.logits[rows], self.positions[rows])
+
+    def with_budget(self, budget: Tensor) -> Batch:
+        """The same images in balls of other budgets (B,)."""
+        return replace(self, ball=self.ball.with_budget(budget))
+
+
+BEYOND = 0.01  # a trial lands this far past the expected crossing, since only that side is of use
+SETTLED = 3e-4  # of the clean margin: what is beyond the boundary by so little is near enough
+ALLOWANCE = 1.1  # times the rounding beyond which a misclassification is looked for: it should not hang by a hair
+NUDGES = (0.0, 1e-6, 1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 5e-3, 1e-2)
+
+
+def first_crossing(
+    model: AttackedModel,
+    clean: Tensor,  # (B, C, H, W)
+    far: Tensor,  # (B, C, H, W)
+    labels: Tensor,  # (B,)
+    margins: tuple[Tensor, Tensor],  # (B,) each
+    *,
+    above: Tensor | None = None,  # (B,)
+    steps: int = 4,
+    settled: float = SETTLED,
+) -> Tensor:
+    """A share t in (0, 1], (B,), at which max f_t - f_y exceeds ``above`` in the model's own precision.
+
+    Bracketing by the Illinois rule, at most ``steps`` evaluations of each image; the margin is nearly linear on
+    short segments, so few are needed. It need not be the first crossing where there are several.
+
+    Args:
+        margins: max f_t - f_y at ``clean`` and at ``far``, where it is expected to exceed ``above``.
+        above: 0 by default.
+        settled: an image is done at a point that exceeds ``above`` by at most this share of the clean margin.
+    """
+    above = torch.zeros_like(margins[0]) if above is None else above
+    low_value, high_value = margins[0] - above, margins[1] - above
+    low, high = torch.zeros_like(low_value), torch.ones_like(high_value)
+    reached, side = high_value.clone(), torch.zeros_like(low)
+    for _ in range(steps):
+        rows = (~((reached > 0) & (reached <= settled * margins[0].abs()))).nonzero().flatten()
+        if not rows.numel():
+            break
+        start, end, under, over = low[rows], high[rows], low_value[rows], high_value[rows]
+        share = under / (under - over)
+        share = torch.where((share > 0) & (share < 1), share, 0.5).clamp(1e-6, 1 - 1e-6)
+        trial = start + (end - start) * (share + (1 - share) * BEYOND)
+        value = model.margins(between(clean[rows], far[rows], trial), labels[rows]) - above[rows]
+        crossed = value > 0
+        # The side that stays for a second time counts half, so that both ends move.
+        low_value[rows] = torch.where(crossed, torch.where(side[rows] > 0, under / 2, under), value)
+        high_value[rows] = torch.where(crossed, value, torch.where(side[rows] < 0, over / 2, over))
+        reached[rows] = torch.where(crossed, value, reached[rows])
+        low[rows], high[rows] = torch.where(crossed, start, trial), torch.where(crossed, trial, end)
+        side[rows] = torch.where(crossed, 1.0, -1.0).to(side.dtype)
+    return high
+
+
+def confirmed_crossing(
+    model: AttackedModel,
+    clean: Tensor,  # (B, C, H, W)
+    far: Tensor,  # (B, C, H, W)
+    labels: Tensor,  # (B,)
+    logits: tuple[Tensor, Tensor],  # (B, classes) each
+    cap: float | None = None,
+) -> Tensor:
+    """Images just beyond the boundary by which the network is fooled (:mod:`flowverify.network.subject`).
+
+    Where no point tried is, the image is ``far``.
+
+    Args:
+        logits: at ``clean`` and at ``far``, in the model's own precision.
+    """
+    margins = surplus(logits[0], labels), surplus(logits[1], labels)
+    share = first_crossing(model, clean, far, labels, margins, above=model.rounding(logits[1], ALLOWANCE))
+    result, confirmed = far.clone(), torch.zeros_like(labels, dtype=torch.bool)
+    for nudge in NUDGES:
+        trial = share * (1 + nudge)
+        todo = (~confirmed & (trial <= 1)).nonzero().flatten()
+        if not todo.numel():
+            break
+        images = between(clean[todo], far[todo], trial[todo]).clamp(max=torch.inf if cap is None else cap)
+        hit = model.fooled(images, labels[todo])
+        result[todo[hit]], confirmed[todo[hit]] = images[hit], True
+    return result
+
+
+def confirm(model: AttackedModel, batch: Batch, candidates: Tensor, *, shorten: bool = True) -> tuple[Tensor, Tensor]:
+    """Checked adversarial images with their exact W_p (B,), in pixels; the clean one and infinity where there is none.
+
+    A candidate (C, H, W) that lies beyond its ball is pulled back to it along the segment from the clean image; with
+    ``shorten`` each is pulled back to where it is only just misclassified.
+
+    Raises:
+        SolverError: an exact distance could not be computed.
+    """
+    ball, labels, logits = batch.ball, batch.labels, batch.logits
+    final = ball.threat.repair(ball.images, candidates)
+    changed = (final != ball.images).flatten(1).any(1)
+    away = model.logits(final) if bool(changed.any()) else logits
+    good = changed & (surplus(away, labels) >= 0)
+    limited = (good & torch.isfinite(ball.budget)).nonzero().flatten()
+    if limited.numel():
+        final[limited] = ball[limited].pull_back(final[limited])
+        away[limited] = model.logits(final[limited])
+        good[limited] = surplus(away[limited], labels[limited]) >= 0
+    chosen = good.nonzero().flatten()
+    if shorten and chosen.numel():
+        final[chosen] = confirmed_crossing(
+            model, ball.images[chosen], final[chosen], labels[chosen], (logits[chosen], away[chosen]), ball.threat.cap
+        )
+    if ball.threat.cap is not None:
+        final = final.clamp(max=ball.threat.cap)  # changes nothing in an image of the threat
+    distance = torch.full((len(batch),), torch.inf, dtype=torch.float64, device=final.device)
+    if chosen.numel():
+        distance[chosen] = replay(model, ball[chosen], labels[chosen], final[chosen])
+    kept = torch.isfinite(distance)
+    return torch.where(kept[:, None, None, None], final, ball.images), distance

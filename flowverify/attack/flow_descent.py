@@ -12,8 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack
-from flowverify.attack.batch import Batch
+from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.flow_projection import L1Projection, project_euclidean
 from flowverify.attack.schedule import Schedule
 from flowverify.ball import Threat

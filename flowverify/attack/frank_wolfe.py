@@ -14,8 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack
-from flowverify.attack.batch import Batch
+from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.model import AttackedModel
 from flowverify.attack.rows import Rows, ranked_targets, target_margin
 from flowverify.errors import InvalidInputError

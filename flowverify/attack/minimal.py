@@ -16,11 +16,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack
-from flowverify.attack.batch import Batch
+from flowverify.attack.base import BaseAttack, Batch, first_crossing
 from flowverify.attack.frank_wolfe import step_along
 from flowverify.attack.rows import Rows, likeliest
-from flowverify.attack.segment import first_crossing
 from flowverify.ball import between
 from flowverify.errors import UnknownNameError
 from flowverify.network.subject import surplus

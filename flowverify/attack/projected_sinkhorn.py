@@ -13,11 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack
-from flowverify.attack.batch import Batch
-from flowverify.attack.local_plans import LocalCost
+from flowverify.attack.base import BaseAttack, Batch
 from flowverify.attack.schedule import MNIST, Schedule
-from flowverify.attack.sinkhorn import project_sinkhorn
+from flowverify.attack.sinkhorn import LocalCost, project_sinkhorn
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 NORMS = ("linf", "l2")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.attack.batch import Batch
+from flowverify.attack.base import Batch
 from flowverify.attack.model import AttackedModel
 from flowverify.ball import Ball
 from flowverify.transport.moves import Moves

@@ -71,7 +71,7 @@ def predict(
 ) -> None:
     """Classify images by the smoothed classifier, which abstains where its samples do not settle the class."""
     from flowverify.smoothing import SmoothedClassifier, Splitting
-    from flowverify.smoothing.statistics import check_alpha, check_samples
+    from flowverify.smoothing.certificates import check_alpha, check_samples
 
     check_samples("n", n)
     check_alpha(alpha)
@@ -133,8 +133,7 @@ def certify(
     """
     from flowverify.ball import distance_name
     from flowverify.smoothing import SmoothedClassifier, SplitClassifier, Splitting
-    from flowverify.smoothing.certificates import check_certificate
-    from flowverify.smoothing.statistics import check_alpha, check_samples
+    from flowverify.smoothing.certificates import check_alpha, check_certificate, check_samples
     from flowverify.transport.ground import check_ground
 
     check_samples("n0", n0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _schema() -> dict[str, Any]:
-    from flowverify.training.recipe_file import recipe_schema
+    from flowverify.training.recipe import recipe_schema
 
     return recipe_schema()
 

@@ -8,8 +8,7 @@ from flowverify.smoothing.classifier import SmoothedClassifier
 from flowverify.smoothing.noise import DISTRIBUTIONS, DOMAINS, Noise
 from flowverify.smoothing.results import SmoothedCertificate, SmoothedPrediction
 from flowverify.smoothing.sampling import Sampler, noisy_images
-from flowverify.smoothing.split_classifier import SplitClassifier
-from flowverify.smoothing.splitting import Splitting
+from flowverify.smoothing.splitting import SplitClassifier, Splitting
 
 __all__ = [
     "CERTIFICATES",

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import MNIST, Schedule
-from flowverify.attack.sinkhorn import project_sinkhorn
+from flowverify.attack.sinkhorn import LocalCost, project_sinkhorn
 from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
+from flowverify.smoothing.certificates import check_alpha, check_samples
 from flowverify.smoothing.classifier import SmoothedClassifier
-from flowverify.smoothing.counter import derive_key
-from flowverify.smoothing.sampling import noisy_images
-from flowverify.smoothing.statistics import check_alpha, check_samples
+from flowverify.smoothing.sampling import derive_key, noisy_images
 
 GRADIENT = 3  # the stage of its samples, after those of the classifier
 STEP = 0.1  # in pixel values, as in the authors' code
@@ -81,12 +79,13 @@ def attack_smoothed(
     check_samples("n", n)
     check_samples("gradient_samples", gradient_samples)
     check_alpha(alpha)
-    images, targets = classifier.sampler.voter.check(images, labels)
+    threat = Threat(ground)
+    images, targets = classifier.sampler.voter.check(images, labels, threat)
     if not len(images):
         raise InvalidInputError("images: given none, expected at least one")
     cost, begin = LocalCost.of_ground(ground, window), time.perf_counter()
     clean = images.double().cpu()
-    ball = Threat(ground).unlimited(clean)
+    ball = threat.unlimited(clean)
     mass = ball.mass[:, None, None, None]
     current = clean.clone()
     scheduled: list[float | None] = [None] * len(clean)

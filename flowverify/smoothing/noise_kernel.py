@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flowverify.smoothing.counter import FIRST, GAMMA, SECOND
+from flowverify.smoothing.sampling import FIRST, GAMMA, SECOND
 
 Floats = NDArray[np.float32]
 

@@ -8,8 +8,7 @@ from flowverify.training.loop import TrainingResult, train
 from flowverify.training.losses import LOSSES, BatchContext, BatchLoss, BatchOutcome, StatefulLoss
 from flowverify.training.noise import NoisyCrossEntropy
 from flowverify.training.publish import train_and_save
-from flowverify.training.recipe import RECIPES, Recipe, find_recipe
-from flowverify.training.recipe_file import read_recipe
+from flowverify.training.recipe import RECIPES, Recipe, find_recipe, read_recipe
 from flowverify.training.session import EpochReport, accuracy
 
 __all__ = [

@@ -13,9 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import Schedule
-from flowverify.attack.sinkhorn import project_sinkhorn
+from flowverify.attack.sinkhorn import LocalCost, project_sinkhorn
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network.subject import surplus
 from flowverify.training.losses import LOSSES, BatchContext, BatchOutcome

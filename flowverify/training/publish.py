@@ -12,10 +12,8 @@ import torch
 
 from flowverify.errors import InvalidInputError
 from flowverify.training.loop import train, training_digest
-from flowverify.training.recipe import RECIPES, Recipe
-from flowverify.training.recipe_file import read_recipe
-from flowverify.training.session import EpochReport, accuracy
-from flowverify.training.splits import load_splits
+from flowverify.training.recipe import RECIPES, Recipe, read_recipe
+from flowverify.training.session import EpochReport, accuracy, load_splits
 from flowverify.zoo import Card, check_model_name, save_model
 
 _LICENSE = "Apache-2.0"
@@ -40,14 +38,14 @@ def train_and_save(
     Args:
         recipe: a recipe, the name of a shipped one, or a file (:func:`flowverify.training.read_recipe`).
         out_dir: created if need be; files of the same name in it are replaced.
-        data_dir: see :func:`flowverify.training.splits.load_splits`.
+        data_dir: see :func:`flowverify.training.session.load_splits`.
         seed: replaces the recipe's.
         on_epoch, on_step: see :func:`flowverify.training.train`.
 
     Raises:
         UnknownNameError: no recipe has this name.
         InvalidInputError: see :func:`flowverify.training.train`.
-        DataError: see :func:`flowverify.training.splits.load_splits`.
+        DataError: see :func:`flowverify.training.session.load_splits`.
         ModelFileError: ``out_dir`` cannot be written to, or the checkpoint in it cannot be read.
     """
     shipped = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)

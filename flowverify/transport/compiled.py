@@ -28,7 +28,7 @@ def solve(
     """Excess, multiplier and maximiser of every problem; see :func:`flowverify.transport.support.support`."""
     if ground != "l1":
         return _solve_knapsacks(coefficients, images, budget[:, None].expand_as(guess), maximiser, ground)
-    from flowverify.transport import plan_kernel, scan_kernel
+    from flowverify.transport import scan_kernel
 
     batch = _Batch(coefficients, images)
     budgets, guesses = budget.numpy(), guess.contiguous().numpy()
@@ -41,7 +41,7 @@ def solve(
             first, last, excess[index], multipliers[index], brackets[index],
         )  # fmt: skip
         if maximisers is not None:
-            plan_kernel.maximise_problems(
+            scan_kernel.maximise_problems(
                 batch.rows(index), batch.mass[index], *layout, np.full(batch.problems, budgets[index]),
                 brackets[index], batch.shape, first, last, maximisers[index],
             )  # fmt: skip
@@ -54,7 +54,7 @@ def _solve_knapsacks(
     coefficients: Tensor, images: Tensor, budgets: Tensor, maximiser: bool, ground: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As :func:`solve`, for any ground cost and a budget for every problem, (B, S)."""
-    from flowverify.transport import knapsack_kernel
+    from flowverify.transport import moves_kernel
 
     batch = _Batch(coefficients, images)
     mass, limits = batch.mass.astype(np.float64), budgets.contiguous().numpy()
@@ -64,7 +64,7 @@ def _solve_knapsacks(
     none = np.empty((0, batch.pixels), batch.mass.dtype)
 
     def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
-        knapsack_kernel.solve_problems(
+        moves_kernel.solve_problems(
             batch.rows(index), mass[index], batch.shape, offsets, costs, limits[index], first, last, excess[index],
             multipliers[index], none if maximisers is None else maximisers[index],
         )  # fmt: skip
@@ -83,7 +83,7 @@ def solve_capped(
     ground: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Excess, multiplier, reduced coefficients and maximiser; see :mod:`flowverify.transport.capped`."""
-    from flowverify.transport import knapsack_kernel
+    from flowverify.transport import moves_kernel
 
     batch = _Batch(coefficients, images)
     mass, budgets = batch.mass.astype(np.float64), budget.double().numpy()
@@ -94,7 +94,7 @@ def solve_capped(
     none = np.empty((0, batch.pixels), batch.mass.dtype)
 
     def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
-        knapsack_kernel.solve_capped(
+        moves_kernel.solve_capped(
             batch.rows(index), mass[index], batch.shape, offsets, costs, budgets[index], cap, rule, first, last,
             excess[index], multipliers[index], reduced[index] if maximiser else none,
             moved[index] if maximiser else none,
@@ -107,7 +107,7 @@ def solve_capped(
 
 def lipschitz_constants(coefficients: Tensor, ground: str) -> Tensor:
     """Lip(c) of every problem, (S, C, H, W) -> (S,), in the dtype of the coefficients."""
-    from flowverify.transport import knapsack_kernel
+    from flowverify.transport import moves_kernel
 
     count, *shape = coefficients.shape
     rows = coefficients.detach().contiguous().reshape(count, -1).numpy()
@@ -115,7 +115,7 @@ def lipschitz_constants(coefficients: Tensor, ground: str) -> Tensor:
     result = np.zeros(count)
 
     def work(first: int, last: int) -> None:
-        knapsack_kernel.lipschitz_constants(rows, tuple(shape), offsets, costs, first, last, result)
+        moves_kernel.lipschitz_constants(rows, tuple(shape), offsets, costs, first, last, result)
 
     share_out(work, count)
     return torch.from_numpy(result).to(coefficients.dtype)
@@ -127,14 +127,14 @@ def solve_least_budget(
     """Budget, multiplier and bracket; see :func:`flowverify.transport.least_budget.least_budget`."""
     if ground != "l1":
         return _least_knapsacks(coefficients, images, target, ground)
-    from flowverify.transport import boundary_kernel
+    from flowverify.transport import scan_kernel
 
     batch = _Batch(coefficients, images)
     targets = target.contiguous().numpy()
     budgets, multipliers, brackets = batch.empty(), batch.empty(), batch.empty(2)
 
     def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
-        boundary_kernel.solve_least_budgets(
+        scan_kernel.solve_least_budgets(
             batch.rows(index), batch.mass[index], *layout, targets[index], batch.shape, first, last, budgets[index],
             multipliers[index], brackets[index],
         )  # fmt: skip
@@ -147,7 +147,7 @@ def _least_knapsacks(
     coefficients: Tensor, images: Tensor, target: Tensor, ground: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`solve_least_budget`, for any ground cost; there is no bracket, and what is returned for it is 0."""
-    from flowverify.transport import knapsack_kernel
+    from flowverify.transport import moves_kernel
 
     batch = _Batch(coefficients, images)
     mass, targets = batch.mass.astype(np.float64), target.contiguous().numpy()
@@ -155,7 +155,7 @@ def _least_knapsacks(
     budgets, multipliers = batch.empty(), batch.empty()
 
     def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
-        knapsack_kernel.solve_least_budgets(
+        moves_kernel.solve_least_budgets(
             batch.rows(index), mass[index], batch.shape, offsets, costs, targets[index], first, last, budgets[index],
             multipliers[index],
         )  # fmt: skip
@@ -170,14 +170,14 @@ def maximise(coefficients: Tensor, images: Tensor, budget: Tensor, bracket: Tens
         found = _solve_knapsacks(coefficients, images, budget, True, ground)[2]
         assert found is not None
         return found
-    from flowverify.transport import plan_kernel
+    from flowverify.transport import scan_kernel
 
     batch = _Batch(coefficients, images)
     budgets, brackets = budget.contiguous().numpy(), bracket.contiguous().numpy()
     maximisers = batch.empty(batch.pixels, batch.mass.dtype)
 
     def work(index: int, layout: tuple[Array, Array, Array], first: int, last: int) -> None:
-        plan_kernel.maximise_problems(
+        scan_kernel.maximise_problems(
             batch.rows(index), batch.mass[index], *layout, budgets[index], brackets[index], batch.shape, first, last,
             maximisers[index],
         )  # fmt: skip

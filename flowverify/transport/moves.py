@@ -12,7 +12,7 @@ reached: a continuous multiple-choice knapsack, whose slope at the end is the du
 :func:`flowverify.transport.support.support` and :func:`flowverify.transport.least_budget.least_budget` do the same
 for many functions of each image.
 
-With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`flowverify.transport.capped_kernel`.
+With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`flowverify.transport.moves_kernel`.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def best_moves(
     shape = (channels, height, width)
     metric, power = parse_ground(ground).is_metric, parse_ground(ground).power
 
-    from flowverify.transport import capped_kernel, moves_kernel  # numba compiles on first use
+    from flowverify.transport import moves_kernel  # numba compiles on first use
 
-    longest = capped_kernel.WINDOW if metric else capped_kernel.SINGLE_WINDOW**power
+    longest = moves_kernel.WINDOW if metric else moves_kernel.SINGLE_WINDOW**power
 
     def work(first: int, last: int) -> None:
         for k in range(first, last):
@@ -98,7 +98,7 @@ def best_moves(
                     rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], moved[k]
                 )
             else:
-                numbers[k] = capped_kernel.move_best_capped(
+                numbers[k] = moves_kernel.move_best_capped(
                     rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], cap, metric, longest, moved[k]
                 )
 

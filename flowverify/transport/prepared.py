@@ -29,7 +29,7 @@ class Prepared:
         self, coefficients: Tensor, guess: Tensor | None, tolerance: float, maximiser: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Excess (S,) and multiplier (S,), float64, and maximisers (S, pixels), for coefficients (S, pixels)."""
-        from flowverify.transport import plan_kernel, scan_kernel
+        from flowverify.transport import scan_kernel
 
         rows = coefficients.contiguous().numpy()
         count = len(rows)
@@ -44,7 +44,7 @@ class Prepared:
                 multipliers, brackets,
             )  # fmt: skip
             if maximiser:
-                plan_kernel.maximise_problems(
+                scan_kernel.maximise_problems(
                     rows, self._mass, *self._layout, budgets, brackets, self._shape, first, last, points
                 )  # fmt: skip
 

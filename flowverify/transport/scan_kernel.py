@@ -1,4 +1,4 @@
-"""Compiled CPU kernel of the support function: sixteen problems at once, one vector lane each.
+"""Compiled CPU kernels for the l1 ground cost, the support function and what rests on it: sixteen problems at once, one vector lane each.
 
 The problems of one image are solved side by side in the lanes of vector registers. A running maximum is
 sequential along its scan line, so the lanes, and the scan lines themselves, are the contiguous axis:
@@ -6,6 +6,9 @@ buffers are laid out (channel, column, row, lane) for the horizontal scans and (
 for the vertical ones. Between the two only the columns that hold mass are carried over: the dilation is
 read nowhere else. The mathematics, and the torch implementation that is the reference for this one, are
 in :mod:`flowverify.transport.support`.
+
+The maximiser nu* is where the plans on either side of the best multiplier lead; the least budget that gains a target
+(:mod:`flowverify.transport.least_budget`) is found on the same scans.
 """
 
 from __future__ import annotations
@@ -243,3 +246,147 @@ def solve_problems(
             multipliers[start + lane] = best_at[lane]
             brackets[start + lane, 0] = side[lane, 0]
             brackets[start + lane, 1] = side[lane, 3]
+
+
+@numba.njit(nogil=True, cache=True)
+def _argmax_at(values: Array, offset: int, row: int, column: int, distance: int, height: int, width: int) -> int:
+    """The pixel of largest value at just this distance; the scans have told that the argmax is there."""
+    best = offset + row * width + column
+    if distance == 0:
+        return best
+    largest = -np.inf
+    for down in range(-distance, distance + 1):
+        other = row + down
+        if other < 0 or other >= height:
+            continue
+        across = distance - abs(down)
+        for side in range(2):
+            place = column + across if side else column - across
+            if 0 <= place < width:
+                pixel = offset + other * width + place
+                if values[pixel] > largest:
+                    largest, best = values[pixel], pixel
+    return best
+
+
+@numba.njit(nogil=True, cache=True)
+def _lead(values: Array, mass: Array, pixels: Array, reach: Array, share: float, shape: tuple[int, int, int],
+          moved: Array) -> None:  # fmt: skip
+    """Carries this share of every holder's mass to its argmax."""
+    _, height, width = shape
+    plane = height * width
+    for holder in range(mass.size):
+        if reach[holder] > 0:
+            pixel = pixels[holder]
+            channel, place = pixel // plane, pixel % plane
+            goal = _argmax_at(values, channel * plane, place // width, place % width, int(reach[holder]), height, width)
+            moved[pixel] = max(0.0, moved[pixel] - share * mass[holder])  # rounding takes nothing below 0
+            moved[goal] += share * mass[holder]
+
+
+@numba.njit(nogil=True, cache=True)
+def maximise_problems(
+    coefficients: Array, mass: Array, columns: Array, holders: Array, holder_mass: Array, budgets: Array,
+    brackets: Array, shape: tuple[int, int, int], first: int, last: int, maximisers: Array,
+) -> None:  # fmt: skip
+    """Writes nu*: the mix of the two sides of the bracket that spends exactly the budget."""
+    kind = coefficients.dtype
+    base, buffers = allocate(coefficients, columns.size, holder_mass.size, shape)
+    trial = np.empty(LANES, kind)
+    gain = np.empty(LANES, kind)
+    cost = np.empty((2, LANES), kind)
+    reach = np.empty((2, holder_mass.size, LANES), kind)
+    pixels = np.flatnonzero(mass)
+    for start in range(first, last, LANES):
+        used = min(LANES, last - start)
+        load(coefficients, start, used, base, shape)
+        for side in range(2):
+            for lane in range(LANES):
+                trial[lane] = max(0.0, brackets[start + lane, side]) if lane < used else 0.0
+            evaluate(base, trial, shape, columns, holders, holder_mass, buffers, gain, cost[side])
+            reach[side] = buffers[0].reshape(holder_mass.size, LANES)
+        for lane in range(used):
+            problem = start + lane
+            budget = budgets[problem]
+            far, near = float(cost[0, lane]), float(cost[1, lane])
+            kept = near <= budget  # else all of the near side's mass stays where it is
+            if not kept:
+                near = 0.0
+            share = 0.0
+            if brackets[problem, 0] >= 0 and far > near:
+                share = min(1.0, (budget - near) / (far - near))
+            moved = maximisers[problem]
+            moved[:] = mass
+            if kept:
+                _lead(coefficients[problem], holder_mass, pixels, reach[1, :, lane], 1 - share, shape, moved)
+            if share > 0:
+                _lead(coefficients[problem], holder_mass, pixels, reach[0, :, lane], share, shape, moved)
+
+
+@numba.njit(nogil=True, cache=True)
+def solve_least_budgets(
+    coefficients: Array, mass: Array, columns: Array, holders: Array, holder_mass: Array, targets: Array,
+    shape: tuple[int, int, int], first: int, last: int, budgets: Array, multipliers: Array, brackets: Array,
+) -> None:  # fmt: skip
+    """Solves problems ``first`` to ``last`` of one image."""
+    kind = coefficients.dtype
+    base, buffers = allocate(coefficients, columns.size, holder_mass.size, shape)
+    lipschitz = np.empty(LANES, kind)
+    trial = np.empty(LANES, kind)
+    excess = np.empty(LANES, kind)
+    cost = np.empty(LANES, kind)
+    near = np.empty((LANES, 3))  # multiplier, cost and gain of a plan that falls short of the target
+    far = np.empty((LANES, 3))  # and of one that reaches it
+    done = np.empty(LANES, np.bool_)
+    for start in range(first, last, LANES):
+        used = min(LANES, last - start)
+        load(coefficients, start, used, base, shape)
+        lipschitz_constants(base, shape, lipschitz)
+        for lane in range(LANES):
+            near[lane] = np.float64(lipschitz[lane]), 0.0, 0.0
+            far[lane] = -1.0, np.inf, 0.0
+            done[lane] = lane >= used or targets[start + lane] <= 0
+            trial[lane] = 0.5 * lipschitz[lane]
+        for _ in range(MAX_STEPS):
+            if done.all():
+                break
+            evaluate(base, trial, shape, columns, holders, holder_mass, buffers, excess, cost)
+            for lane in range(LANES):
+                if done[lane]:
+                    continue
+                target = targets[start + lane]
+                here, spent = np.float64(trial[lane]), np.float64(cost[lane])
+                gain = np.float64(excess[lane]) + here * spent
+                if far[lane, 0] < 0 and gain < target:
+                    if here == 0:  # every source is at its argmax, and that is not enough
+                        done[lane] = True
+                        continue
+                    near[lane] = here, spent, gain
+                    trial[lane] = 0.5 * here if here > 1e-3 * lipschitz[lane] else 0.0
+                    continue
+                if far[lane, 0] < 0:
+                    far[lane] = here, spent, gain
+                elif spent <= near[lane, 1] or spent >= far[lane, 1]:
+                    done[lane] = True  # nothing above the chord: near and far are neighbours
+                    continue
+                elif gain < target:
+                    near[lane] = here, spent, gain
+                else:
+                    far[lane] = here, spent, gain
+                chord = (far[lane, 2] - near[lane, 2]) / (far[lane, 1] - near[lane, 1])
+                done[lane] = not far[lane, 0] < chord < near[lane, 0]
+                trial[lane] = chord
+        for lane in range(used):
+            problem = start + lane
+            target = targets[problem]
+            multipliers[problem] = 0.0
+            brackets[problem, 0], brackets[problem, 1] = far[lane, 0], near[lane, 0]
+            if target <= 0:
+                budgets[problem] = 0.0
+            elif far[lane, 0] < 0:
+                budgets[problem] = np.inf
+                brackets[problem, 1] = 0.0
+            else:
+                slope = (far[lane, 2] - near[lane, 2]) / (far[lane, 1] - near[lane, 1])
+                budgets[problem] = near[lane, 1] + (target - near[lane, 2]) / slope
+                multipliers[problem] = slope

@@ -9,8 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import lambertw
 
 from flowverify.attack import LocalCost, project_sinkhorn
-from flowverify.attack.local_plans import windows
-from flowverify.attack.sinkhorn import lambert_of_exponential
+from flowverify.attack.sinkhorn import lambert_of_exponential, windows
 from flowverify.errors import InvalidInputError
 
 

@@ -63,8 +63,7 @@ def test_gradient_is_that_of_the_soft_classifier():
     gradient = _gradient(classifier, image, 1, 64, 0, 0)
 
     from flowverify.smoothing.attack import GRADIENT
-    from flowverify.smoothing.counter import derive_key
-    from flowverify.smoothing.sampling import noisy_images
+    from flowverify.smoothing.sampling import derive_key, noisy_images
 
     noise = noisy_images(image, Noise(0.05), derive_key(3, 0, GRADIENT), 0, 64) - image
 

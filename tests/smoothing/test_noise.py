@@ -8,9 +8,8 @@ import torch
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
 from flowverify.smoothing import DISTRIBUTIONS, DOMAINS, Noise, noisy_images
-from flowverify.smoothing.counter import GAMMA, MASK, derive_key, halves, mix, words
 from flowverify.smoothing.noise_kernel import draw_bits, to_laplace, to_uniform
-from flowverify.smoothing.sampling import from_integers, integers
+from flowverify.smoothing.sampling import GAMMA, MASK, derive_key, from_integers, halves, integers, mix, words
 
 KINDS = [(domain, distribution) for domain in DOMAINS for distribution in DISTRIBUTIONS]
 SHAPES = [(1, 6, 5), (3, 4, 4), (1, 1, 7), (2, 5, 1), (1, 1, 1)]

@@ -10,7 +10,7 @@ import flowverify as fv
 from flowverify.data import load_dataset
 from flowverify.errors import DataError
 from flowverify.training import Recipe, accuracy, train_and_save
-from flowverify.training.splits import load_splits
+from flowverify.training.session import load_splits
 
 
 def write(path: Path, labels: list[int]) -> Path:
