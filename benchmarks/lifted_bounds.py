@@ -24,13 +24,15 @@ from flowverify.network import RoundingBound
 
 TOLERANCE = 0.01  # relative, of radii; as the certifiers'
 FIRST, SMALLEST = 0.02, 1e-7
+GOAL = 0.05  # of the clean margin: far enough from the end of the search
+NEAR = 0.1  # relative, how near rows alone lead to the radius
 
 
 def lifted_radii(name: str, images: Tensor, labels: Tensor, steps: int) -> Tensor:
     """Radii that are proven in float64, rounding included; searched in float32, without the mixture first."""
     network = fv.load_model(name)
-    cheap, dear = (LiftedBounds(network, dtype=torch.float32, steps=count, goal=0.0) for count in (0, steps))
-    exact = LiftedBounds(network, steps=steps)
+    cheap, dear = (LiftedBounds(network, dtype=torch.float32, steps=count, goal=GOAL) for count in (0, steps))
+    exact = LiftedBounds(network, steps=steps, goal=1e-4)  # positive is enough
     rounding = RoundingBound(exact.network)
     limit = float(network.grid.diameter)
     radii = []
@@ -50,8 +52,10 @@ def lifted_radii(name: str, images: Tensor, labels: Tensor, steps: int) -> Tenso
             return float(bound - (rounding.margins(mass, budget)[0] if engine is exact else 0.0))
 
         low, at_low = 0.0, margin(cheap, 0.0)
-        for engine, growth in ((cheap, 2.0), (dear, 1.1))[: 2 if steps else 1]:
-            bracket = Bracket(low, at_low, limit, TOLERANCE, FIRST, SMALLEST, growth)
+        for engine, growth, near in ((cheap, 2.0, NEAR if steps else TOLERANCE), (dear, 1.1, TOLERANCE))[
+            : 2 if steps else 1
+        ]:
+            bracket = Bracket(low, at_low, limit, near, FIRST, SMALLEST, growth)
             while not bracket.finished:
                 trial = bracket.trial()
                 bracket.update(trial, margin(engine, trial))

@@ -13,6 +13,7 @@ from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.cli import app
 from flowverify.registry import imported
 from flowverify.training.losses import build_loss
+from flowverify.transport import ground as grounds
 from flowverify.zoo import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -163,13 +164,76 @@ class _Counting(Prepared):
     def run(self, positions):
         return [{"verdict": "certified", "counted": self.first + one, "seconds": 0.0} for one in positions]
 '''
-FILES = {"certifier": CERTIFIER, "attack": ATTACK, "data": DATA, "loss": LOSS, "kind": KIND}
+GROUND = '''
+"""A ground cost of one's own: a king's moves."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowverify.transport.ground import GroundCost
+
+
+@dataclass(frozen=True)
+class King(GroundCost):
+    """The maximum norm."""
+
+    name = "king"
+    l1_factor = 2.0
+
+    def of_offset(self, rows, columns):
+        return np.maximum(np.abs(rows), np.abs(columns))
+'''
+BOUND = '''
+"""An engine that bounds margins, and a bound made of it and of another one."""
+
+import torch
+
+from flowverify.bounds.engine import nothing
+from flowverify.bounds.recipes import Bound
+
+
+class Centre:
+    """Knows nothing of neurons; of margins, only what Lipschitz constants of the whole network would allow."""
+
+    def __init__(self, network, threat, dtype, options):
+        self.network, self.notes = network, []
+
+    def start(self, batch):
+        return _Run(self, batch)
+
+
+class _Run:
+    def __init__(self, engine, batch):
+        self.engine, self.batch = engine, batch
+
+    def tighten(self, name, wanted):
+        return nothing(torch.zeros(wanted.shape))
+
+    def margins(self, specification):
+        logits = self.engine.network(self.batch.ball.images)
+        values = (specification @ logits[..., None]).squeeze(-1)
+        still = (self.batch.ball.budget == 0)[:, None]
+        return torch.where(still, values, -torch.inf)
+
+
+combined = Bound("intervals, and values where nothing moves", ("interval",), ("interval", "contributed.bound:Centre"))
+'''
+FILES = {
+    "ground": GROUND,
+    "bound": BOUND,
+    "certifier": CERTIFIER,
+    "attack": ATTACK,
+    "data": DATA,
+    "loss": LOSS,
+    "kind": KIND,
+}
 SUITE = """
 name: contributed
 data: {name: "contributed.data:stripes"}
 models: [digits-fc3]
 runs:
-  - {methods: vanilla, bounds: ibp, radii: 0.001}
+  - {methods: vanilla, bounds: "contributed.bound:combined", grounds: "contributed.ground:King", radii: 0.001}
   - {kind: attack, attacks: "contributed.attack:OneMove", options: {greed: 0.5}, radii: 0.1}
   - {kind: "contributed.kind:Count", first: 5}
 """
@@ -185,7 +249,10 @@ def contributed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", f"{folder}", prepend=":")
+        patch.setattr(grounds, "GROUNDS", dict(grounds.GROUNDS))
         yield folder
+    for known in (grounds._find, grounds._outside):
+        known.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +271,45 @@ def run(*arguments, code=0):
 
 def records(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+class TestGround:
+    NAME = "contributed.ground:King"
+
+    def test_radii_lie_between_those_of_l1_and_its_factor(self, problem):
+        network, images, labels = problem
+        king, l1 = (fv.certified_radius(network, images, labels, "linear", ground=one) for one in (self.NAME, "l1"))
+        assert bool((king <= l1).all()) and bool((king >= l1 / 2 * (1 - 1e-6)).all()) and not torch.equal(king, l1)
+        bounded = fv.certified_radius(network, images, labels, ground=self.NAME)
+        torch.testing.assert_close(bounded, king, rtol=0.011, atol=0)
+        nearest = fv.find_adversarial(network, images, labels, ground=self.NAME)
+        assert bool((nearest.radius >= king).all())
+
+    def test_on_the_command_line_and_with_a_cap(self):
+        options = ("--index", "0:2", "--bound", "ibp", "--ground", self.NAME, "--cap", "1", "--json")
+        found = records(run("verify", "digits-fc3", *options).stdout)
+        assert {(one["ground"], one["verdict"]) for one in found} == {(self.NAME, "certified")}
+
+    @pytest.mark.parametrize("name", ["contributed.ground:Queen", "contributed.loss:Smoothed", "nobody:King"])
+    def test_what_is_none_is_said(self, name):
+        result = run("verify", "digits-fc3", "--index", "0", "--ground", name, code=2)
+        assert f"ground cost '{name}': " in result.stderr and result.stderr.count("\n") == 1
+
+
+class TestBound:
+    NAME = "contributed.bound:combined"
+
+    def test_it_is_as_good_as_what_it_is_made_of(self, problem):
+        network, images, labels = problem
+        own, plain = (fv.certified_radius(network, images, labels, bound=bound) for bound in (self.NAME, "ibp"))
+        assert torch.equal(own, plain)
+        at_zero = fv.certify(network, images[0], labels[0], fv.WassersteinBall(0.0), bound=self.NAME)
+        assert at_zero.verdict == "certified" and at_zero.bound == self.NAME
+
+    def test_on_the_command_line(self):
+        found = records(run("verify", "digits-fc3", "--index", "0", "--bound", self.NAME, "--json").stdout)
+        assert found[0]["bound"] == self.NAME and found[0]["verdict"] == "certified"
+        assert "expected a Bound" in run("verify", "digits-fc3", "--bound", "contributed.bound:Centre", code=2).stderr
 
 
 class TestMethod:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowverify.ball import WassersteinBall, check_images
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.errors import InvalidInputError
 from flowverify.export.encodings import Encoding, check_encoding
 from flowverify.export.inputs import FlowInputs
@@ -107,11 +107,11 @@ def plan(network: Network, images: Tensor, labels: Tensor, request: Request) -> 
     its own. Where outputs are margins, only images of one label share it.
 
     Raises:
-        InvalidInputError: invalid images, labels or reference.
+        InvalidInputError: invalid images, labels or reference, or a ground cost that does not fit the images.
         FoldError, UnsupportedOperationError: the network cannot be exported.
     """
     encoding = check_encoding(request.encoding)
-    images = check_images(images, network.grid).detach().cpu().double()
+    images = Threat(request.ground).check(images, network.grid).detach().cpu().double()
     parts = take_apart(network)
     groups: dict[tuple[int, ...], list[_Placed]] = {}
     for one in _place(images, labels, encoding, request.reference):

@@ -81,12 +81,13 @@ def attack_smoothed(
     check_samples("n", n)
     check_samples("gradient_samples", gradient_samples)
     check_alpha(alpha)
-    images, targets = classifier.sampler.voter.check(images, labels)
+    threat = Threat(ground)
+    images, targets = classifier.sampler.voter.check(images, labels, threat)
     if not len(images):
         raise InvalidInputError("images: given none, expected at least one")
     cost, begin = LocalCost.of_ground(ground, window), time.perf_counter()
     clean = images.double().cpu()
-    ball = Threat(ground).unlimited(clean)
+    ball = threat.unlimited(clean)
     mass = ball.mass[:, None, None, None]
     current = clean.clone()
     scheduled: list[float | None] = [None] * len(clean)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
 from flowverify.results import Verdict
 from flowverify.smoothing.certificates import check_certificate, wasserstein_radius
@@ -18,7 +19,6 @@ from flowverify.smoothing.results import SmoothedCertificate, SmoothedPrediction
 from flowverify.smoothing.sampling import Sampler
 from flowverify.smoothing.statistics import check_alpha, check_samples, top_two_p_values, upper_bound_of_failure
 from flowverify.smoothing.voting import MEMORY
-from flowverify.transport.ground import check_ground
 
 SELECT, BOUND, PREDICT = 0, 1, 2  # stages: what samples are for; each draws its own
 
@@ -121,8 +121,8 @@ class SmoothedClassifier:
         check_samples("n", n)
         check_alpha(alpha)
         check_certificate(certificate, self.noise)
-        check_ground(ground)
-        images, targets = self.sampler.voter.check(images, labels)
+        threat = Threat(ground)
+        images, targets = self.sampler.voter.check(images, labels, threat)
         places = _places(positions, len(images))
         begin = time.perf_counter()
         votes, selected = self.sampler.counts(images, n0, SELECT, places, on_samples).max(1)

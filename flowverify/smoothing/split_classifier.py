@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
 from flowverify.smoothing.classifier import verdict_of
 from flowverify.smoothing.results import SmoothedCertificate
 from flowverify.smoothing.splitting import Splitting
@@ -77,8 +78,7 @@ class SplitClassifier:
             UnknownNameError: an unknown ground cost.
             InvalidInputError: bad images or labels, or a model that returns NaN.
         """
-        images, targets = self.voter.check(images, labels)
-        self.splitting.expansion(ground, (1, 1))
+        images, targets = self.voter.check(images, labels, Threat(ground))
         begin = time.perf_counter()
         probabilities, evaluations = self.probabilities(images, on_samples)
         top, classes = probabilities.topk(2, dim=1)

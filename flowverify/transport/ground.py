@@ -33,6 +33,7 @@ from torch import Tensor
 
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
+from flowverify.registry import find_outside, is_outside
 
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
@@ -309,16 +310,33 @@ class Power(GroundCost):
 
 
 def parse_ground(name: object) -> GroundCost:
-    """The ground cost of this name.
+    """The ground cost of this name, or of MODULE:CLASS, which is registered then.
 
     Raises:
         UnknownNameError: the name is not of the form in the module's text, nor one that was registered.
-        InvalidInputError: a power that is not a finite number >= 1, an even window, or one below 1.
+        InvalidInputError: a power that is not a finite number >= 1, an even window, or one below 1; no such class.
     """
     found = _find(name) if isinstance(name, str) else None
+    if found is None and _is_outside(name):
+        return _outside(str(name))
     if found is None:
         raise UnknownNameError("ground cost", name, ground_forms())
     return found
+
+
+def _is_outside(name: object) -> bool:
+    return is_outside(name) and not str(name).startswith("local:")
+
+
+@lru_cache(maxsize=64)
+def _outside(name: str) -> GroundCost:
+    kind = find_outside("ground cost", name, f"{__name__}:GroundCost")
+    try:
+        made: GroundCost = kind()
+    except TypeError as error:
+        raise InvalidInputError(f"ground cost {name!r}: {error}, expected a class that needs no argument") from error
+    register_ground(kind)
+    return made
 
 
 def ground_forms() -> tuple[str, ...]:
@@ -354,7 +372,7 @@ def _check_offsets(cost: GroundCost, height: int, width: int) -> None:
 
 
 def check_ground(name: object, grid: Grid | None = None) -> str:
-    """Returns the shortest name of a ground cost.
+    """Returns the shortest name of a ground cost; of MODULE:CLASS, that, so that other processes know it, too.
 
     Raises:
         UnknownNameError, InvalidInputError: as :func:`parse_ground`; with a grid, also a window that is larger
@@ -363,7 +381,7 @@ def check_ground(name: object, grid: Grid | None = None) -> str:
     ground = parse_ground(name)
     if grid is not None:
         ground.check_grid(grid.height, grid.width)
-    return ground.name
+    return str(name) if _is_outside(name) else ground.name
 
 
 def l1_over_ground(ground: str) -> float:

@@ -27,7 +27,7 @@ class Coefficients:
     Attributes:
         data: (B, Q, R, *shape) for whole values (then Q is 1), or (B, Q, R, channels, h, w) for patches of a feature
             map. B and Q may be 1 where all share the same.
-        origins: (Q, 2), where the patch of each place stands in the map (it may reach beyond), or None for whole values.
+        origins: (Q, 2), where the patch of each place stands in the map (and maybe beyond), or None for whole values.
     """
 
     data: Tensor
@@ -104,7 +104,7 @@ def pull_back(operation: nn.Module, outer: Coefficients, shapes: Sequence[Shape]
         return [Coefficients(data @ operation.weight, None)]
     flat = data.reshape(-1, *shape)
     zeros = [flat.new_zeros(len(flat), *one) for one in shapes]
-    _, adjoint = torch.func.vjp(operation, *zeros)
+    adjoint = torch.func.vjp(operation, *zeros)[1]
     return [Coefficients(part.reshape(*data.shape[:3], *part.shape[1:]), None) for part in adjoint(flat)]
 
 
@@ -185,7 +185,7 @@ def _through_concatenation(
 ) -> list[Coefficients] | None:
     if operation.dim != 0:
         return None
-    return [Coefficients(part, outer.origins) for part in outer.data.split([one[0] for one in shapes], dim=3)]
+    return [Coefficients(part, outer.origins) for part in torch.split(outer.data, [one[0] for one in shapes], dim=3)]
 
 
 _WINDOWED: dict[type[nn.Module], Callable[..., list[Coefficients] | None]] = {

@@ -97,6 +97,10 @@ class LiftedBounds:
         feasible: whether balls hold nonnegative images only (fine-tuned), or are the L1 balls of flows (vanilla).
         dtype: precision of the bounds.
         tolerance: relative gap at which the search for a multiplier stops.
+        steps: up the gradient, by which rows and chords are mixed for the margins; 0 for rows alone.
+        rate, first_share: of these steps, and the share of rows that they start from.
+        goal: a share of its clean margin above which a margin is not improved further; None for no end.
+        chunk_entries: how many entries of rows are held at a time.
 
     Raises:
         UnsupportedOperationError: an operation without a rule, named.
@@ -112,7 +116,7 @@ class LiftedBounds:
         steps: int = 0,
         rate: float = 0.2,
         first_share: float = 0.9,
-        goal: float = math.inf,
+        goal: float | None = None,
         chunk_entries: int = CHUNK_ENTRIES,
     ) -> None:
         self.steps, self.rate, self.first_share, self.goal = steps, rate, first_share, goal
@@ -124,7 +128,6 @@ class LiftedBounds:
                 raise UnsupportedOperationError(
                     f"node {node.name!r}: lifted bounds have no rule for {operation_name(node.operation)}"
                 )
-        self._read = list(dict.fromkeys(node.inputs[0] for node in self.network.activations))
 
     def lower_bounds(
         self,
@@ -225,11 +228,11 @@ class _Batch:
             size = max(2, self.engine.chunk_entries // (batch * 2 * channels * moves))
             eye = torch.eye(channels, dtype=dtype, device=device)
             data = torch.cat([eye, -eye])[None, None, :, :, None, None]
-            return [_Query(Coefficients(data, part), part, None) for part in places.split(size)]
+            return [_Query(Coefficients(data, part), part, None) for part in torch.split(places, size)]
         entries = anywhere.flatten().nonzero().flatten()
         size = max(1, self.engine.chunk_entries // (batch * 2 * moves))
         queries = []
-        for part in entries.split(size):
+        for part in torch.split(entries, size):
             units = torch.zeros(len(part), math.prod(shape), dtype=dtype, device=device)
             units[torch.arange(len(part)), part] = 1
             data = torch.cat([units, -units]).reshape(1, 1, -1, *shape)
@@ -299,11 +302,11 @@ class _Batch:
         for query, rows in chunks:
             gains = rows.gains.expand(len(self.images), *rows.gains.shape[1:])
             if query.entries is not None:
-                gains = gains[:, 0].unflatten(1, (2, -1))[:, None]  # (B, 1, 2, K, ...)
+                gains = _split(gains[:, 0], 1, (2, -1))[:, None]  # (B, 1, 2, K, ...)
             elif gains.shape[1] == 1 and len(rows.origins) == 1 and len(query) > 1:
-                gains = gains[:, 0].unflatten(1, (len(query), 2, -1))  # grown to the whole grid
+                gains = _split(gains[:, 0], 1, (len(query), 2, -1))  # grown to the whole grid
             else:
-                gains = gains.expand(-1, len(query), *gains.shape[2:]).unflatten(2, (2, -1))
+                gains = _split(gains.expand(-1, len(query), *gains.shape[2:]), 2, (2, -1))
             up, down = (gains[:, :, 0], gains[:, :, 1]) if sign > 0 else (gains[:, :, 1], gains[:, :, 0])
 
             def scaled(slope: Tensor, up: Tensor = up, down: Tensor = down, query: _Query = query) -> Tensor:
@@ -378,6 +381,7 @@ class _Batch:
                     Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0))
                 )
                 if choices is not None and node.name in choices:
+                    assert isinstance(relaxation, Relaxation)
                     through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
                     assert listed is not None
                     if bool(choices[node.name].share.any()):
@@ -406,7 +410,7 @@ class _Batch:
         rises = rises.reshape(batch, classes - 1, classes)
         query = Coefficients(rises[:, None], None)
         clean = -(rises @ logits[..., None]).squeeze(-1)
-        options = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
+        options: dict[str, Any] = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
         rows, _ = self._rows(self.network.output, query)
         best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
         if self.engine.steps:
@@ -415,11 +419,12 @@ class _Batch:
         return best
 
     def margins_at(self, rises: Tensor, clean: Tensor, share: float) -> Tensor:
-        """Margins with the same share of rows everywhere, and the lines below that CROWN takes: at 0 they are CROWN's."""
+        """Margins with one share of rows everywhere, and the lines below that CROWN takes: at 0 they are CROWN's."""
         bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
         choices, stored = {}, {}
         for name, one in bent.items():
-            assert one.chord is not None and one.rows_above is not None
+            assert one.chord is not None
+            assert one.rows_above is not None
             slope = one.chord.usual[:, None].to(clean.dtype)
             choices[name], stored[name] = Choice(torch.full_like(slope, share), slope), one.rows_above
         rows, constant = self._rows(self.network.output, Coefficients(rises[:, None], None), choices, stored)
@@ -431,10 +436,11 @@ class _Batch:
     def _mixed_margins(self, rises: Tensor, clean: Tensor, best: Tensor, options: dict[str, Any]) -> Tensor:
         """The best of the margins that mixtures of both relaxations give, by steps up the gradient.
 
-        Only classes whose margin is not positive yet are gone on with, and only until it is.
+        Only classes whose margin is not above the goal yet are gone on with, and only until all are.
         """
         engine, warm = self.engine, self.warm
-        chosen = (best <= engine.goal).any(0).nonzero().flatten()
+        goal = torch.full_like(clean, torch.inf) if engine.goal is None else engine.goal * clean
+        chosen = (best <= goal).any(0).nonzero().flatten()
         bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
         if not len(chosen) or not bent:
             return best
@@ -457,7 +463,7 @@ class _Batch:
                 rows, constant = self._rows(self.network.output, query, choices, listed)
                 margins = clean[:, chosen] - constant - maximum_value(rows, self.images, self.budget, options)
                 own = torch.maximum(own, margins.detach().nan_to_num(nan=-torch.inf))
-                if step == engine.steps or bool((own > engine.goal).all()):
+                if step == engine.steps or bool((own > goal[:, chosen]).all()):
                     break
                 optimiser.zero_grad()
                 (-margins.sum()).backward()  # type: ignore[no-untyped-call]
@@ -487,7 +493,8 @@ class _Batch:
     def _listed(self, relaxation: Relaxation) -> StoredRows:
         """Rows on the whole grid where there are few of them: one product a step, not one a tap of every window."""
         rows, chord = relaxation.rows_above, relaxation.chord
-        assert rows is not None and chord is not None
+        assert rows is not None
+        assert chord is not None
         entries = chord.bent.any(0).flatten().nonzero().flatten()
         moves = 4 * math.prod(self.network.input_shape)
         if isinstance(rows, ListedRows) or len(entries) * moves * len(self.images) > self.engine.chunk_entries:
@@ -538,6 +545,11 @@ class _Query:
             return result
         result[:, :, self.places[:, 0], self.places[:, 1]] = part.transpose(1, 2)
         return result
+
+
+def _split(values: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """One dimension as several."""
+    return values.reshape(*values.shape[:dim], *sizes, *values.shape[dim + 1 :])
 
 
 def _pieces(node: Node) -> bool:

@@ -38,7 +38,7 @@ class PoolRelaxation:
     rows_above: StoredRows | None
     rows_below: None = None
 
-    def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, int, int]) -> Coefficients:
+    def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, ...]) -> Coefficients:
         """What is handed on to the pool's input, of this shape."""
         outer = Coefficients(up.data * up.taken(self.settled.to(up.data.dtype)) + down.data, up.origins)
         kernel, stride, padding, dilation = _options(self.operation)
@@ -46,7 +46,9 @@ class PoolRelaxation:
             index = self._positions(shape).flatten(2)[:, None, None]
             data = outer.data.expand(len(index), *outer.data.shape[1:]).flatten(4)
             result = data.new_zeros(*data.shape[:4], shape[1] * shape[2])
-            return Coefficients(result.scatter_add(-1, index.expand(data.shape), data).unflatten(-1, shape[1:]), None)
+            return Coefficients(
+                result.scatter_add(-1, index.expand(data.shape), data).reshape(*data.shape[:4], *shape[1:]), None
+            )
         total: Tensor | None = None
         channels = shape[0]
         for tap, chosen in enumerate(self.chosen):
@@ -65,7 +67,7 @@ class PoolRelaxation:
         moved = outer.origins * torch.tensor(stride, device=device) - torch.tensor(padding, device=device)
         return Coefficients(total, moved)
 
-    def _positions(self, shape: tuple[int, int, int]) -> Tensor:
+    def _positions(self, shape: tuple[int, ...]) -> Tensor:
         """Where the largest member stands in the input's plane, (B, channels, h, w)."""
         index, _ = tap_positions(self.operation, shape, tuple(self.chosen.shape[-2:]))
         return (self.chosen.long() * index[:, None, None].to(self.chosen.device)).sum(0)
@@ -130,10 +132,9 @@ def _rows(
     index: Tensor,
 ) -> StoredRows:
     kernel, stride, padding, dilation = _options(operation)
-    windowed = isinstance(members, WindowRows)
     plane = _by_entry(members)  # (B, H * W, channels, 4, C, h, w)
     h, w = plane.shape[-2:]
-    steps = members.stride if windowed else (0, 0)
+    steps = members.stride if isinstance(members, WindowRows) else (0, 0)
     height, width = ((kernel[a] - 1) * dilation[a] * steps[a] + (h, w)[a] for a in (0, 1))
     total: Tensor | None = None
     for tap in range(len(index)):
@@ -145,7 +146,7 @@ def _rows(
         total = placed if total is None else torch.maximum(total, placed)
     assert total is not None
     total = total.masked_fill(settled.permute(0, 2, 3, 1)[..., None, None, None, None], 0.0)
-    if windowed:
+    if isinstance(members, WindowRows):
         moved = tuple(steps[a] * stride[a] for a in (0, 1))
         offset = tuple(members.offset[a] - steps[a] * padding[a] for a in (0, 1))
         return WindowRows(total, (moved[0], moved[1]), (offset[0], offset[1]))
@@ -162,4 +163,4 @@ def _by_entry(members: StoredRows) -> Tensor:
     gains = members.gains
     full = gains.new_zeros(gains.shape[0], channels * height * width, *gains.shape[2:])
     full[:, members.index] = gains
-    return full.unflatten(1, (channels, height * width)).transpose(1, 2)
+    return full.reshape(len(full), channels, height * width, *full.shape[2:]).transpose(1, 2)

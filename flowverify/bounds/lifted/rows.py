@@ -30,7 +30,7 @@ class WindowRows:
 
     def listed(self, entries: Tensor, size: Sequence[int]) -> ListedRows:
         """The rows above some entries of the flattened map, on the whole grid."""
-        batch, height, width, channels = self.gains.shape[:4]
+        height, width, channels = self.gains.shape[1:4]
         place = entries % (height * width)
         at = torch.stack([place // width, place % width], 1)
         gains = self.gains[:, at[:, 0], at[:, 1], entries // (height * width)][:, :, None]
@@ -41,7 +41,7 @@ class WindowRows:
     def combine(self, outer: Coefficients) -> MoveRows:
         """The rows of sums with coefficients >= 0 of the entries."""
         gains = self.gains
-        batch, height, width, channels = gains.shape[:4]
+        batch, height, width = gains.shape[:3]
         ways, colours, h, w = gains.shape[4:]
         if outer.origins is None:
             outer = Coefficients(outer.data, torch.zeros(1, 2, dtype=torch.long, device=gains.device))
@@ -63,7 +63,8 @@ class WindowRows:
                 above = flat[:, i[chosen], j[chosen]]  # (B, chosen, channels, entries)
                 own = data[..., a, b]
                 own = own if own.shape[1] == 1 and places > 1 else own[:, chosen]
-                part = (own @ above).unflatten(-1, (ways, colours, h, w))
+                part = own @ above
+                part = part.reshape(*part.shape[:-1], ways, colours, h, w)
                 top, left = a * self.stride[0], b * self.stride[1]
                 if len(chosen) == places:
                     total[..., top : top + h, left : left + w] += part
@@ -91,7 +92,7 @@ class ListedRows:
         own = outer.whole(self.shape).data.flatten(3)[..., self.index]  # (B, 1, R, K)
         total = own[:, 0] @ self.gains.flatten(2)
         origins = torch.zeros(1, 2, dtype=torch.long, device=own.device)
-        return MoveRows(total.unflatten(-1, self.gains.shape[2:])[:, None], origins)
+        return MoveRows(total.reshape(len(total), 1, -1, *self.gains.shape[2:]), origins)
 
 
 StoredRows = WindowRows | ListedRows

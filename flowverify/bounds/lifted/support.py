@@ -67,7 +67,7 @@ class MoveSupport:
 
 
 def gains_of_pixels(coefficients: Tensor) -> Tensor:
-    """G_(i -> j) = c_j - c_i of coefficients (..., C, H, W), as planes (..., 4, C, H, W); 0 where a move would leave."""
+    """G_(i -> j) = c_j - c_i of coefficients (..., C, H, W), planes (..., 4, C, H, W); 0 where a move would leave."""
     right = coefficients[..., :, 1:] - coefficients[..., :, :-1]
     down = coefficients[..., 1:, :] - coefficients[..., :-1, :]
     pad = torch.nn.functional.pad
@@ -116,7 +116,8 @@ def maximum(
     fits = gains.ndim == 7 and gains.shape[3] == WAYS and gains.shape[4] == images.shape[1]
     if not fits or gains.shape[0] not in (1, batch) or gains.shape[1] not in (1, len(rows.origins)):
         raise InvalidInputError(
-            f"gains of shape {tuple(gains.shape)}: expected ({batch}, {len(rows.origins)}, R, 4, {images.shape[1]}, h, w)"
+            f"gains of shape {tuple(gains.shape)}: expected ({batch}, {len(rows.origins)}, R, 4, {images.shape[1]}, "
+            "h, w)"
         )
     tolerance = 1e-4 if tolerance is None else tolerance
     limits = torch.full(shape, -torch.inf, dtype=torch.float64) if enough is None else enough.double()
@@ -212,7 +213,7 @@ def whole_grid(rows: MoveRows, size: Sequence[int]) -> Tensor:
         flat = (gains * inside[:, None, None, None]).flatten(-2)
         whole = gains.new_zeros(*gains.shape[:-2], height * width)
         at = index.flatten(1)[None, :, None, None, None]
-        whole = whole.scatter_add(-1, at.expand(flat.shape), flat).unflatten(-1, (height, width))
+        whole = whole.scatter_add(-1, at.expand(flat.shape), flat).reshape(*gains.shape[:-2], height, width)
     return whole.flatten(1, 2) * moves_within(height, width, gains.device)
 
 
@@ -227,11 +228,13 @@ def _pixels(origins: Tensor, window: Sequence[int], size: Sequence[int]) -> tupl
 def windows_of(planes: Tensor, rows: MoveRows) -> Tensor:
     """The windows of planes (B, Q * R, 4, C, H, W), with the shape of the rows: the adjoint of :func:`whole_grid`."""
     size, window = planes.shape[-2:], rows.gains.shape[-2:]
-    planes = (planes * moves_within(*size, planes.device)).unflatten(1, (len(rows.origins), -1))
+    inner = planes * moves_within(size[0], size[1], planes.device)
+    planes = inner.reshape(len(planes), len(rows.origins), -1, *planes.shape[2:])
     index, inside = _pixels(rows.origins, window, size)
     at = index.flatten(1)[None, :, None, None, None]
     found = planes.flatten(-2).gather(-1, at.expand(*planes.shape[:-2], at.shape[-1]))
-    return found.unflatten(-1, window) * inside[:, None, None, None]
+    result: Tensor = found.reshape(*found.shape[:-1], *window) * inside[:, None, None, None]
+    return result
 
 
 def _vanilla(gains: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +326,7 @@ def _relax(gains: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _flow(gains: Tensor, multiplier: Tensor, mass: Tensor) -> Tensor:
     """What flows where all mass takes its path at this multiplier: mass is handed on, step by step."""
     prices, _, _ = _relax(gains, multiplier)
-    offer, way = _handed_on(gains, prices, multiplier)
+    _, way = _handed_on(gains, prices, multiplier)
     moving = prices > 0
     here = mass.expand_as(prices) * moving
     flow = torch.zeros_like(gains)

@@ -124,10 +124,15 @@ def residual() -> Network:
 
 
 NETWORKS = {
-    "dense": random_network((1, 4, 4), [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)], 1),
+    "dense": random_network(
+        (1, 4, 4), [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)], 1
+    ),
     "convolutional": random_network(
         (1, 7, 6),
-        [nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 6), nn.ReLU(), nn.Linear(6, 3)],
+        [
+            nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(80, 6), nn.ReLU(), nn.Linear(6, 3),
+        ],
         2,
     ),
     "residual": residual(),
@@ -233,6 +238,26 @@ def test_an_operation_without_a_rule_is_refused_by_name(monkeypatch: pytest.Monk
         LiftedBounds(NETWORKS["dense"])
     with pytest.raises(UnsupportedOperationError, match="no rule for Softplus"):
         secants(nn.Softplus(), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_the_example_on_paper(count: int) -> None:
+    """Theory, section 21: CROWN loses a factor of (n + 1) / 2, rows lose nothing."""
+    budget, distance = 1.0, 0.25
+    reading = nn.Linear(2 * count, count)
+    above = nn.Linear(count, 2)
+    network = Network.sequential((1, 1, 2 * count), [nn.Flatten(), reading, nn.ReLU(), above]).double()
+    layers = [node.operation for node in network.nodes if isinstance(node.operation, nn.Linear)]
+    layers[0].weight.copy_(torch.eye(2 * count)[::2])
+    layers[0].bias.fill_(-3.0 - distance)
+    layers[1].weight.copy_(torch.stack([torch.zeros(count), torch.ones(count)]))
+    layers[1].bias.copy_(torch.tensor([10.0, 0.0]))
+    image, label = torch.full((1, 1, 1, 2 * count), 3.0, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    given = image, label, torch.tensor([budget], dtype=torch.float64)
+    reach = budget - distance
+    assert float(LiftedBounds(network).lower_bounds(*given)) == pytest.approx(10 - reach)
+    crown = MarginBounds(network, "fine-tuned", "crown", dtype=torch.float64).lower_bounds(*given)
+    assert float(crown) == pytest.approx(10 - (count + 1) * reach / 2)
 
 
 # Mutants: each of these breaks the bound, and is seen to.

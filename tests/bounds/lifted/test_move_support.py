@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_more_budget_never_gains_less_and_a_value_that_is_enough_ends_the_search
     rows = MoveRows(rows_of("bent", (1, 5, 5), 20, 3), ORIGIN)
     values = [maximum(rows, image, torch.tensor([b], dtype=torch.float64)).value for b in (0.0, 0.1, 0.2, 1.0, 50.0)]
     assert (values[0] == 0).all()
-    for less, more in zip(values, values[1:], strict=False):
+    for less, more in itertools.pairwise(values):
         assert (less <= more * (1 + 2e-4)).all()
     simple = 0.2 * rows.gains[0, 0].flatten(1).amax(1)
     enough = torch.full((1, 20), torch.inf, dtype=torch.float64)
