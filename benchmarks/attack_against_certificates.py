@@ -17,8 +17,7 @@ import torch
 import flowverify as fv
 from benchmarks.common import header, quartiles, stopwatch
 from flowverify.attack import make_attack
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier, search_radius
 
 OPTIONS = {"minimal": {"effort": "normal"}, "sinkhorn": {"shorten": True}}
 SLOW = ("flow-pgd", "sinkhorn")

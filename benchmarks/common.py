@@ -17,7 +17,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}  # the latt
 
 def header(title: str) -> None:
     """Prints the title with date, machine and versions."""
-    from flowverify.lirpa.backend import VERSION
+    from flowverify.bounds.crown.backend import VERSION
 
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "numpy", "numba", "scipy"))
     print(f"\n## {title}")

@@ -16,10 +16,10 @@ import time
 import flowverify as fv
 from benchmarks.common import header
 from flowverify.attack import make_attack
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.milp import MilpCertifier
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.complete.options import CompleteOptions
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.zoo import load_card
 
 

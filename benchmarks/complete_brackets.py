@@ -16,9 +16,9 @@ import torch
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.attack import make_attack
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.zoo import load_card
 
 

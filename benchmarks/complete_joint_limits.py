@@ -19,8 +19,8 @@ import flowverify as fv
 from benchmarks.common import header
 from flowverify.attack import make_attack
 from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds, refine
-from flowverify.certifiers.complete.radius_search import ROUNDS
 from flowverify.certifiers.complete.tree import Tree
 from flowverify.zoo import load_card
 
@@ -46,19 +46,13 @@ def main() -> None:
         parts = []
         for limited in (False, True):
             search = certifier.start(data.images[index], int(data.labels[index]))
-            begin = time.process_time()
-
-            def late(begin: float = begin) -> bool:
-                return time.process_time() - begin >= options.seconds
-
-            ball = search.ball(radius)
-            bounds = refine(certifier.maps, ball, neuron_bounds(certifier.maps, ball), ROUNDS, late)
-            tree = Tree(certifier.maps, ball, bounds, search.specification, search.hunt)
+            late, problem = Deadline(options.seconds, clock=time.process_time), search.problem(radius)
+            tree = Tree(problem, refine(problem, neuron_bounds(problem), late), search.nearest)
             if limited:
                 tree.limit(late)
             left = tree.open.bound
             tree.grow(late)
-            taken[limited].append(min(time.process_time() - begin, options.seconds))
+            taken[limited].append(min(late.elapsed, options.seconds))
             opened[limited].append(len(left))
             state = "proven" if tree.proven else "open"
             worst = f", least bound {float(left.min()):.2f}" if len(left) else ""

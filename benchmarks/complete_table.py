@@ -9,9 +9,9 @@ import argparse
 
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
-from flowverify.certifiers.complete.certifier import CompleteOptions
+from flowverify.api import make_certifier
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.ends import CLOSED, bracketed, count_closed, ends_of, median_certified, median_upper
-from flowverify.certifiers.make import make_certifier
 from flowverify.errors import InvalidInputError
 from flowverify.zoo import load_card
 

@@ -11,6 +11,8 @@ import torch
 
 import flowverify as fv
 from benchmarks.common import header
+from flowverify.ball import Threat
+from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.transport.reference import make_reference
 
@@ -36,14 +38,17 @@ def main() -> None:
         if model == "mnist-cnn":
             images, labels, budget = images[:2], labels[:2], budget[:2] / 5
         for dtype in (torch.float32, torch.float64):
-            image = MarginBounds(network, "fine-tuned", "crown", domain="image", dtype=dtype)
-            expected = image.lower_bounds(images, labels, budget)
-            flow = MarginBounds(network, "fine-tuned", "crown", domain="flow", dtype=dtype)
+            ball = Threat().ball(images, budget)
+            image, flow = (
+                MarginBounds(network, Threat(), "crown", dtype=dtype, options=EngineOptions(domain=domain))
+                for domain in ("image", "flow")
+            )
+            expected = image.margins(ball, labels)
             scale = float(expected.abs().max())
-            own = flow.lower_bounds(images, labels, budget)
+            own = flow.margins(ball, labels)
             row = [f"R = mu {float((own - expected).abs().max()) / scale:.1e}"]
             for name, reference in references.items():
-                bounds = flow.lower_bounds(images, labels, budget, references=reference[: len(images)])
+                bounds = flow.margins(ball, labels, references=reference[: len(images)])
                 row.append(f"{name} {float((bounds - expected).abs().max()) / scale:.1e}")
             print(f"{model:10} {str(dtype)[6:]:8} flow against image domain, relative to {scale:.3g}: {', '.join(row)}")
 

@@ -11,8 +11,7 @@ import torch
 
 import flowverify as fv
 from benchmarks.common import header, quartiles, stopwatch
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier, search_radius
 
 
 def measure(model: str, count: int, bound: str, dataset: str) -> None:

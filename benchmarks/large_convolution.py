@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.common import header, stopwatch
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import WassersteinBall
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.network import Network
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 
 
 def network() -> Network:

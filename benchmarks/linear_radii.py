@@ -16,12 +16,11 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header, quartiles, stopwatch
+from flowverify.ball import WassersteinBall
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.certifiers.linear import HalfSpaces, LinearRadius, exact_radius, half_spaces, l2_radius, vanilla_radius
 from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.certifiers.linear_program import LinearProgram, program_radius
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
-from flowverify.threat import WassersteinBall
 
 
 def part(spaces: HalfSpaces, chosen: slice) -> HalfSpaces:

@@ -12,16 +12,16 @@ import torch
 
 import flowverify as fv
 from benchmarks.common import header, quartiles
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.references import Reference, ReferenceMaximum, maximum_over_references, sample_references
-from flowverify.certifiers.verify import Certifier
 
 
 def spread_of_margins(
     certifier: Certifier, data: fv.Dataset, references: list[Reference], radius: float, dtype: torch.dtype
 ) -> str:
-    radii = torch.full((len(data),), radius, dtype=torch.float64)
+    ball = fv.WassersteinBall(radius).around(data.images)
     margins = torch.stack(
-        [certifier.margins(data.images, data.labels, radii, dtype=dtype, references=one.images) for one in references]
+        [certifier.margins(ball, data.labels, dtype=dtype, references=one.images) for one in references]
     )
     relative = (margins.amax(0) - margins.amin(0)) / margins.abs().amax(0)
     return f"median {float(relative.median()):.1e}, largest {float(relative.max()):.1e}"

@@ -13,8 +13,7 @@ from torch import Tensor
 import flowverify as fv
 from benchmarks.common import header
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier, search_radius
 
 CASES = (
     ("digits-fc3", "fine-tuned", "best"), ("digits-certified", "fine-tuned", "best"),

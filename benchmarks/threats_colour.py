@@ -17,8 +17,8 @@ from torch import nn
 import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack import make_attack
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import Threat
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.results import Verdict
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     network = train(data.images, data.labels, options.epochs)
     chosen = data[0 : options.images]
     certifier = Certifier(network, options.method, options.bound, input_shape=(3, 32, 32))
-    certifier.prepare(options.ground, options.cap)
+    certifier.prepare(Threat(options.ground, options.cap))
     start, processor = time.perf_counter(), time.process_time()
     found = search_radius(certifier, chosen.images, chosen.labels, options.ground, cap=options.cap, batch_size=20)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor

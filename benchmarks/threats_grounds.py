@@ -16,7 +16,8 @@ import torch
 import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack import make_attack
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import Threat
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.network import affine_rows
 from flowverify.results import Verdict
 from flowverify.transport.ground import parse_ground
@@ -27,10 +28,10 @@ def radii(
     certifier: Certifier, images: torch.Tensor, labels: torch.Tensor, ground: str, cap: float | None
 ) -> torch.Tensor:
     """Certified radii of the images that are classified right, printed with their processor time."""
-    certifier.prepare(ground, cap)
-    certifier.search(images[:1], labels[:1], ground, cap)
+    certifier.prepare(Threat(ground, cap))
+    certifier.search(images[:1], labels[:1], Threat(ground, cap))
     start = time.process_time()
-    found = certifier.search(images, labels, ground, cap)
+    found = certifier.search(images, labels, Threat(ground, cap))
     milliseconds = 1000 * (time.process_time() - start) / len(images)
     result = torch.tensor([one.radius for one in found if one.verdict is not Verdict.MISCLASSIFIED])
     name = ground if cap is None else f"{ground}, pixels at most {cap:g}"
@@ -46,7 +47,7 @@ def first_layer(network: fv.Network, images: torch.Tensor, grounds: list[str], r
     weights, _ = affine_rows(network, name, torch.float32)
     rows = weights.reshape(-1, *network.input_shape)
     for ground in ["l1", *grounds]:
-        budget = parse_ground(ground).budget(torch.tensor(radius)).double() * images.flatten(1).double().sum(1)
+        budget = Threat(ground).budget(radius, images)
         support(rows[:16], images[:1], budget[:1], ground=ground)
         start = time.process_time()
         support(rows, images, budget, ground=ground)

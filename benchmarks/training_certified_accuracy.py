@@ -21,8 +21,7 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header, stopwatch
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.training import accuracy
 from flowverify.zoo import load_card, models_folder, record_certified
 

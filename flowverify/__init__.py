@@ -18,37 +18,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowverify.api import certified_radius, certify, certify_batch
-    from flowverify.certifiers.make import make_certifier
-    from flowverify.certifiers.radius import search_radius
-    from flowverify.certifiers.verify import Certifier
+    from flowverify.api import certified_radius, certify, certify_batch, find_adversarial, make_certifier, smooth
+    from flowverify.certifiers.incomplete import Certifier, search_radius
     from flowverify.data import Dataset, load_dataset
     from flowverify.errors import FlowverifyError
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
     from flowverify.results import Certificate, Verdict
-    from flowverify.threat import WassersteinBall
     from flowverify.zoo import load_model
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Certificate": "results",
-    "Certifier": "certifiers.verify",
+    "Certifier": "certifiers.incomplete",
     "Dataset": "data",
     "FlowverifyError": "errors",
     "FoldedNetwork": "network",
     "Network": "network",
     "Verdict": "results",
-    "WassersteinBall": "threat",
+    "WassersteinBall": "ball",
     "certified_radius": "api",
     "certify": "api",
     "certify_batch": "api",
+    "find_adversarial": "api",
     "fold": "network",
     "load_dataset": "data",
     "load_model": "zoo",
-    "make_certifier": "certifiers.make",
+    "make_certifier": "api",
     "read_onnx": "network",
-    "search_radius": "certifiers.radius",
+    "search_radius": "certifiers.incomplete",
+    "smooth": "api",
     "write_onnx": "network",
 }
 
@@ -65,12 +64,14 @@ __all__ = [
     "certified_radius",
     "certify",
     "certify_batch",
+    "find_adversarial",
     "fold",
     "load_dataset",
     "load_model",
     "make_certifier",
     "read_onnx",
     "search_radius",
+    "smooth",
     "write_onnx",
 ]
 

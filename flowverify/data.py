@@ -28,8 +28,8 @@ from torch import Tensor
 
 from flowverify.conventions import check_channels_first, check_labels
 from flowverify.errors import DataError, DependencyError, InvalidInputError, UnknownNameError
+from flowverify.registry import DATASETS
 
-DATASETS = ("digits", "mnist", "cifar10-sample")
 SPLITS = ("train", "test")
 HELD_OUT = "held-out"  # what training keeps back of data without splits
 
@@ -112,7 +112,9 @@ class Dataset:
 
 
 def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | None = None) -> Dataset:
-    """Loads a data set by name (``digits``, ``mnist``, ``cifar10-sample``) or by the path of an ``.npz``.
+    """Loads a data set by name (``digits``, ``mnist``, ``cifar10-sample``), by the path of an ``.npz``, or MODULE:NAME.
+
+    Somebody else's ``MODULE:NAME`` is called with the split and the folder, and returns a :class:`Dataset`.
 
     Args:
         name: for a path, the file holds ``images`` (N, H, W) or (N, C, H, W), either uint8 (divided by
@@ -131,13 +133,10 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
         raise UnknownNameError("split", split, SPLITS)
     if is_npz(name):
         return _read_npz(Path(name), Path(name).stem, split)
-    if name == "digits":
-        return _digits(split)
-    if name == "mnist":
-        return _mnist(split, _data_folder("mnist", data_dir))
-    if name == "cifar10-sample":
-        return _cifar10_sample(split, _data_folder("cifar10_sample", data_dir))
-    raise UnknownNameError("data set", name, (*DATASETS, "PATH.npz"))
+    found = DATASETS.find(str(name))(split, data_dir)
+    if not isinstance(found, Dataset):
+        raise DataError(f"data set {name!r}: returned {type(found).__name__}, expected a Dataset")
+    return found
 
 
 def is_npz(name: str | Path) -> bool:
@@ -196,7 +195,7 @@ def _digits_arrays() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return (bundle.images / 16).astype(np.float32), bundle.target.astype(np.int64)
 
 
-def _digits(split: str) -> Dataset:
+def read_digits(split: str, data_dir: str | Path | None = None) -> Dataset:
     """The test split is 30% of every class, drawn by a fixed seed, in the order of the source."""
     images, labels = _digits_arrays()
     random = np.random.RandomState(0)  # unlike Generator, its stream never changes between releases
@@ -208,8 +207,9 @@ def _digits(split: str) -> Dataset:
     return Dataset(torch.from_numpy(images[chosen])[:, None], torch.from_numpy(labels[chosen]), "digits", split)
 
 
-def _mnist(split: str, folder: Path | None) -> Dataset:
-    arrays = {}
+def read_mnist(split: str, data_dir: str | Path | None = None) -> Dataset:
+    """28x28 digits from the four IDX files, which are downloaded where no folder is known."""
+    folder, arrays = _data_folder("mnist", data_dir), {}
     for kind, (ending, dimensions) in _MNIST_KINDS.items():
         stem = f"{'train' if split == 'train' else 't10k'}-{ending}"
         path = _download_mnist(f"{stem}.gz") if folder is None else _find_mnist(folder, stem)
@@ -262,7 +262,9 @@ def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
 
-def _cifar10_sample(split: str, folder: Path | None) -> Dataset:
+def read_cifar10_sample(split: str, data_dir: str | Path | None = None) -> Dataset:
+    """Some test images of CIFAR-10, from an ``.npz`` in the data folder."""
+    folder = _data_folder("cifar10_sample", data_dir)
     if split != "test":
         raise DataError("cifar10-sample: has no train split, expected split='test'")
     paths = [] if folder is None else sorted(folder.glob("cifar10_test_*.npz"))

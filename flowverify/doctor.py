@@ -114,7 +114,7 @@ def _lirpa() -> Finding:
     from torch import nn
 
     from flowverify.api import certified_radius
-    from flowverify.lirpa.backend import VERSION
+    from flowverify.bounds.crown.backend import VERSION
 
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
     with torch.no_grad():

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowverify.ball import Threat, distance_name
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.grid import Grid
 from flowverify.network import Network
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import check_images, distance_name
-from flowverify.transport.distance import EXACT_MASS_TOLERANCE, wasserstein_distance
-from flowverify.transport.ground import parse_ground
+from flowverify.transport.distance import EXACT_MASS_TOLERANCE
 from flowverify.transport.inverse import minimal_flow
-from flowverify.transport.moves import best_moves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +77,8 @@ def worst_cases(
     Raises:
         InvalidInputError: an image is not valid, numbers differ, or a radius is negative or not finite.
     """
-    images = check_images(images, network.grid).detach().double().cpu()
+    threat = Threat(ground, cap)
+    images = threat.check(images, network.grid).detach().double().cpu()
     if not len(images) == len(labels) == len(radii):
         raise InvalidInputError(f"given {len(images)} images, {len(labels)} labels and {len(radii)} radii")
     double = _double(network)
@@ -88,18 +87,18 @@ def worst_cases(
     logits = double(variable)
     rivals = logits.detach().scatter(1, target[:, None], -torch.inf).argmax(1)
     (gradient,) = torch.autograd.grad(_margins(logits, target, rivals).sum(), variable)
-    budget = parse_ground(ground).budget(torch.tensor(list(radii), dtype=torch.float64)) * images.flatten(1).sum(1)
-    worst = best_moves(-gradient, images, budget=budget, ground=ground, cap=cap).image
+    ball = threat.ball(images, threat.budget(torch.tensor(list(radii), dtype=torch.float64), images))
+    worst = ball.best_moves(-gradient).image
     after = double(worst)
     flows = minimal_flow(images, worst, mass_tolerance=EXACT_MASS_TOLERANCE)
-    distances = wasserstein_distance(images, worst, ground, mass_tolerance=EXACT_MASS_TOLERANCE)
+    distances = threat.distance(images, worst)
     before, behind = _margins(logits.detach(), target, rivals), _margins(after, target, rivals)
     return [
         WorstCase(
             image=images[k],
             worst=worst[k],
             flow=flows[k],
-            ground=ground,
+            ground=threat.ground,
             distance=float(distances[k]),
             flow_length=_flow_length(images[k], flows[k]),
             exact=cap is None,
@@ -191,7 +190,7 @@ def _draw_case(row: Any, case: WorstCase, certificate: Certificate) -> None:
 def _distance_title(case: WorstCase) -> str:
     """The distance for the ball's own ground cost, and the length of the arrows' flow where that is another."""
     moved = f"{distance_name(case.ground)} = {case.distance:.4f} pixels"
-    if parse_ground(case.ground).name == "l1":
+    if case.ground == "l1":
         return f"from image to nu*: {moved}\n({case.distance:.1%} of the mass by one pixel)"
     return f"from image to nu*: {moved}\narrows: flow of length {case.flow_length:.4f} ({distance_name('l1')})"
 

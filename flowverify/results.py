@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OPTIONAL = ("upper_radius", "note")  # in a record only where there is something to say
 
 
 class Verdict(StrEnum):
@@ -27,6 +31,7 @@ class Certificate:
     """What was shown about one image.
 
     Attributes:
+        prediction: None where a randomised classifier has none.
         verdict: at ``radius``. A radius search that certified some radius > 0 says certified.
         radius: W1 of normalised images, in pixels, for the ground cost ``ground`` (W_p for a p-th power): the
             radius asked about, or the largest one that a search certified (0 if none).
@@ -40,7 +45,7 @@ class Certificate:
 
     verdict: Verdict
     label: int
-    prediction: int
+    prediction: int | None
     method: str
     bound: str
     ground: str
@@ -55,22 +60,28 @@ class Certificate:
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values; ``upper_radius`` and ``note`` only where there is one. No witness."""
         record: dict[str, Any] = {
-            "label": self.label,
-            "prediction": self.prediction,
-            "method": self.method,
-            "bound": self.bound,
-            "ground": self.ground,
-            "cap": self.cap,
-            "radius": self.radius,
-            "verdict": str(self.verdict),
-            "margin": self.margin,
-            "seconds": round(self.seconds, 6),
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if one.name != "witness" and (one.name not in OPTIONAL or getattr(self, one.name) not in (None, ""))
         }
-        if self.upper_radius is not None:
-            record["upper_radius"] = self.upper_radius
-        if self.note:
-            record["note"] = self.note
-        return record
+        return record | {"verdict": str(self.verdict), "seconds": round(self.seconds, 6)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """The certificate of a record of :meth:`to_json`, whatever else the record holds.
+
+        Raises:
+            InvalidInputError: a record without one of the fields.
+            UnknownNameError: another word for the verdict.
+        """
+        needed = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]
+        if lacking := [name for name in needed if name not in record]:
+            given = ", ".join(record)
+            raise InvalidInputError(f"record with {given}: expected a certificate, which has {', '.join(lacking)} too")
+        if record["verdict"] not in list(Verdict):
+            raise UnknownNameError("verdict", record["verdict"], [str(verdict) for verdict in Verdict])
+        values = {one.name: record[one.name] for one in fields(cls) if one.name in record and one.name != "witness"}
+        return cls(**values | {"verdict": Verdict(record["verdict"])})
 
 
 class Interrupted(KeyboardInterrupt):

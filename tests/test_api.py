@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import flowverify as fv
-from flowverify.bounds.recipes import METHODS
-from flowverify.certifiers.methods import COMPLETE_METHODS, LINEAR_METHODS
-from flowverify.errors import UnknownNameError
+from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.registry import METHODS
+from flowverify.smoothing import Noise, Splitting
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,7 @@ def problem():
 
 def test_every_method_gives_radii_and_exact_ones_agree(problem):
     network, images, labels = problem
-    radii = {
-        method: fv.certified_radius(network, images, labels, method=method)
-        for method in (*METHODS, *LINEAR_METHODS, *COMPLETE_METHODS)
-    }
+    radii = {method: fv.certified_radius(network, images, labels, method=method) for method in METHODS}
     assert set(radii) > {"vanilla", "fine-tuned", "linear", "complete", "milp"}
     for method in ("linear-lp", "complete", "milp", "fine-tuned"):
         torch.testing.assert_close(radii[method], radii["linear"], rtol=0.0101, atol=0)
@@ -43,5 +40,39 @@ def test_verdicts_on_both_sides_of_the_radius(problem, method):
 
 def test_unknown_method(problem):
     network, images, labels = problem
-    with pytest.raises(UnknownNameError, match="unknown method 'guess': expected one of complete, fine-tuned, linear"):
+    with pytest.raises(UnknownNameError, match="unknown method 'guess': expected one of MODULE:CLASS, complete"):
         fv.certified_radius(network, images, labels, method="guess")
+
+
+def test_attacks_and_certificates_bracket_the_exact_radius(problem):
+    network, images, labels = problem
+    exact = fv.certified_radius(network, images, labels, method="linear")
+    nearest = fv.find_adversarial(network, images, labels, effort="fast")
+    assert bool((nearest.radius >= exact).all()) and nearest.attack == "minimal"
+    inside = fv.find_adversarial(network, images, labels, fv.WassersteinBall(0.9 * float(exact.min())), "frank-wolfe")
+    assert inside.outcome == ("not found",) * 2
+    with pytest.raises(InvalidInputError, match="option 'steps' of attack minimal: unknown"):
+        fv.find_adversarial(network, images, labels, steps=3)
+
+
+def test_smooth(problem):
+    network, images, labels = problem
+    found = fv.smooth(network, images, labels, 0.01, "l2", n0=20, n=100, seed=1)
+    assert [one.ground for one in found] == ["l2"] * 2 and found[0].method == "wasserstein-smoothing"
+    again = fv.smooth(network, images, labels, Noise(0.01), "l2", n0=20, n=100, seed=1)
+    assert [one.radius for one in found] == [one.radius for one in again]
+    split = fv.smooth(network, images, labels, Splitting(0.5, 2))
+    assert split[0].bound == "exact" and split[0].alpha == 0
+    with pytest.raises(InvalidInputError, match="options n: given with splitting, which has none"):
+        fv.smooth(network, images, labels, Splitting(0.5, 2), n=10)
+
+
+def test_options_are_taken_by_every_function(problem):
+    network, images, labels = problem
+    radius = fv.certified_radius(network, images, labels, method="complete", timeout=5, tolerance=0.2, adversary=None)
+    exact = fv.certified_radius(network, images, labels, method="linear")
+    assert bool((radius <= exact).all()) and bool((radius * 1.21 >= exact).all())
+    ball = fv.WassersteinBall(0.5 * float(exact[0]))
+    assert fv.certify(network, images[0], labels[0], ball, method="complete", timeout=5).verdict == "certified"
+    rough = fv.certified_radius(network, images, labels, tolerance=0.5)
+    assert bool((rough * 1.5 >= fv.certified_radius(network, images, labels, options={"tolerance": 1e-4})).all())

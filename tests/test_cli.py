@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.bounds.domain import DomainName
-from flowverify.certifiers.verify import Certifier
+from flowverify.bounds.engine import DomainName
+from flowverify.certifiers.incomplete import Certifier
+from flowverify.certifiers.options import DOMAINS
 from flowverify.cli import app
-from flowverify.cli.options import DOMAINS
 from flowverify.cli.report import json_line
 from flowverify.zoo import models_folder
 
@@ -74,7 +74,7 @@ class TestVerify:
 
     def test_tables_are_not_broken_by_long_times(self, monkeypatch):
         clock = SimpleNamespace(perf_counter=count(step=12345678).__next__)
-        monkeypatch.setattr("flowverify.certifiers.verify.time", clock)
+        monkeypatch.setattr("flowverify.certifiers.incomplete.time", clock)
         result = run("verify", "digits-fc3", "--index", "0:2", "--bound", "ibp", "--radius", "0.01")
         assert "radius (pixels)" in result.stdout and "6172839000.0" in result.stdout
 
@@ -183,7 +183,7 @@ BAD_INPUT = {
     "unknown split": ((*VERIFY, "--split", "half"), "unknown split 'half'"),
     "unknown method": (
         (*VERIFY, "--method", "magic"),
-        "unknown method 'magic': expected one of complete, fine-tuned, linear",
+        "unknown method 'magic': expected one of MODULE:CLASS, complete, fine-tuned, linear",
     ),
     "unknown bound": ((*VERIFY, "--bound", "tight"), "unknown bound 'tight'"),
     "unknown ground": ((*VERIFY, "--ground", "l7"), "unknown ground cost 'l7'"),

@@ -15,9 +15,9 @@ import flowverify as fv
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowverify"
 LAYERS = (
-    "errors", "quiet", "conventions", "lock", "data", "grid", "transport", "threat", "network", "zoo", "results",
-    "witness", "attack", "lirpa", "bounds", "certifiers", "smoothing", "training", "export", "api", "figures", "bench",
-    "doctor", "cli", "__main__",
+    "errors", "registry", "quiet", "conventions", "records", "settings", "data", "grid", "transport", "ball", "network",
+    "zoo", "results", "witness", "attack", "bounds", "lirpa", "certifiers", "smoothing", "training", "export",
+    "api", "figures", "bench", "doctor", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -50,7 +50,7 @@ class TestEveryFile:
         assert not below
 
     def test_only_the_adapter_imports_auto_lirpa(self, path):
-        if path.relative_to(PACKAGE).as_posix() != "lirpa/backend.py":
+        if path.relative_to(PACKAGE).as_posix() != "bounds/crown/backend.py":
             assert not [name for name in imported_modules(path) if name.split(".")[0] == "auto_LiRPA"]
 
     def test_says_what_it_is_for(self, path):
@@ -112,6 +112,14 @@ class TestWithoutAutoLirpa:
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("DependencyError auto_LiRPA cannot be used")
         assert "pip install --no-deps auto-LiRPA==0.3" in done.stdout
+
+    def test_intervals_do_without_it(self):
+        done = run(
+            "import sys; sys.modules['auto_LiRPA'] = None; import flowverify as fv\n"
+            "model, data, ball = fv.load_model('digits-fc3'), fv.load_dataset('digits'), fv.WassersteinBall(0.001)\n"
+            "print(fv.certify(model, data.images[0], data.labels[0], ball, bound='ibp').verdict)"
+        )
+        assert done.stdout.strip() == "certified", done.stderr
 
     @pytest.mark.parametrize(("command", "code"), [("verify digits-fc3 --index 0", 2), ("doctor", 1)])
     def test_command_line_says_what_to_install(self, command, code):

@@ -57,23 +57,23 @@ def failures(kind, limit=40):
 
 
 def test_raised_margins_are_found(monkeypatch):
-    honest = MarginBounds.lower_bounds
+    honest = MarginBounds.margins
 
     def raised(self, *arguments, **keywords):
         bounds = honest(self, *arguments, **keywords)
         return bounds + 0.1 * bounds.abs()
 
-    monkeypatch.setattr(MarginBounds, "lower_bounds", raised)
+    monkeypatch.setattr(MarginBounds, "margins", raised)
     assert any("lower bound exceeds a value" in text for text in failures("tiny"))
 
 
 def test_intervals_that_are_too_narrow_are_found(monkeypatch):
-    honest = MarginBounds.preactivation_bounds
+    honest = MarginBounds.neurons
 
     def narrow(self, *arguments, **keywords):
         return [(low + 0.1 * (high - low), high) for low, high in honest(self, *arguments, **keywords)]
 
-    monkeypatch.setattr(MarginBounds, "preactivation_bounds", narrow)
+    monkeypatch.setattr(MarginBounds, "neurons", narrow)
     assert any("leaves its bounds" in text for text in failures("tiny"))
 
 

@@ -1,19 +1,14 @@
-"""One rule for what is classified right and what a counterexample is, whoever is asked; the way back into the ball."""
+"""One rule for what is classified right and what a counterexample is, whoever is asked."""
 
-import copy
-
-import numpy as np
-import ot
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import flowverify as fv
 from flowverify.attack import BaseAttack, Schedule, make_attack
+from flowverify.ball import Threat
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.hunt import Hunt
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export import marabou
@@ -21,10 +16,10 @@ from flowverify.export.folder import PlainCertifier, Source, write_folder
 from flowverify.export.plan import Request, plan
 from flowverify.export.replay import replay as replay_export
 from flowverify.network import Network, write_onnx
+from flowverify.network.subject import Subject
 from flowverify.smoothing import Noise, SmoothedClassifier, SplitClassifier, Splitting
 from flowverify.smoothing.attack import attack_smoothed
-from flowverify.transport.ground import ground_cost, parse_ground
-from flowverify.witness import TwoPrecisions, clean, fooled, in_threat_model, pull_back, repair, replay
+from flowverify.witness import replay
 
 ULP32, ULP64 = 2.0**-23, 2.0**-52
 IMAGE = torch.zeros(1, 1, 4, 4)
@@ -49,10 +44,6 @@ def small(values, at_last=None, double=False, affine=True):
     return Network.sequential((1, 4, 4), [nn.Flatten(), first, *([] if affine else [nn.ReLU()]), last])
 
 
-def in_both(network):
-    return TwoPrecisions(network, copy.deepcopy(network).double())
-
-
 # Logits, whether float64 weights, and of the labels 0 and 1: is the image classified right?
 CLEAN = {
     "clear": (([2.0, 0.0], [1.0, 0.0], [0.0, 0.0]), False, (True, False)),
@@ -69,7 +60,7 @@ CLEAN = {
 class Offer(BaseAttack):
     name, shorten = "offer", False
 
-    def _at_radius(self, batch, radius):
+    def search(self, batch):
         return MOVED.double()
 
 
@@ -163,11 +154,12 @@ MOVES = {
 }  # fmt: skip
 
 
-def hunted(method):
+def pulled(method):
     def ask(network, label, folder):
-        hunt = Hunt(CompleteCertifier(network, method), IMAGE[0].double(), label, method == "complete")
-        hunt.offer(MOVED.double())
-        return hunt.radius <= 1.0
+        subject, positive = CompleteCertifier(network, method).subject, method == "complete"
+        nearest = NearestCounterexample(subject, IMAGE[0].double(), label, Threat(), positive=positive)
+        nearest.offer(MOVED.double())
+        return nearest.radius <= 1.0
 
     return ask
 
@@ -187,10 +179,10 @@ FOOLED = {
     "attack": lambda network, label, folder: (
         Offer(network).run(IMAGE, [label], fv.WassersteinBall(1.0)).outcome[0] == "found"
     ),
-    "complete": hunted("complete"),
-    "vanilla-complete": hunted("vanilla-complete"),
+    "complete": pulled("complete"),
+    "vanilla-complete": pulled("vanilla-complete"),
     "linear": lambda network, label, folder: bool(
-        LinearCertifier(network).witness(IMAGE, torch.tensor([label]), torch.tensor([1.0]))[1]
+        LinearCertifier(network).witness(fv.WassersteinBall(1.0).around(IMAGE), torch.tensor([label]))[1]
     ),
     "export": replayed_export,
 }
@@ -206,57 +198,6 @@ def test_what_is_a_counterexample_is_so_for_everybody(name, case, tmp_path):
     assert FOOLED[name](network, label, tmp_path) == expected
 
 
-GROUNDS = ("l1", "l2", "l2^2", "l1^1.5", "local:3", "local:3:l1^2")
-
-
-def plan_cost(source, target, ground):
-    """Of the cheapest plan, for each unit of mass, by POT with full cost matrices; infinite if there is none."""
-    costs = ground_cost(source.shape[-2:], ground).numpy()
-    far = 1e5
-    total = 0.0
-    for mu, nu in zip(source.flatten(1).numpy(), target.flatten(1).numpy(), strict=True):
-        value = ot.emd2(mu / mu.sum(), nu / nu.sum(), np.where(np.isfinite(costs), costs, far), numItermax=1_000_000)
-        total += mu.sum() * value
-    cost = total / float(source.sum())
-    return cost if cost < 100 else np.inf
-
-
-def random_images(seed, count=3):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(count, 2, 3, 4, generator=generator, dtype=torch.float64)
-    others = torch.rand(count, 2, 3, 4, generator=generator, dtype=torch.float64) ** 3
-    return images, others * (images.sum((-1, -2)) / others.sum((-1, -2)))[..., None, None]
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(GROUNDS), st.integers(0, 10**6), st.floats(0.01, 0.4))
-def test_what_is_pulled_back_lies_in_the_ball_and_goes_far(ground, seed, radius):
-    images, others = random_images(seed)
-    limit = torch.full((3,), radius, dtype=torch.float64)
-    found = pull_back(images, others, ground, limit)
-    power = parse_ground(ground).power
-    assert bool(in_threat_model(images, found, None).all())
-    for image, other, back in zip(images, others, found, strict=True):
-        before, after = plan_cost(image, other, ground), plan_cost(image, back, ground)
-        assert after <= radius**power * (1 + 1e-7)
-        if before <= radius**power * (1 - 1e-9):
-            assert torch.equal(back, other)
-        elif np.isinf(before):
-            assert torch.equal(back, image)
-        elif power == 1 and not ground.startswith("local"):
-            assert after >= radius * (1 - 1e-6)  # all of the way that there is
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([None, 1.0, 1.3]), st.floats(0.01, 3.0))
-def test_what_is_repaired_is_an_image_of_the_threat_model(seed, cap, noise):
-    images, _ = random_images(seed)
-    candidates = images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).double()
-    candidates[0, 0, 0, 0] = torch.nan
-    found = repair(images, candidates, cap)
-    assert bool(in_threat_model(images, found, cap).all()) and torch.equal(found[0], images[0])
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -269,41 +210,17 @@ def test_what_is_repaired_is_an_image_of_the_threat_model(seed, cap, noise):
 def test_replay_believes_nothing(spoil):
     """A negative pixel, another mass, too far, not misclassified."""
     network = small(([1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]), ([0.0, 0.0], [2.0, 0.0], [0.0, 0.0]))
-    subject, label, one = in_both(network), torch.tensor([0]), torch.ones(1, dtype=torch.float64)
-    image, moved = IMAGE.double(), MOVED.double()
-    assert replay(subject, image, label, moved, "l1", 1.0, one).tolist() == [1.0]
-    assert replay(subject, image, label, moved, "l1", 0.9, one).tolist() == [torch.inf]  # above the cap
-    assert replay(subject, image, label, moved, "l1", None, 0.99 * one).tolist() == [torch.inf]  # too far
-    assert replay(subject, image, label, spoil(moved), "l1", None, one).tolist() == [torch.inf]
+    subject, label, image, moved = Subject(network), torch.tensor([0]), IMAGE.double(), MOVED.double()
 
+    def replayed(other, radius=1.0, cap=None):
+        return replay(subject, fv.WassersteinBall(radius, cap=cap).around(image), label, other).tolist()
 
-def test_both_precisions_have_to_agree():
-    zero, one = (small(values) for values in (([1.0, 0.0], [0.0] * 2, [0.0] * 2), ([0.0] * 2, [1.0, 0.0], [0.0] * 2)))
-    for own, precise in ((zero, one), (one, zero)):
-        subject = TwoPrecisions(own, copy.deepcopy(precise).double())
-        for label in (0, 1):
-            prediction, right = clean(subject, IMAGE, torch.tensor([label]))
-            assert not bool(right) and int(prediction) == 1 - label
-            assert not bool(fooled(subject, IMAGE, torch.tensor([label])))
-
-
-def test_answers_do_not_depend_on_the_batch():
-    """Logits within a few units of a tie, image by image, in batches of every size."""
-    torch.manual_seed(0)
-    network = Network.sequential((1, 4, 4), [nn.Flatten(), nn.Linear(16, 400), nn.ReLU(), nn.Linear(400, 2)])
-    last = network.nodes[-1].operation
-    with torch.no_grad():
-        last.weight[1] = last.weight[0] + 2e-8 * torch.randn(400)
-        last.bias[1] = last.bias[0]
-    subject = in_both(network)
-    images = torch.rand(60, 1, 4, 4, dtype=torch.float64)
-    labels = torch.zeros(60, dtype=torch.int64)
-    alone = [(*clean(subject, image[None], labels[:1]), fooled(subject, image[None], labels[:1])) for image in images]
-    kinds = {(bool(right), bool(wrong)) for _, right, wrong in alone}
-    assert {(True, False), (False, True)} <= kinds and (True, True) not in kinds
-    for size in (2, 7, 60):
-        for start in range(0, 60, size):
-            part = slice(start, start + size)
-            together = (*clean(subject, images[part], labels[part]), fooled(subject, images[part], labels[part]))
-            for k, row in enumerate(zip(*together, strict=True)):
-                assert [value.tolist() for value in row] == [value.tolist()[0] for value in alone[start + k]]
+    assert replayed(moved, cap=1.0) == [1.0]
+    assert replay(subject, Threat().unlimited(image), label, moved).tolist() == [1.0]
+    with pytest.raises(InvalidInputError, match="image 0 has a pixel of 1: expected at most the cap, 0.9"):
+        replayed(moved, cap=0.9)
+    capped = Threat(cap=0.9)
+    spread = torch.where(image > 0, 0.5 * image, 0.5 / 15)  # an image below the cap, unlike the one that is moved
+    assert replay(subject, capped.unlimited(spread), label, moved).tolist() == [torch.inf]  # above the cap
+    assert replayed(moved, 0.99) == [torch.inf]  # too far
+    assert replayed(spoil(moved)) == [torch.inf]

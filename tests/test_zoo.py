@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from flowverify import zoo
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import WassersteinBall
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.data import Dataset, load_dataset
 from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
 from flowverify.network import Network
-from flowverify.threat import WassersteinBall
 from flowverify.training import RECIPES, Recipe, accuracy
 from flowverify.zoo import Card, list_models, load_card, load_model, models_folder, record_certified, save_model
 

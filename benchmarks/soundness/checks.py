@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 import flowverify as fv
-from benchmarks.soundness.balls import Threat
 from benchmarks.soundness.claims import BEYOND_TIE, BRACKET, Claim, failures
-from benchmarks.soundness.exact import magnitudes
+from benchmarks.soundness.exact import least_radius, magnitudes
 from benchmarks.soundness.networks import Normalise
 from benchmarks.soundness.question import Question
 from benchmarks.soundness.tally import Tally
-from flowverify.certifiers.complete.certifier import CompleteOptions
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import Threat
+from flowverify.certifiers.complete.options import CompleteOptions
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import FlowverifyError
 from flowverify.network import Network, load_network
 from flowverify.results import Certificate, Verdict
@@ -155,11 +155,11 @@ class Case:
     def _ask(self, network: Network, setting: Setting) -> None:
         """The largest radii, and verdicts at radii below and above; bounds of the engines are checked on the way."""
         certifier = self._certifier(network, setting)
-        dice, ground, cap = self.given.dice, self.given.threat.ground, self.given.threat.cap
+        dice, threat = self.given.dice, Threat(self.given.threat.ground, self.given.threat.cap)
         exact = setting.method not in ("vanilla", "fine-tuned")
         start = 10 ** dice.uniform(-2, 0.5)
         if setting.references == 0 and dice.random() < (0.8 if exact else 0.6):
-            found = certifier.search(self.given.images, self.given.labels, ground, cap)
+            found = certifier.search(self.given.images, self.given.labels, threat)
             self._record(found, setting, searched=True)
             start = max((one.radius for one in found), default=0.0) or start
         factors = [0.0, dice.choice([0.5, 0.9])] if dice.random() < 0.3 else [dice.choice([0.9, 1.0])]
@@ -167,7 +167,7 @@ class Case:
             factors.append(dice.choice([1.02, 1.3, 3.0]))
         previous: list[Certificate] = []
         for factor in factors:
-            ball = fv.WassersteinBall(start * factor, ground, cap)
+            ball = fv.WassersteinBall(start * factor, threat.ground, threat.cap)
             found = certifier.certify(self.given.images, self.given.labels, ball)
             self._record(found, setting, searched=False, certifier=certifier)
             if exact or setting.bound == "ibp":
@@ -211,17 +211,22 @@ class Case:
                 self.fail(f"{setting}: image {image}: {one.note!r} on the bracket {one.radius:.6g} to {upper:.6g}")
 
     def _ties(self, image: int, radius: float) -> bool:
-        """Whether a little beyond this radius some image ties, as all images do where the last activation is flat."""
-        points, margins = self.given.attacked(image, radius * (1 + BEYOND_TIE))
-        return not float(margins.min()) > self.given.rounding(points)
+        """Whether a little beyond this radius some image ties: one that descent finds, or that is nearest of all."""
+        given, beyond = self.given, radius * (1 + BEYOND_TIE)
+        points, margins = given.attacked(image, beyond)
+        if not float(margins.min()) > given.rounding(points):
+            return True
+        if given.drawn.kind not in ("tiny", "offset"):
+            return False
+        return least_radius(given.drawn.oracle, given.threat, given.centres[image], int(given.labels[image])) <= beyond
 
     def _replay(self, one: Certificate, image: int, setting: Setting, certifier: Any) -> None:
         """A witness is an image of the ball that the user's network puts into another class."""
         witness = one.witness
         if witness is None and setting.method in ("linear", "linear-lp") and certifier is not None:
             own, label = self.given.images[image : image + 1], self.given.labels[image : image + 1]
-            at = torch.tensor([one.radius], dtype=torch.float64)
-            witness = certifier.witness(own, label, at, self.given.threat.ground, self.given.threat.cap)[0][0]
+            ball = fv.WassersteinBall(one.radius, self.given.threat.ground, self.given.threat.cap)
+            witness = certifier.witness(ball.around(own), label)[0][0]
         if witness is None:
             self.fail(f"{setting}: image {image} {one.verdict} at {one.radius:.6g} without a witness")
             return
@@ -250,15 +255,11 @@ class Case:
 
     def _check_bounds(self, certifier: Certifier, setting: Setting, radius: float) -> None:
         """Bounds of margins and of what activations read, against values at points of the ball."""
-        ground, cap = self.given.threat.ground, self.given.threat.cap
-        cover = certifier.covers(ground, cap)[0]
-        radii = torch.full((len(self.given.images),), radius, dtype=torch.float64)
-        engine = certifier.engine(torch.float64, cover.method, cover.ground, cover.cap)
-        power = Threat(self.given.shape, cover.ground, None).power
-        budget = cover.radius(radii) ** power * self.given.centres.sum((1, 2))
         images = self.given.images.double()
-        lower = engine.lower_bounds(images, self.given.labels, budget)
-        inner = engine.preactivation_bounds(images, budget)
+        ball = fv.WassersteinBall(radius, self.given.threat.ground, self.given.threat.cap).around(images)
+        cover = certifier.covers(ball.threat)[0]
+        engine, ball = certifier.engine(cover), ball.within(cover)
+        lower, inner = engine.margins(ball, self.given.labels), engine.neurons(ball)
         names = [node.inputs[0] for node in engine.network.activations]
         for image in range(len(images)):
             points, margins = self.given.attacked(image, radius)

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from flowverify.attack.make import make_attack
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.errors import DependencyError, InvalidInputError
-from flowverify.threat import WassersteinBall
-from flowverify.transport.ground import check_ground
 
 
 def art_attack(
@@ -44,7 +43,7 @@ def art_attack(
         from art.estimators.classification import PyTorchClassifier
     except ImportError as error:
         raise DependencyError("this adapter needs ART: pip install adversarial-robustness-toolbox") from error
-    check_ground(ground)
+    threat = Threat(ground, cap)
     if not isinstance(classifier, PyTorchClassifier):
         raise InvalidInputError(f"classifier of type {type(classifier).__name__}: expected art's PyTorchClassifier")
     search = make_attack(attack, classifier.model, **options)
@@ -65,9 +64,9 @@ def art_attack(
             labels = np.asarray(outputs if y is None else y)
             numbers = torch.from_numpy(labels.argmax(1) if labels.ndim == 2 else labels)
             if radius is None:
-                found = search.minimise(images, numbers, ground, cap)
+                found = search.minimise(images, numbers, threat.ground, threat.cap)
             else:
-                found = search.run(images, numbers, WassersteinBall(radius, ground, cap))
+                found = search.run(images, numbers, WassersteinBall(radius, threat.ground, threat.cap))
             result: NDArray[Any] = found.images.cpu().numpy().astype(x.dtype)
             return result
 

@@ -4,66 +4,22 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from flowverify.attack.batch import Batch
 from flowverify.attack.check import confirm
 from flowverify.attack.model import AttackedModel
 from flowverify.attack.result import FOUND, MISCLASSIFIED, NOT_FOUND, AttackResult, join
-from flowverify.conventions import check_labels
+from flowverify.ball import Ball, Threat, WassersteinBall
 from flowverify.errors import InvalidInputError
-from flowverify.grid import Grid
-from flowverify.threat import WassersteinBall, check_images
-from flowverify.transport.distance import channel_masses
-from flowverify.transport.ground import check_ground, parse_ground
-from flowverify.witness import clean
 
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks
 GROWTH = 2.0
 BISECTION = 1.02  # the search for the smallest radius ends when the bracket is this narrow
 TRIALS = 60  # or after so many radii
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one search, all classified right, on the model's device.
-
-    Attributes:
-        images: float64 (B, C, H, W).
-        labels: int64 (B,).
-        logits: of the images, float64 (B, classes).
-        mass: float64 (B,).
-        positions: of the images in what the user gave, for seeding; int64 (B,).
-        ground, cap: the threat model.
-    """
-
-    images: Tensor
-    labels: Tensor
-    logits: Tensor
-    mass: Tensor
-    positions: Tensor
-    ground: str
-    cap: float | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def budget(self, radius: Tensor) -> Tensor:
-        """What plans within these radii (B,) may cost, (B,)."""
-        return parse_ground(self.ground).budget(radius) * self.mass
-
-    def __getitem__(self, rows: Tensor) -> Batch:
-        return replace(
-            self,
-            images=self.images[rows],
-            labels=self.labels[rows],
-            logits=self.logits[rows],
-            mass=self.mass[rows],
-            positions=self.positions[rows],
-        )
 
 
 class BaseAttack(ABC):
@@ -91,29 +47,26 @@ class BaseAttack(ABC):
         self.batch_size, self.seed = batch_size, seed
 
     @abstractmethod
-    def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
-        """Candidates (B, C, H, W) within these radii (B,), in pixels; the clean image where there is none."""
+    def search(self, batch: Batch) -> Tensor:
+        """Candidates (B, C, H, W) within the balls of the batch; the clean image where there is none."""
 
-    def _smallest(self, batch: Batch) -> Tensor:
+    def search_nearest(self, batch: Batch) -> Tensor:
         """Candidates (B, C, H, W) as near as possible: by default, bisection of the radius."""
-        count, limit = len(batch), float(Grid.of(batch.images).diameter)
-        best = batch.images.clone()
-        low = torch.zeros(count, dtype=torch.float64, device=batch.images.device)
+        threat, images = batch.ball.threat, batch.images
+        limit = float(batch.ball.grid.diameter)
+        best = images.clone()
+        low = torch.zeros(len(batch), dtype=torch.float64, device=images.device)
         high = torch.full_like(low, torch.inf)
         radius = torch.full_like(low, FIRST_RADIUS)
-        active = torch.arange(count, device=low.device)
+        active = torch.arange(len(batch), device=low.device)
         for _ in range(TRIALS):
             if not active.numel():
                 break
-            part = batch[active]
-            candidates = self._at_radius(part, radius[active])
-            images, distance = confirm(
-                self.model, part.images, part.labels, part.logits, candidates, part.ground, part.cap,
-                radius=radius[active],
-            )  # fmt: skip
+            part = batch[active].with_budget(threat.budget(radius[active], images[active]))
+            found, distance = confirm(self.model, part, self.search(part))
             hit = torch.isfinite(distance)
             better = active[hit & (distance < high[active])]
-            best[better] = images[hit & (distance < high[active])]
+            best[better] = found[hit & (distance < high[active])]
             low[active[~hit]] = radius[active[~hit]]
             high[active[hit]] = torch.minimum(distance[hit], high[active[hit]])
             radius = torch.where(torch.isinf(high), radius * GROWTH, (low * high).sqrt().clamp(min=0.5 * high))
@@ -131,80 +84,52 @@ class BaseAttack(ABC):
             ball: radius in pixels on normalised images, ground cost, cap.
 
         Raises:
-            InvalidInputError: as :meth:`check`.
+            InvalidInputError: as :meth:`check`, or no image.
         """
-        return self._run(images, labels, ball.ground, ball.cap, ball.radius)
+        return self._run(images, labels, ball.threat, ball.radius)
 
     def minimise(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> AttackResult:
         """Looks for the nearest adversarial image of each image; the radius found is an upper bound.
 
         Raises:
-            InvalidInputError: as :meth:`check`.
+            InvalidInputError: as :meth:`check`, or no image.
             UnknownNameError: an unknown ground cost.
         """
-        ball = WassersteinBall(0.0, check_ground(ground), cap)
-        return self._run(images, labels, ball.ground, ball.cap, None)
+        return self._run(images, labels, Threat(ground, cap), None)
 
-    def check(self, images: Tensor, labels: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
-        """Images as a valid batch in float64, labels as int64 (B,), both on the model's device.
+    def check(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> tuple[Tensor, Tensor]:
+        """Images as a valid batch in float64, and labels; see :meth:`flowverify.network.subject.Subject.check`."""
+        images, labels = self.model.check(images, labels, threat)
+        return images.double(), labels
 
-        Raises:
-            InvalidInputError: wrong shape, a pixel that is negative, not finite or above the cap, mass 0, a label
-                that is not a class of the model, or a model that does not take such images.
-        """
-        images = check_images(images).detach().to(self.model.device).double()
-        labels = check_labels(labels, len(images), device=self.model.device)
-        if len(images):
-            labels = check_labels(labels, len(images), self.model.logits(images[:1]).shape[1])
-        if cap is not None and images.numel() and float(images.max()) > cap:
-            at = int((images.flatten(1).amax(1) > cap).nonzero()[0])
-            raise InvalidInputError(
-                f"image {at} has a pixel of {float(images[at].max()):g}: expected at most the cap, {cap:g}"
-            )
-        return images, labels
-
-    def _run(
-        self, images: Tensor, labels: Tensor, ground: str, cap: float | None, radius: float | None
-    ) -> AttackResult:
-        checked, labels = self.check(images, labels, cap)
-        check_ground(ground, Grid.of(checked))
-        if not len(checked):
+    def _run(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> AttackResult:
+        images, labels = self.check(images, labels, threat)
+        if not len(images):
             raise InvalidInputError("images: given none, expected at least one")
+        ball = threat.unlimited(images) if radius is None else Ball(threat, images, threat.budget(radius, images))
+        positions = torch.arange(len(images), device=images.device)
         parts = []
-        for start in range(0, len(checked), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            parts.append(self._run_batch(checked[part], labels[part], start, ground, cap, radius))
+        for start in range(0, len(images), self.batch_size):
+            rows = positions[start : start + self.batch_size]
+            batch = Batch(ball[rows], labels[rows], self.model.logits(images[rows]), positions[rows])
+            parts.append(self._run_batch(batch, radius is None))
         return join(parts)
 
-    def _run_batch(
-        self, images: Tensor, labels: Tensor, start: int, ground: str, cap: float | None, radius: float | None
-    ) -> AttackResult:
+    def _run_batch(self, whole: Batch, nearest: bool) -> AttackResult:
         begin = time.perf_counter()
-        own = self.model.logits(images)
-        right = clean(self.model, images, labels)[1]
+        images, labels = whole.images, whole.labels
+        right = self.model.clean(images, labels)[1]
         final, distance = images.clone(), torch.zeros(len(images), dtype=torch.float64, device=images.device)
         notes = [""] * len(images)
         chosen = right.nonzero().flatten()
         if chosen.numel():
-            mass = channel_masses(images[chosen]).sum(-1)
-            batch = Batch(images[chosen], labels[chosen], own[chosen], mass, chosen + start, ground, cap)
-            limit = None if radius is None else torch.full_like(batch.mass, radius)
-            candidates = self._smallest(batch) if limit is None else self._at_radius(batch, limit)
-            final[chosen], distance[chosen] = confirm(
-                self.model,
-                batch.images,
-                batch.labels,
-                batch.logits,
-                candidates,
-                ground,
-                cap,
-                radius=limit,
-                shorten=self.shorten and limit is None,
-            )
+            batch = whole[chosen]
+            candidates = self.search_nearest(batch) if nearest else self.search(batch)
+            final[chosen], distance[chosen] = confirm(self.model, batch, candidates, shorten=self.shorten and nearest)
             for row in chosen[torch.isinf(distance[chosen])].tolist():
                 offered = bool((candidates[chosen == row] != images[row]).any())
                 notes[row] = "what the search offered did not pass the check" if offered else "the search found none"
-        prediction = clean(self.model, final, labels)[0]
+        prediction = self.model.clean(final, labels)[0]
         outcome = tuple(
             MISCLASSIFIED if not bool(right[k]) else FOUND if bool(torch.isfinite(distance[k])) else NOT_FOUND
             for k in range(len(images))
@@ -217,7 +142,7 @@ class BaseAttack(ABC):
             outcome=outcome,
             note=tuple(notes),
             attack=self.name,
-            ground=ground,
-            cap=cap,
+            ground=whole.ball.threat.ground,
+            cap=whole.ball.threat.cap,
             seconds=time.perf_counter() - begin,
         )

@@ -5,52 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowverify.attack.batch import Batch
 from flowverify.attack.model import AttackedModel
 from flowverify.attack.segment import confirmed_crossing
-from flowverify.transport.distance import channel_masses
-from flowverify.witness import pull_back, repair, replay, surplus
+from flowverify.network.subject import surplus
+from flowverify.witness import replay
 
 
-def confirm(
-    model: AttackedModel,
-    images: Tensor,  # (B, C, H, W), float64
-    labels: Tensor,  # (B,)
-    logits: Tensor,  # (B, classes), of the clean images
-    candidates: Tensor,  # (B, C, H, W)
-    ground: str,
-    cap: float | None,
-    *,
-    radius: Tensor | None = None,  # (B,)
-    shorten: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Checked adversarial images with their exact W1 (B,), in pixels; the clean image and infinity where there is none.
+def confirm(model: AttackedModel, batch: Batch, candidates: Tensor, *, shorten: bool = True) -> tuple[Tensor, Tensor]:
+    """Checked adversarial images with their exact W_p (B,), in pixels; the clean one and infinity where there is none.
 
-    A candidate that lies beyond its radius is pulled back to it along the segment from the clean image; with
+    A candidate (C, H, W) that lies beyond its ball is pulled back to it along the segment from the clean image; with
     ``shorten`` each is pulled back to where it is only just misclassified.
 
     Raises:
         SolverError: an exact distance could not be computed.
     """
-    final = repair(images, candidates, cap)
-    changed = (final != images).flatten(1).any(1)
+    ball, labels, logits = batch.ball, batch.labels, batch.logits
+    final = ball.threat.repair(ball.images, candidates)
+    changed = (final != ball.images).flatten(1).any(1)
     away = model.logits(final) if bool(changed.any()) else logits
     good = changed & (surplus(away, labels) >= 0)
-    if radius is not None and bool(good.any()):
-        chosen = good.nonzero().flatten()
-        final[chosen] = pull_back(images[chosen], final[chosen], ground, radius[chosen])
-        away[chosen] = model.logits(final[chosen])
-        good[chosen] = surplus(away[chosen], labels[chosen]) >= 0
-    if shorten and bool(good.any()):
-        chosen = good.nonzero().flatten()
+    limited = (good & torch.isfinite(ball.budget)).nonzero().flatten()
+    if limited.numel():
+        final[limited] = ball[limited].pull_back(final[limited])
+        away[limited] = model.logits(final[limited])
+        good[limited] = surplus(away[limited], labels[limited]) >= 0
+    chosen = good.nonzero().flatten()
+    if shorten and chosen.numel():
         final[chosen] = confirmed_crossing(
-            model, images[chosen], final[chosen], labels[chosen], (logits[chosen], away[chosen]), cap
+            model, ball.images[chosen], final[chosen], labels[chosen], (logits[chosen], away[chosen]), ball.threat.cap
         )
-    if cap is not None:
-        final = final.clamp(max=cap)  # changes nothing in an image of the threat model
-    distance = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
-    chosen = (good & (channel_masses(images).sum(-1) > 0)).nonzero().flatten()
+    if ball.threat.cap is not None:
+        final = final.clamp(max=ball.threat.cap)  # changes nothing in an image of the threat
+    distance = torch.full((len(batch),), torch.inf, dtype=torch.float64, device=final.device)
     if chosen.numel():
-        limit = None if radius is None else radius[chosen]
-        distance[chosen] = replay(model, images[chosen], labels[chosen], final[chosen], ground, cap, limit)
+        distance[chosen] = replay(model, ball[chosen], labels[chosen], final[chosen])
     kept = torch.isfinite(distance)
-    return torch.where(kept[:, None, None, None], final, images), distance
+    return torch.where(kept[:, None, None, None], final, ball.images), distance

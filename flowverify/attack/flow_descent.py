@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack, Batch
+from flowverify.attack.base import BaseAttack
+from flowverify.attack.batch import Batch
 from flowverify.attack.flow_projection import L1Projection, project_euclidean
 from flowverify.attack.schedule import Schedule
+from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
-from flowverify.transport.ground import parse_ground
-from flowverify.witness import repair, surplus
+from flowverify.network.subject import surplus
 
 PROJECTIONS = ("euclidean", "l1")
 
@@ -64,29 +65,25 @@ class FlowDescent(BaseAttack):
         self.schedule, self.shorten = schedule, shorten
         self._program: L1Projection | None = None
 
-    def _smallest(self, batch: Batch) -> Tensor:
-        return super()._smallest(batch) if self.schedule is None else self._descend(batch, None)
+    def search_nearest(self, batch: Batch) -> Tensor:
+        return super().search_nearest(batch) if self.schedule is None else self._descend(batch, self.schedule)
 
-    def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
-        return self._descend(batch, radius)
+    def search(self, batch: Batch) -> Tensor:
+        return self._descend(batch, None)
 
-    def _descend(self, batch: Batch, radius: Tensor | None) -> Tensor:
-        grid, ground = Grid.of(batch.images), parse_ground(batch.ground)
+    def _descend(self, batch: Batch, schedule: Schedule | None) -> Tensor:
+        grid, threat = batch.ball.grid, batch.ball.threat
         flow = torch.zeros(len(batch), grid.edges, dtype=torch.float64, device=batch.images.device)
         best = batch.images.clone()
         active = torch.arange(len(batch), device=flow.device)
-        steps = self.iterations if radius is not None or self.schedule is None else self.schedule.iterations
+        steps = self.iterations if schedule is None else schedule.iterations
         for iteration in range(steps):
             if not active.numel():
                 break
             part = batch[active]
-            if radius is None:
-                assert self.schedule is not None
-                limit = torch.full_like(part.mass, self.schedule.radius(iteration))
-            else:
-                limit = radius[active]
-            around = [ground.to_l1(one) for one in limit.tolist()]
-            budget = torch.tensor(around, dtype=torch.float64, device=flow.device) * part.mass
+            if schedule is not None:
+                part = part.with_budget(threat.budget(schedule.radius(iteration), part.images))
+            budget = part.ball.within(Threat("l1", threat.cap)).budget
             labels = part.labels
 
             def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
@@ -100,7 +97,7 @@ class FlowDescent(BaseAttack):
             stepped = flow[active] - self.step_size * budget[:, None] * step
             flow[active] = self._project(stepped, part.images, budget, grid)
             # The last of what pixels lack is put right by the repair; it is what would be checked.
-            offered = repair(part.images, part.images + grid.divergence(flow[active]), batch.cap)
+            offered = threat.repair(part.images, part.images + grid.divergence(flow[active]))
             hit = self.model.crossed(offered, labels)
             best[active[hit]] = offered[hit]
             active = active[~hit]

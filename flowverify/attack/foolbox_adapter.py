@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowverify.attack.base import BaseAttack
+from flowverify.ball import Threat
 from flowverify.errors import DependencyError, InvalidInputError
-from flowverify.transport.distance import FLOAT32_MASS_TOLERANCE, wasserstein_distance
-from flowverify.transport.ground import check_ground
-from flowverify.witness import pull_back, repair
+from flowverify.transport.distance import FLOAT32_MASS_TOLERANCE
 
 
 def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1.0) -> Any:
@@ -37,7 +35,7 @@ def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1
         from foolbox.distances import Distance
     except ImportError as error:
         raise DependencyError("this adapter needs foolbox: pip install foolbox") from error
-    check_ground(ground)
+    threat = Threat(ground, cap)
 
     def raw(tensor: Any) -> Tensor:
         value = eagerpy.astensor(tensor).raw
@@ -49,13 +47,14 @@ def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1
         """Exact W1 of normalised images."""
 
         def __call__(self, reference: Any, perturbed: Any) -> Any:
-            distances = _distances(raw(reference), raw(perturbed), ground)
+            clean = raw(reference)
+            distances = threat.distance(clean, raw(perturbed), FLOAT32_MASS_TOLERANCE).to(clean)
             return eagerpy.astensor(distances) if isinstance(reference, eagerpy.Tensor) else distances
 
         def clip_perturbation(self, references: Any, perturbed: Any, epsilon: float) -> Any:
             clean, far = raw(references).double(), raw(perturbed)
-            radius = torch.full((len(clean),), epsilon, dtype=torch.float64, device=clean.device)
-            clipped = pull_back(clean, repair(clean, far, cap), ground, radius).to(far)
+            ball = threat.ball(clean, threat.budget(epsilon, clean))
+            clipped = ball.pull_back(threat.repair(clean, far)).to(far)
             return eagerpy.astensor(clipped) if isinstance(references, eagerpy.Tensor) else clipped
 
     class Adapter(MinimizationAttack):  # type: ignore[misc]
@@ -72,8 +71,3 @@ def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1
             return result if isinstance(inputs, eagerpy.Tensor) else result.raw
 
     return Adapter()
-
-
-def _distances(clean: Tensor, perturbed: Tensor, ground: str) -> Tensor:
-    distance = wasserstein_distance(clean, perturbed, ground, mass_tolerance=FLOAT32_MASS_TOLERANCE)
-    return distance.to(clean)

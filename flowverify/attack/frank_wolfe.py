@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack, Batch
+from flowverify.attack.base import BaseAttack
+from flowverify.attack.batch import Batch
 from flowverify.attack.model import AttackedModel
 from flowverify.attack.rows import Rows, ranked_targets, target_margin
 from flowverify.errors import InvalidInputError
-from flowverify.transport.moves import best_moves
-from flowverify.witness import surplus
+from flowverify.network.subject import surplus
 
 STEPS = (1.0, 0.5, 0.25, 0.1)  # of the line search
 
@@ -44,20 +44,19 @@ class FrankWolfe(BaseAttack):
             raise InvalidInputError(f"iterations {iterations}, targets {targets}: expected at least 1 of each")
         self.iterations, self.targets = iterations, targets
 
-    def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
+    def search(self, batch: Batch) -> Tensor:
         targets, _ = ranked_targets(self.model, batch, self.targets)
         owner = torch.arange(len(batch), device=targets.device).repeat_interleave(targets.shape[1])
         rows = Rows.start(batch, owner, targets.flatten())
         best = batch.images.clone()
-        done = radius <= 0
+        done = batch.ball.budget <= 0
         for _ in range(self.iterations):
             rows = rows[~done[rows.owner]]
             if not len(rows):
                 break
             _, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
-            budget = batch.budget(radius)[rows.owner]
-            goal = best_moves(gradient, rows.clean, budget=budget, ground=batch.ground, cap=batch.cap)
-            step_along(self.model, rows, goal.image, goal.cost, STEPS, torch.full_like(budget, torch.inf))
+            goal = rows.ball.best_moves(gradient)
+            step_along(self.model, rows, goal.image, goal.cost, STEPS, torch.full_like(goal.cost, torch.inf))
             hit = self.model.crossed(rows.iterate.clamp(min=0), rows.label)
             best[rows.owner[hit]] = rows.iterate[hit]
             done = done.index_fill(0, rows.owner[hit], True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowverify.errors import InvalidInputError
-from flowverify.transport.ground import parse_ground
+from flowverify.transport.ground import GroundCost, parse_ground
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class LocalCost:
         size: k, odd.
         norm: of the offset, >= 1; infinity is the maximum norm.
         power: > 0.
+        distance: a ground cost's distance, in place of the norm.
 
     Raises:
         InvalidInputError: another size, norm or power.
@@ -31,6 +32,7 @@ class LocalCost:
     size: int = 5
     norm: float = 2.0
     power: float = 1.0
+    distance: GroundCost | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.size % 2 != 1:
@@ -44,15 +46,18 @@ class LocalCost:
     def of_ground(cls, ground: str, size: int = 5) -> LocalCost:
         """The cost of this name, in its own window or in one of this size."""
         cost = parse_ground(ground)
-        return cls(cost.window or size, 1.0 if cost.distance == "l1" else 2.0, cost.power)
+        return cls(cost.window or size, power=cost.power, distance=cost.distance)
 
     def matrix(self, like: Tensor) -> Tensor:
         """(k * k,), row by row, with the precision and device of ``like``."""
         centre = self.size // 2
         steps = torch.arange(-centre, centre + 1, dtype=torch.float64)
-        offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1)
-        costs: Tensor = torch.linalg.vector_norm(offsets, ord=self.norm, dim=-1) ** self.power
-        return costs.flatten().to(like)
+        rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+        if self.distance is not None:
+            lengths = torch.from_numpy(self.distance.of_offset(rows.numpy(), columns.numpy()))
+        else:
+            lengths = torch.linalg.vector_norm(torch.stack([rows, columns], -1), ord=self.norm, dim=-1)
+        return (lengths**self.power).flatten().to(like)
 
 
 def windows(values: Tensor, size: int) -> Tensor:

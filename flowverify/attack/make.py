@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from flowverify.attack.base import BaseAttack
-from flowverify.attack.flow_descent import FlowDescent
-from flowverify.attack.frank_wolfe import FrankWolfe
-from flowverify.attack.minimal import MinimalRadius
-from flowverify.attack.projected_sinkhorn import ProjectedSinkhorn
-from flowverify.errors import UnknownNameError
-
-ATTACKS: dict[str, Callable[..., BaseAttack]] = {
-    kind.name: kind for kind in (FlowDescent, ProjectedSinkhorn, FrankWolfe, MinimalRadius)
-}
-
-
-def check_attack(name: object) -> str:
-    """Returns the name of an attack, or raises UnknownNameError with the list of valid ones."""
-    if not isinstance(name, str) or name not in ATTACKS:
-        raise UnknownNameError("attack", name, tuple(ATTACKS))
-    return name
+from flowverify.attack.schedule import Schedule
+from flowverify.registry import ATTACKS
 
 
 def make_attack(name: str, model: nn.Module, **options: Any) -> BaseAttack:
-    """The attack of this name on a model; ``options`` are those of its class.
+    """The attack of this name, or MODULE:CLASS, on a model; ``options`` are those of its class.
+
+    A mapping given as ``schedule`` holds the fields of a :class:`~flowverify.attack.schedule.Schedule`.
 
     Raises:
         UnknownNameError: no attack has this name.
         InvalidInputError: a model or an option that the attack does not take.
     """
-    return ATTACKS[check_attack(name)](model, **options)
+    if isinstance(schedule := options.get("schedule"), Mapping):
+        options["schedule"] = Schedule(**schedule)
+    made: BaseAttack = ATTACKS.make(name, ATTACKS.options(name, options), model)
+    return made

@@ -16,13 +16,15 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack, Batch
+from flowverify.attack.base import BaseAttack
+from flowverify.attack.batch import Batch
 from flowverify.attack.frank_wolfe import step_along
-from flowverify.attack.rows import Rows, likeliest, nearest
+from flowverify.attack.rows import Rows, likeliest
 from flowverify.attack.segment import first_crossing
+from flowverify.ball import between
 from flowverify.errors import UnknownNameError
-from flowverify.transport.moves import Moves, best_moves
-from flowverify.witness import between, surplus
+from flowverify.network.subject import surplus
+from flowverify.transport.moves import Moves
 
 
 class Round(NamedTuple):
@@ -78,18 +80,18 @@ class MinimalRadius(BaseAttack):
             raise UnknownNameError("effort", effort, tuple(EFFORTS))
         self.effort = EFFORTS[effort]
 
-    def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
-        return self._search(batch, batch.budget(radius))
+    def search(self, batch: Batch) -> Tensor:
+        return self._search(batch, batch.ball.budget)
 
-    def _smallest(self, batch: Batch) -> Tensor:
-        return self._search(batch, torch.zeros_like(batch.mass))
+    def search_nearest(self, batch: Batch) -> Tensor:
+        return self._search(batch, torch.zeros_like(batch.ball.budget))
 
     def _search(self, batch: Batch, enough: Tensor) -> Tensor:
         """The nearest images found; an image whose cost is at most ``enough`` (B,) is searched no further."""
         state = _Best(batch.images, surplus(batch.logits, batch.labels), self.model.rounding(batch.logits, 4))
         rows, margin, gradient = likeliest(self.model, batch, self.effort.among)
         overshoot = self.effort.overshoot
-        goal = nearest(batch, rows.clean, gradient, -overshoot * margin)
+        goal = rows.nearest(gradient, -overshoot * margin)
         promise = torch.where(goal.gain < -overshoot * margin * (1 - 1e-9), torch.inf, goal.cost)
         promise = self._advance(rows, promise, state, goal, (1.0,))
         for one in self.effort.rounds:
@@ -103,12 +105,12 @@ class MinimalRadius(BaseAttack):
                 if not len(rows):
                     break
                 overshoot *= one.growth
-                goal = self._goal(batch, rows, state, overshoot)
+                goal = self._goal(rows, state, overshoot)
                 last = one.only_unfooled or (one.targets == 1 and iteration == one.iterations - 1)
                 promise = self._advance(rows, promise, state, goal, self.effort.steps, pull_back=not last)
         return state.image
 
-    def _goal(self, batch: Batch, rows: Rows, state: _Best, overshoot: float) -> Moves:
+    def _goal(self, rows: Rows, state: _Best, overshoot: float) -> Moves:
         """Where the f_t - f_y that is linearised at each row's iterate leads: to the best point of the next ball around
         the clean image, or, while nothing has been found, to the nearest one beyond the linearised boundary.
         """
@@ -120,7 +122,7 @@ class MinimalRadius(BaseAttack):
         if not bool(known.all()):
             target = (overshoot * rows.linearised_target(margin, gradient)).nan_to_num(nan=0.0).clamp(min=0)
             target = torch.where(known, torch.inf, target)
-        return best_moves(gradient, rows.clean, budget=bound, target=target, ground=batch.ground, cap=batch.cap)
+        return rows.ball.with_budget(bound).best_moves(gradient, target)
 
     def _advance(
         self,

@@ -13,13 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import BaseAttack, Batch
+from flowverify.attack.base import BaseAttack
+from flowverify.attack.batch import Batch
 from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import MNIST, Schedule
 from flowverify.attack.sinkhorn import project_sinkhorn
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.transport.ground import parse_ground
-from flowverify.witness import repair
 
 NORMS = ("linf", "l2")
 
@@ -74,15 +73,16 @@ class ProjectedSinkhorn(BaseAttack):
         self.projection_iterations = projection_iterations
         self.scheduled: dict[int, float] = {}
 
-    def _at_radius(self, batch: Batch, radius: Tensor) -> Tensor:
-        return self._ascend(batch, radius)
-
-    def _smallest(self, batch: Batch) -> Tensor:
+    def search(self, batch: Batch) -> Tensor:
         return self._ascend(batch, None)
 
-    def _ascend(self, batch: Batch, radius: Tensor | None) -> Tensor:
-        cost = self.cost or LocalCost.of_ground(batch.ground, self.window)
-        dtype, mass = self.model.dtype, batch.mass[:, None, None, None]
+    def search_nearest(self, batch: Batch) -> Tensor:
+        return self._ascend(batch, self.schedule)
+
+    def _ascend(self, batch: Batch, schedule: Schedule | None) -> Tensor:
+        ball, threat = batch.ball, batch.ball.threat
+        cost = self.cost or LocalCost.of_ground(threat.ground, self.window)
+        dtype, mass = self.model.dtype, ball.mass[:, None, None, None]
         clean = (batch.images / mass).to(dtype)
         current, best = batch.images.clone(), batch.images.clone()
         active = torch.arange(len(batch), device=batch.images.device)
@@ -96,20 +96,21 @@ class ProjectedSinkhorn(BaseAttack):
 
             _, gradient = self.model.gradient_of(current[active], loss)
             stepped = (current[active] + self._step(gradient)) / mass[active]
-            within = torch.full_like(batch.mass, self.schedule.radius(iteration)) if radius is None else radius
-            limit = parse_ground(batch.ground).budget(within)
+            if schedule is not None:
+                ball = ball.with_budget(threat.budget(schedule.radius(iteration), batch.images))
+            limit = (ball.budget / ball.mass)[active]
             found = project_sinkhorn(
-                clean[active], stepped.to(dtype), limit[active].to(dtype), cost, self.regularisation,
+                clean[active], stepped.to(dtype), limit.to(dtype), cost, self.regularisation,
                 iterations=self.projection_iterations,
             )  # fmt: skip
-            moved = (found.image.double() * mass[active]).clamp(min=0, max=batch.cap)
+            moved = (found.image.double() * mass[active]).clamp(min=0, max=threat.cap)
             current[active] = torch.where(torch.isfinite(moved), moved, current[active])
             # The projection leaves mass and cap only nearly right: what counts is the repaired image.
-            offered = repair(batch.images[active], current[active], batch.cap)
+            offered = threat.repair(batch.images[active], current[active])
             hit = self.model.crossed(offered, labels)
             best[active[hit]] = offered[hit]
-            if radius is None:
-                self.scheduled |= dict.fromkeys(batch.positions[active[hit]].tolist(), self.schedule.radius(iteration))
+            if schedule is not None:
+                self.scheduled |= dict.fromkeys(batch.positions[active[hit]].tolist(), schedule.radius(iteration))
             active = active[~hit]
         return best
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowverify.results import Verdict
+
 FOUND, NOT_FOUND, MISCLASSIFIED = "found", "not found", "misclassified"
+VERDICTS = {FOUND: Verdict.FALSIFIED, NOT_FOUND: Verdict.UNKNOWN, MISCLASSIFIED: Verdict.MISCLASSIFIED}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ class AttackResult:
         return len(self.outcome)
 
     def to_json(self, index: int) -> dict[str, Any]:
-        """One image's outcome as plain JSON values; ``radius`` is null where nothing was found."""
+        """One image's outcome as plain JSON values; ``radius`` is null where nothing was found.
+
+        ``verdict`` says the same in the words of certificates: of the radius asked about, or of the one found.
+        """
         radius = float(self.radius[index])
         record: dict[str, Any] = {
             "label": int(self.label[index]),
@@ -60,6 +66,7 @@ class AttackResult:
             "ground": self.ground,
             "cap": self.cap,
             "outcome": self.outcome[index],
+            "verdict": str(VERDICTS[self.outcome[index]]),
             "radius": radius if self.found[index] else None,
             "seconds": round(self.seconds / len(self), 6),
         }

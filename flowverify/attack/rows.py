@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.attack.base import Batch
+from flowverify.attack.batch import Batch
 from flowverify.attack.model import AttackedModel
-from flowverify.transport.moves import Moves, best_moves
+from flowverify.ball import Ball
+from flowverify.transport.moves import Moves
 
 
 @dataclass
@@ -18,13 +19,13 @@ class Rows:
 
     Attributes:
         owner: the row's image in the batch, (R,).
-        clean: mu, (R, C, H, W); label, target: (R,).
+        ball: that image's, R of them; label, target: (R,).
         iterate: a point of the threat model, (R, C, H, W).
         cost: an upper bound of W1(mu, iterate), in mass times pixels, (R,).
     """
 
     owner: Tensor
-    clean: Tensor
+    ball: Ball
     label: Tensor
     target: Tensor
     iterate: Tensor
@@ -32,8 +33,13 @@ class Rows:
 
     @classmethod
     def start(cls, batch: Batch, owner: Tensor, target: Tensor) -> Rows:
-        clean = batch.images[owner]
-        return cls(owner, clean, batch.labels[owner], target, clean.clone(), torch.zeros_like(batch.mass[owner]))
+        ball = batch.ball[owner]
+        return cls(owner, ball, batch.labels[owner], target, ball.images.clone(), torch.zeros_like(ball.budget))
+
+    @property
+    def clean(self) -> Tensor:
+        """mu, (R, C, H, W)."""
+        return self.ball.images
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -56,6 +62,11 @@ class Rows:
     def linearised_target(self, margin: Tensor, gradient: Tensor) -> Tensor:
         """What g . (nu - mu) has to reach for the linearised f_t - f_y to be 0: -margin + g . (iterate - mu)."""
         return -margin + (gradient * (self.iterate - self.clean)).flatten(1).sum(1)
+
+    def nearest(self, gradient: Tensor, target: Tensor) -> Moves:
+        """The nearest points of half-spaces g . (nu - mu) >= target, (R,), whatever the budget."""
+        target = target.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return self.ball.threat.unlimited(self.clean).best_moves(gradient, target)
 
 
 def target_margin(logits: Tensor, rows: Rows, chosen: Tensor) -> Tensor:
@@ -86,13 +97,7 @@ def ranked_targets(model: AttackedModel, batch: Batch, count: int, among: int = 
         Classes (B, count) and the exact W1 to those boundaries, in mass times pixels; infinite out of reach.
     """
     rows, margin, gradient = likeliest(model, batch, among)
-    found = nearest(batch, rows.clean, gradient, -margin)
+    found = rows.nearest(gradient, -margin)
     cost = torch.where(found.gain < -margin * (1 - 1e-9), torch.inf, found.cost).reshape(len(batch), -1)
     cost, order = cost.sort(dim=1, stable=True)
     return rows.target.reshape(len(batch), -1).gather(1, order)[:, :count], cost[:, :count]
-
-
-def nearest(batch: Batch, clean: Tensor, gradient: Tensor, target: Tensor) -> Moves:
-    """The nearest points of half-spaces under the threat model of the batch."""
-    target = target.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return best_moves(gradient, clean, target=target, ground=batch.ground, cap=batch.cap)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowverify.attack.model import AttackedModel
-from flowverify.witness import between, fooled, surplus
+from flowverify.ball import between
+from flowverify.network.subject import surplus
 
 BEYOND = 0.01  # a trial lands this far past the expected crossing, since only that side is of use
 SETTLED = 3e-4  # of the clean margin: what is beyond the boundary by so little is near enough
@@ -71,7 +72,7 @@ def confirmed_crossing(
     logits: tuple[Tensor, Tensor],  # (B, classes) each
     cap: float | None = None,
 ) -> Tensor:
-    """Images just beyond the boundary by which the network is fooled (:mod:`flowverify.witness`).
+    """Images just beyond the boundary by which the network is fooled (:mod:`flowverify.network.subject`).
 
     Where no point tried is, the image is ``far``.
 
@@ -87,6 +88,6 @@ def confirmed_crossing(
         if not todo.numel():
             break
         images = between(clean[todo], far[todo], trial[todo]).clamp(max=torch.inf if cap is None else cap)
-        hit = fooled(model, images, labels[todo])
+        hit = model.fooled(images, labels[todo])
         result[todo[hit]], confirmed[todo[hit]] = images[hit], True
     return result

@@ -4,41 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flowverify.attack.make import ATTACKS
+from pydantic import Field
+
 from flowverify.bench import sources
-from flowverify.bench.fields import Fields
-from flowverify.bench.image_tasks import ImageTasks
+from flowverify.bench.image_tasks import ImageRun
 from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
-from flowverify.errors import InvalidInputError
+from flowverify.registry import ATTACKS
+from flowverify.settings import OneOf, SettingError, settings, several
 
 if TYPE_CHECKING:
     from flowverify.attack.base import BaseAttack
     from flowverify.attack.result import AttackResult
     from flowverify.data import Dataset
 
-VERDICTS = {"found": "falsified", "not found": "unknown", "misclassified": "misclassified"}
+
+AttackName = Annotated[str, OneOf(tuple(ATTACKS), outside=True)]
 
 
-class Attack(Kind):
-    """Every model x attack x ground cost x radius of a run, over its images."""
+@settings
+class AttackRun(ImageRun):
+    """Every model x attack x ground cost x radius, over the same images; ``search`` is for the nearest images."""
+
+    kind: Literal["attack"] = Field("attack", description="Jobs that attack.")
+    attacks: Annotated[list[AttackName], several(AttackName)] = Field(description=f"{ATTACKS.listing()}.")
+    options: dict[str, Any] = Field(
+        {}, description="Of the attack's class; schedule: {first: .., factor: .., every: .., iterations: ..}."
+    )
+
+
+class Attack(Kind[AttackRun]):
+    """Attacks, and their checked results."""
 
     name = "attack"
+    settings = AttackRun
 
-    def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
-        images = ImageTasks.read(fields, defaults)
-        attacks = fields.names("attacks", tuple(ATTACKS))
-        cap = fields.cap()
-        options = fields.take("options", {})
-        if not isinstance(options, dict):
-            raise fields.wrong("options", options, "options of the attack with their values")
-        fields.finish()
-        after = [f"{key} {_text(value)}" for key, value in options.items()]
-        ways = [([attack], {"attack": attack, "cap": cap, "options": dict(options)}, after) for attack in attacks]
-        tasks = list(images.expand(self.name, ways, sources.positions_of(fields, images.data, defaults)))
+    def expand(self, run: AttackRun, defaults: Defaults) -> list[Task]:
+        after = [f"{key} {_text(value)}" for key, value in run.options.items()]
+        ways = [([attack], {"attack": attack, "options": dict(run.options)}, after) for attack in run.attacks]
+        tasks = list(run.tasks(ways, defaults))
         for task in tasks:
-            _try(fields, task)
+            _try(task)
         return tasks
 
     def prepare(self, task: Task, context: Context) -> Prepared:
@@ -56,7 +63,7 @@ class _Attack(Prepared):
         self._attack, self._data, self._settings = attack, data, settings
 
     def run(self, positions: Sequence[int]) -> list[Record]:
-        from flowverify.threat import WassersteinBall
+        from flowverify.ball import WassersteinBall
 
         chosen = self._data[list(positions)]
         radius, ground, cap = (self._settings[key] for key in ("radius", "ground", "cap"))
@@ -70,7 +77,7 @@ class _Attack(Prepared):
         record = found.to_json(index)
         distance = record.pop("radius")
         record["radius"] = self._settings["radius"]
-        record["verdict"] = VERDICTS[record.pop("outcome")]
+        record.pop("outcome")
         if record["verdict"] == "falsified":
             record["upper_radius"] = distance
         return record
@@ -78,12 +85,9 @@ class _Attack(Prepared):
 
 def _attack(task: Task, data: Dataset, context: Context) -> BaseAttack:
     from flowverify.attack.make import make_attack
-    from flowverify.attack.schedule import Schedule
 
     network = sources.network(task.settings["model"], data.input_shape).to(context.device)
     options = {"batch_size": task.chunk, "seed": context.seed, **task.settings["options"]}
-    if isinstance(options.get("schedule"), dict):
-        options["schedule"] = Schedule(**options["schedule"])
     return make_attack(task.settings["attack"], network, **options)
 
 
@@ -92,11 +96,11 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-def _try(fields: Fields, task: Task) -> None:
+def _try(task: Task) -> None:
     """Builds the attack once, so that an option that it does not take is found before anything starts."""
     if not task.settings["options"]:
         return
     try:
         _attack(task, sources.dataset(task.settings["data"]), Context())
     except (TypeError, ValueError, LookupError) as error:
-        raise InvalidInputError(f"{fields.name('options')}: {error}") from error
+        raise SettingError("options", str(error)) from error

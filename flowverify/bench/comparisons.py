@@ -5,31 +5,15 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from statistics import mean, median
+from typing import Annotated
 
-from flowverify.bench.fields import Fields
+from pydantic import BeforeValidator, Field
+
 from flowverify.bench.statistics import TaskRecords, radius_of
 from flowverify.bench.tasks import Task
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One claim of a paper.
-
-    Attributes:
-        claim, source, paper: what is claimed, where, and the number, as text.
-        measure: a name in :data:`MEASURES`.
-        of: the name of the task that is measured.
-        over: what it is compared with: the name of a task, or a number; None where the measure needs none.
-    """
-
-    claim: str
-    source: str
-    paper: str
-    measure: str
-    of: str
-    over: str | float | None = None
+from flowverify.settings import OneOf, Settings, Text, expected, settings, wrong
 
 
 def _ratio(first: float, second: float) -> float:
@@ -74,25 +58,43 @@ NUMBER = "median radius over number"
 MEASURES = (*ONE, *TWO, NUMBER)
 
 
-def read_comparison(fields: Fields, tasks: Sequence[Task]) -> Comparison:
-    """Reads one entry of ``comparisons``; ``of`` and ``over`` are names of tasks, with * for any text.
+@settings
+class Comparison(Settings):
+    """A paper's number beside ours."""
+
+    claim: Text = Field(description="What is claimed.")
+    source: Text = Field(description="Where.")
+    paper: Annotated[
+        str,
+        expected("text or a number"),
+        BeforeValidator(
+            lambda value: str(value) if type(value) in (int, float) else value, json_schema_input_type=str | int | float
+        ),
+    ] = Field(description="The number.")
+    measure: Annotated[str, OneOf(MEASURES)] = Field(description=f"{', '.join(MEASURES)}.")
+    of: Text = Field(description="The name of the task that is measured, with * for any text.")
+    over: str | float | None = Field(
+        None, description=f"What it is compared with: a task, a number for {NUMBER!r}, nothing for a single task."
+    )
+
+
+def resolved(comparison: Comparison, tasks: Sequence[Task]) -> Comparison:
+    """The comparison with the names of its tasks in place of their patterns.
 
     Raises:
-        InvalidInputError: see :class:`~flowverify.bench.fields.Fields`; or a pattern that does not fit one task.
+        SettingError: a pattern that does not fit one task, or ``over`` is not what the measure needs.
     """
-    claim, source = fields.text("claim"), fields.text("source")
-    paper = fields.take("paper")
-    if not isinstance(paper, str | int | float) or isinstance(paper, bool):
-        raise fields.wrong("paper", paper, "text or a number")
-    measure = fields.one_of("measure", MEASURES)
-    of = _task(fields, "of", fields.text("of"), tasks)
-    over: str | float | None = None
-    if measure in TWO:
-        over = _task(fields, "over", fields.text("over"), tasks)
-    elif measure == NUMBER:
-        over = fields.number("over", above=True)
-    fields.finish()
-    return Comparison(claim, source, str(paper), measure, of, over)
+    over = comparison.over
+    if comparison.measure in TWO:
+        if not isinstance(over, str):
+            raise wrong("over", over, "the name of a task")
+        over = _task("over", over, tasks)
+    elif comparison.measure == NUMBER:
+        if not isinstance(over, float) or not 0 < over < math.inf:
+            raise wrong("over", over, "a number > 0")
+    elif over is not None:
+        raise wrong("over", over, f"nothing for the measure {comparison.measure!r}")
+    return replace(comparison, of=_task("of", comparison.of, tasks), over=over)
 
 
 def measured(comparison: Comparison, tasks: Mapping[str, TaskRecords]) -> float:
@@ -124,9 +126,9 @@ def evidence(comparison: Comparison, tasks: Mapping[str, TaskRecords]) -> str:
     return text
 
 
-def _task(fields: Fields, key: str, pattern: str, tasks: Sequence[Task]) -> str:
+def _task(key: str, pattern: str, tasks: Sequence[Task]) -> str:
     found = [task.name for task in tasks if fnmatch.fnmatchcase(task.name, pattern)]
     if len(found) != 1:
         names = ", ".join(found or [task.name for task in tasks])
-        raise fields.wrong(key, pattern, f"the name of one task, it fits {len(found)}: {names}")
+        raise wrong(key, pattern, f"the name of one task, it fits {len(found)}: {names}")
     return found[0]

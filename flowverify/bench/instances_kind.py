@@ -14,15 +14,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from flowverify.bench import sources
-from flowverify.bench.fields import Fields
 from flowverify.bench.statistics import ON_WORD
-from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
+from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Run, Task
 from flowverify.errors import BoundError, InvalidInputError
 from flowverify.export.folder import MANIFEST, load_arrays, model_digest
 from flowverify.export.results import WORDS, collect, read_manifest
+from flowverify.settings import Text, expected, settings, unexpected, wrong
 from flowverify.zoo import list_models
 
 if TYPE_CHECKING:
@@ -34,42 +36,57 @@ VERDICTS = {"unsat": "certified", "sat": "unknown", "timeout": "timeout", "unkno
 NOT_REPLAYED = "a counterexample that was not replayed: no original network is known"
 
 
-class Instances(Kind):
+def _command(words: list[str]) -> list[str]:
+    try:
+        _fill(words, dict.fromkeys(PLACES, ""))
+    except (KeyError, IndexError, ValueError) as error:
+        raise unexpected(f"no other places than {', '.join(PLACES)}") from error
+    return words
+
+
+@settings
+class InstancesRun(Run):
     """One record for each line of ``file``: ``network.onnx,property.vnnlib,timeout`` relative to the file."""
 
-    name = "instances"
+    kind: Literal["instances"] = Field("instances", description="In the manner of the competition VNN-COMP.")
+    file: Text = Field(description="Such as export/instances.csv, relative to the suite.")
+    command: Annotated[
+        list[str],
+        Field(min_length=1),
+        AfterValidator(_command),
+        expected("a list of words, such as [verifier, {onnx}, {vnnlib}, {timeout}]"),
+    ] = Field(description=f"The verifier, started for each line; its places are {', '.join(PLACES)}.")
+    model: sources.Model | None = Field(
+        None, description="What was exported, to replay counterexamples; a shipped model is known by itself."
+    )
 
-    def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
-        path = sources.resolved(fields.text("file"), defaults.folder)
-        label = fields.text("label", path.parent.name)
-        command = fields.take("command")
-        if not isinstance(command, list) or not command or not all(isinstance(one, str) for one in command):
-            raise fields.wrong("command", command, "a list of words, such as [verifier, {onnx}, {vnnlib}, {timeout}]")
-        try:
-            _fill(command, dict.fromkeys(PLACES, ""))
-        except (KeyError, IndexError, ValueError) as error:
-            raise fields.wrong("command", command, f"no other places than {', '.join(PLACES)}") from error
-        model = _original(fields, path.parent, defaults)
-        fields.finish()
+
+class Instances(Kind[InstancesRun]):
+    """An outside verifier, started once for each line."""
+
+    name = "instances"
+    settings = InstancesRun
+
+    def expand(self, run: InstancesRun, defaults: Defaults) -> list[Task]:
+        path = sources.resolved(run.file, defaults.folder)
+        model = _original(run, path.parent)
         lines = _read(path)
-        settings = {"file": str(path), "command": command, "lines": [list(line) for line in lines], "model": model}
+        settings = {"file": str(path), "command": run.command, "lines": [list(line) for line in lines], "model": model}
         if model is not None:
             settings["sha256"] = sources.digest(model)
-        return [Task(f"instances/{label}", self.name, settings, tuple(range(len(lines))), 1)]
+        return [Task(f"instances/{run.label or path.parent.name}", self.name, settings, tuple(range(len(lines))), 1)]
 
     def prepare(self, task: Task, context: Context) -> Prepared:
         return _Instances(task)
 
 
-def _original(fields: Fields, folder: Path, defaults: Defaults) -> str | None:
+def _original(run: InstancesRun, folder: Path) -> str | None:
     """The network that was exported: the one given, or the shipped model that the manifest names."""
     exported = (folder / MANIFEST).is_file()
-    if fields.has("model"):
-        model = sources.read_model(fields, "model", defaults.folder)
+    if run.model is not None:
         if not exported:
-            raise fields.wrong("model", model, f"instances of an export, with {MANIFEST} beside them")
-        return model
-    fields.take("model", None)
+            raise wrong("model", run.model, f"instances of an export, with {MANIFEST} beside them")
+        return run.model
     named = read_manifest(folder)["model"] if exported else None
     return named if named in [card.name for card in list_models()] else None
 

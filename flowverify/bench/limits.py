@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = "none"
     try:
-        from flowverify.lirpa.backend import VERSION
+        from flowverify.bounds.crown.backend import VERSION
 
         versions["auto_LiRPA"] = VERSION
     except ImportError:

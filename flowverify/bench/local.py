@@ -35,10 +35,17 @@ class LocalBackend(Backend):
         workers: how many processes; None for one a processor.
         memory: MiB for each worker; None for an equal share of the machine. Not enforced on CUDA, whose driver
             reserves more addresses than there is memory.
+        processors: whose threads are shared; None for all that there are.
     """
 
-    def __init__(self, context: Context, workers: int | None = None, memory: float | None = None) -> None:
-        processors = available_processors()
+    def __init__(
+        self,
+        context: Context,
+        workers: int | None = None,
+        memory: float | None = None,
+        processors: int | None = None,
+    ) -> None:
+        processors = processors or available_processors()
         self.workers = workers or processors
         threads = max(1, processors // self.workers)
         if context.device != "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from flowverify.bench.suite import Budget
 from flowverify.bench.tasks import Job
 from flowverify.errors import BoundError
 
-STARTING = 120.0  # seconds in which a worker must be there
+STARTING = 600.0  # seconds in which a worker must be there; one that dies is missed at once
 FAILED_STARTS = 3
 
 
@@ -96,14 +96,17 @@ class Times:
 
 
 class Pool:
-    """Runs jobs on the workers of a backend, each within its budget; use as a context manager.
+    """Runs jobs on the workers of a backend, each within its budget.
+
+    Args:
+        clock: of the budgets, in seconds.
 
     Raises:
         BoundError: workers do not start.
     """
 
-    def __init__(self, backend: Backend, budget: Budget) -> None:
-        self._backend, self._budget = backend, budget
+    def __init__(self, backend: Backend, budget: Budget, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backend, self._budget, self._clock = backend, budget, clock
         self._slots: list[_Slot] = []
         self._failed_starts = 0
         self.times = Times()
@@ -117,7 +120,7 @@ class Pool:
         if any(slot.state == "ready" for slot in self._slots):
             return True
         if len(self._slots) < self._backend.workers:
-            now = time.monotonic()
+            now = self._clock()
             self._slots.append(_Slot(self._backend.launch(), "starting", now, now + STARTING))
         return False
 
@@ -129,17 +132,17 @@ class Pool:
 
     def wait(self) -> list[Outcome]:
         """Waits until something has happened, and returns what it did to jobs."""
-        now = time.monotonic()
+        now = self._clock()
         pending = [slot for slot in self._slots if slot.state != "ready"]
         nearest = min((slot.deadline for slot in pending), default=now)
         ready = self._backend.wait([slot.worker for slot in pending], max(0.0, min(nearest - now, 1.0)))
         outcomes = [self._answer(slot) for slot in pending if slot.worker in ready]
-        now = time.monotonic()
+        now = self._clock()
         outcomes += [self._late(slot) for slot in pending if slot.worker not in ready and now >= slot.deadline]
         return [outcome for outcome in outcomes if outcome is not None]
 
     def close(self) -> None:
-        end = time.monotonic()
+        end = self._clock()
         for slot in list(self._slots):
             self._drop(slot, end)
         self._backend.close()
@@ -147,7 +150,7 @@ class Pool:
     def _request(self, slot: _Slot, action: Literal["prepare", "run"], seconds: float) -> None:
         assert slot.job is not None
         slot.state = action
-        slot.deadline = time.monotonic() + seconds
+        slot.deadline = self._clock() + seconds
         slot.worker.send(action, slot.job)
 
     def _answer(self, slot: _Slot) -> Outcome | None:
@@ -177,7 +180,7 @@ class Pool:
             self._drop(slot)
             self._broken_start(reply.reason)
             return
-        now = time.monotonic()
+        now = self._clock()
         self.times.starting += now - slot.since
         self._failed_starts = 0
         slot.since, slot.state = now, "ready"
@@ -204,7 +207,7 @@ class Pool:
             slot.worker.kill()
         self._slots.remove(slot)
         if slot.state != "starting":
-            self.times.present += (time.monotonic() if end is None else end) - slot.since
+            self.times.present += (self._clock() if end is None else end) - slot.since
 
     def _broken_start(self, reason: str) -> None:
         self._failed_starts += 1

@@ -3,12 +3,16 @@
 import gc
 from contextlib import suppress
 
-import flowverify.bench.kinds
 import flowverify.bench.limits
 import flowverify.bench.session
+from flowverify.bench.kinds import KINDS
+from flowverify.registry import METHODS
 
+for name in KINDS:
+    KINDS.find(name)
 with suppress(ImportError):  # auto_LiRPA is missing: the jobs that need it say so
-    import flowverify.certifiers.make
+    for name in METHODS:
+        METHODS.find(name)
 flowverify.bench.limits.environment()
 gc.collect()
 gc.freeze()  # what is here stays: collections in the workers need not look at it, nor copy its pages

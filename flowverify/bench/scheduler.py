@@ -61,28 +61,29 @@ def run_suite(
     *,
     retry_timeouts: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> RunReport:
     """Computes what the store lacks, and what it holds as ``error``.
 
     A job of several images that fails is divided into its images, so that one image costs no other its result. A
     job whose worker died is tried once more as a whole, since the cause may have been outside. Images that fail
-    alone become records with the verdict ``error`` or ``timeout`` and the reason.
+    alone become records with the verdict ``error`` or ``timeout`` and the reason. Budgets are seconds of ``clock``.
 
     Raises:
         DataError: the store cannot be written to; what it holds is kept.
         BoundError: workers do not start.
     """
-    begin, before = time.monotonic(), len(store.records)
+    begin, before = clock(), len(store.records)
     queue = deque(_open_jobs(suite, store, retry_timeouts))
     missing = {key for job in queue for key in job.keys if _wanted(store.records.get(key), retry_timeouts)}
     added, failed = 0, 0
 
     def report() -> None:
         if on_progress is not None:
-            elapsed = time.monotonic() - begin
+            elapsed = clock() - begin
             on_progress(Progress(suite.size - len(missing), suite.size, added, failed, elapsed))
 
-    pool = Pool(backend, suite.budget)
+    pool = Pool(backend, suite.budget, clock)
     report()
     try:
         while queue or pool.busy:
@@ -102,7 +103,7 @@ def run_suite(
     finally:
         with _undisturbed():
             pool.close()
-            seconds = time.monotonic() - begin
+            seconds = clock() - begin
             if added:
                 with suppress(DataError):  # a full disk has said so already
                     store.log(_log_entry(backend, pool.times, before, added, seconds, complete=not missing))

@@ -6,32 +6,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from flowverify.bench import sources
-from flowverify.bench.fields import Fields
-from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Task
+from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Run, Task
 from flowverify.errors import BoundError
+from flowverify.settings import Text, expected, settings, wrong
 
 LAST_LINES = 3
 
 
-class Script(Kind):
-    """``python -m MODULE ARGUMENTS`` in a folder; one record, with everything that it printed."""
+@settings
+class ScriptRun(Run):
+    """``python -m MODULE ARGUMENTS`` in a folder."""
+
+    kind: Literal["script"] = Field("script", description="One record, with everything that a script printed.")
+    module: Text = Field(description="Of the script, such as benchmarks.linear_radii.")
+    arguments: Annotated[list[str | int | float], expected("a list of text and numbers")] = Field(
+        [], description="What it is given."
+    )
+    folder: Text = Field(".", description="Where it runs, relative to the suite.")
+
+
+class Script(Kind[ScriptRun]):
+    """One record, with everything that the script printed."""
 
     name = "script"
+    settings = ScriptRun
 
-    def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
-        module = fields.text("module")
-        label = fields.text("label", module.rpartition(".")[2])
-        arguments = fields.take("arguments", [])
-        if not isinstance(arguments, list) or not all(isinstance(one, str | int | float) for one in arguments):
-            raise fields.wrong("arguments", arguments, "a list of text and numbers")
-        folder = sources.resolved(fields.text("folder", "."), defaults.folder)
-        fields.finish()
-        if not (folder / f"{module.replace('.', '/')}.py").is_file():
-            raise fields.wrong("module", module, f"a module in {folder}")
-        settings = {"module": module, "arguments": [str(one) for one in arguments], "folder": str(folder)}
-        return [Task(f"script/{label}", self.name, settings, (0,), 1)]
+    def expand(self, run: ScriptRun, defaults: Defaults) -> list[Task]:
+        folder = sources.resolved(run.folder, defaults.folder)
+        if not (folder / f"{run.module.replace('.', '/')}.py").is_file():
+            raise wrong("module", run.module, f"a module in {folder}")
+        arguments = [str(one) for one in run.arguments]
+        settings = {"module": run.module, "arguments": arguments, "folder": str(folder)}
+        return [Task(f"script/{run.label or run.module.rpartition('.')[2]}", self.name, settings, (0,), 1)]
 
     def prepare(self, task: Task, context: Context) -> Prepared:
         return _Script(task)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flowverify.bench.fields import Fields
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
 from flowverify.bench.tasks import Defaults
-from flowverify.data import DATASETS, SPLITS, load_dataset, parse_index
-from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError
+from flowverify.data import SPLITS, load_dataset, parse_index
+from flowverify.errors import FlowverifyError, ModelFileError
+from flowverify.registry import DATASETS
+from flowverify.settings import OneOf, SettingError, Settings, expected, settings, several, unexpected
 from flowverify.zoo import list_models, load_card, load_model
 
 if TYPE_CHECKING:
@@ -18,61 +22,71 @@ if TYPE_CHECKING:
     from flowverify.network import Network
 
 
-def read_data(fields: Fields, folder: str) -> dict[str, Any]:
-    """The values of ``data``: name, split, index, folder of the files; paths are made absolute."""
-    name = fields.text("name")
+def _data_name(name: str, info: ValidationInfo) -> str:
     if name.endswith(".npz"):
-        name = str(resolved(name, folder))
-    elif name not in DATASETS:
-        raise fields.wrong("name", name, f"one of {', '.join(DATASETS)} or a path that ends in .npz")
-    split = fields.one_of("split", SPLITS, "test")
-    index = fields.take("index", ":")
-    if isinstance(index, int) and not isinstance(index, bool):
-        index = str(index)
-    if not isinstance(index, str):
-        raise fields.wrong("index", index, "text such as 0:100, :50 or 3,7,9")
-    own = fields.text("folder", "")
-    fields.finish()
-    return {"name": name, "split": split, "index": index, "folder": str(resolved(own, folder)) if own else None}
-
-
-def read_models(fields: Fields, folder: str, default: Any = ...) -> list[str]:
-    """The values of ``models``: names of shipped models, or paths of ONNX files, which are made absolute."""
-    return [_model(fields, "models", name, folder) for name in fields.names("models", default=default)]
-
-
-def read_model(fields: Fields, key: str, folder: str) -> str:
-    """The value of a key that names one model, as :func:`read_models` has it."""
-    return _model(fields, key, fields.text(key), folder)
-
-
-def _model(fields: Fields, key: str, name: str, folder: str) -> str:
-    if name.endswith(".onnx"):
-        path = resolved(name, folder)
-        if not path.is_file():
-            raise fields.wrong(key, name, "an ONNX file that exists")
-        return str(path)
-    shipped = [card.name for card in list_models()]
-    if name not in shipped:
-        raise fields.wrong(key, name, f"one of {', '.join(shipped)} or a path that ends in .onnx")
+        return str(resolved(name, info.context["folder"])) if info.context else name
+    if name not in DATASETS and not DATASETS.is_outside(name):
+        raise unexpected(f"one of {', '.join(DATASETS)} or a path that ends in .npz")
     return name
 
 
-def positions_of(fields: Fields, data: Mapping[str, Any], defaults: Defaults) -> tuple[int, ...]:
+def _data_folder(folder: str | None, info: ValidationInfo) -> str | None:
+    return str(resolved(folder, info.context["folder"])) if folder and info.context else folder or None
+
+
+def _index(index: object) -> object:
+    return str(index) if type(index) is int else index
+
+
+@settings
+class Data(Settings):
+    """Images of a data set."""
+
+    name: Annotated[str, AfterValidator(_data_name), expected("a name")] = Field(
+        description=f"{', '.join(DATASETS)}, or an .npz file relative to the suite."
+    )
+    split: Annotated[str, OneOf(SPLITS)] = Field("test", description="train or test.")
+    index: Annotated[
+        str, expected("text such as 0:100, :50 or 3,7,9"), BeforeValidator(_index, json_schema_input_type=str | int)
+    ] = Field(":", description="Which images: 0:100, :50, 5 or 3,7,9.")
+    folder: Annotated[str | None, AfterValidator(_data_folder), expected("a folder")] = Field(
+        None, description="Of the data files, relative to the suite."
+    )
+
+
+def _model(name: str, info: ValidationInfo) -> str:
+    if name.endswith(".onnx"):
+        path = resolved(name, info.context["folder"]) if info.context else Path(name)
+        if not path.is_file():
+            raise unexpected("an ONNX file that exists")
+        return str(path)
+    shipped = [card.name for card in list_models()]
+    if name not in shipped:
+        raise unexpected(f"one of {', '.join(shipped)} or a path that ends in .onnx")
+    return name
+
+
+Model = Annotated[str, AfterValidator(_model), expected("the name of a model")]
+"""A shipped model, or the path of an ONNX file, which is made absolute."""
+Models = Annotated[list[Model], several(Model)]
+
+
+def positions_of(data: Data, defaults: Defaults) -> tuple[int, ...]:
     """The positions that ``data.index`` selects.
 
     Raises:
-        InvalidInputError, DataError: they are not in the data set, or it cannot be loaded.
+        SettingError: they are not in the data set, or it cannot be loaded.
     """
-    key = repr(sorted((name, value) for name, value in data.items() if name != "index"))
+    values = asdict(data)
+    key = repr(sorted((name, value) for name, value in values.items() if name != "index"))
     try:
         if key not in defaults.lengths:
-            defaults.lengths[key] = len(dataset(data))
-        chosen = tuple(parse_index(data["index"], defaults.lengths[key]))
+            defaults.lengths[key] = len(dataset(values))
+        chosen = tuple(parse_index(data.index, defaults.lengths[key]))
     except FlowverifyError as error:
-        raise type(error)(f"{fields.name('data')}: {error}") from error
+        raise SettingError("data", str(error)) from error
     if len(set(chosen)) < len(chosen):
-        raise InvalidInputError(f"{fields.name('data')}: index {data['index']!r} selects an image twice")
+        raise SettingError("data", f"index {data.index!r} selects an image twice")
     return chosen
 
 

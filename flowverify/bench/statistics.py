@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from flowverify.ball import distance_name
 from flowverify.bench.tasks import Record, Task
 from flowverify.certifiers.ends import CLOSED, Ends, bracketed, count_closed, ends_of, median_text, upper_text
-from flowverify.threat import distance_name
 
 FAILURES = ("error", "timeout")
 ON_WORD = "on the verifier's word"  # the evidence of a record that an outside verifier answers for

@@ -1,34 +1,27 @@
-"""The records of a run: JSON Lines that only ever grow, on disk before anything else happens.
-
-A record is a line. Records are appended by one write, which is flushed to the disk before it counts, so that a
-process that is killed leaves whole lines and at most one torn line at the end; the next one cuts it off. An
-``error`` that was tried again is superseded by the later line, and is removed when the store is opened next.
-"""
+"""The folder of a run: its suite, its records (:mod:`flowverify.records`), and the log of its processes."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from flowverify.bench.suite import Suite
 from flowverify.bench.tasks import Key, Record
 from flowverify.errors import DataError, InvalidInputError
-from flowverify.lock import take_lock
+from flowverify.records import RecordFile, read_records, write_whole
 
-RECORDS, SUITE, LOCK, RUNS = "records.jsonl", "suite.json", "lock", "runs.jsonl"
+RECORDS, SUITE, RUNS = "records.jsonl", "suite.json", "runs.jsonl"
+NEEDED = ("task", "index", "verdict")
 
 
 def key_of(record: Record) -> Key:
     return record["task"], record["index"]
 
 
-class Store:
+class Store(RecordFile[Key]):
     """The folder of one suite, locked for one run; use as a context manager.
 
     Raises:
@@ -38,24 +31,18 @@ class Store:
 
     def __init__(self, folder: str | Path, suite: Suite) -> None:
         self.folder = Path(folder)
-        self._path = self.folder / RECORDS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            if not (self.folder / SUITE).is_file():
+                self._check_empty()
+            super().__init__(self.folder / RECORDS, key_of, NEEDED)
+            try:
+                self._claim(suite)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        try:
-            take_lock(self._lock, str(self.folder))
-            self._claim(suite)
-            self._superseded = False
-            self.records = self._recover({(task.name, index) for task in suite.tasks for index in task.positions})
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            os.close(self._lock)
-            raise _unwritable(self.folder, error) from error
-        except BaseException:
-            os.close(self._lock)
-            raise
 
     def append(self, records: Sequence[Record]) -> None:
         """Adds records; when it returns they are on the disk.
@@ -67,43 +54,25 @@ class Store:
         for record in records:
             known = self.records.get(key_of(record))
             if known is not None and known["verdict"] not in ("error", "timeout"):
-                raise InvalidInputError(f"record {key_of(record)} is in {self._path} already")
-        content = "".join(_line(record) for record in records).encode()
-        size = os.fstat(self._file).st_size
-        try:
-            _write(self._file, content)
-        except OSError as error:
-            os.ftruncate(self._file, size)  # the file system may have taken a part of it
-            kept = f"; the {len(self.records)} records before are kept"
-            raise DataError(f"{self._path}: cannot be written to ({error.strerror}){kept}") from error
-        for record in records:
-            self._superseded |= self.records.pop(key_of(record), None) is not None
-            self.records[key_of(record)] = record
+                raise InvalidInputError(f"record {key_of(record)} is in {self.path} already")
+        super().append(records)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Adds a line about a run, which no result depends on."""
-        file = os.open(self.folder / RUNS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            _write(file, _line(entry).encode())
+            with RecordFile(self.folder / RUNS, id) as runs:
+                runs.append([entry])
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        finally:
-            os.close(file)
 
-    def close(self) -> None:
-        os.close(self._file)
-        if self._superseded:
-            with suppress(OSError):  # a full disk: the next run does it
-                self._rewrite()
-        os.close(self._lock)  # and with it goes the lock
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _check_empty(self) -> None:
+        """A new folder may hold what a run leaves that was killed before it had written its suite."""
+        left = (RECORDS, f".{SUITE}.new", "lock")
+        for one in sorted(self.folder.iterdir()):
+            if one.name not in left or (one.name == RECORDS and one.stat().st_size):
+                raise InvalidInputError(
+                    f"{self.folder}: holds {one.name} and no results, expected an empty or new folder"
+                )
 
     def _claim(self, suite: Suite) -> None:
         """Writes the suite into a new folder, or compares it with the one that is there."""
@@ -115,23 +84,10 @@ class Store:
                     f"{self.folder}: holds results of another suite, {known.name!r} ({known.fingerprint[:12]}), "
                     f"expected {suite.name!r} ({suite.fingerprint[:12]}) or a new folder"
                 )
-        elif others := sorted(one.name for one in self.folder.iterdir() if one.name not in (LOCK, f".{SUITE}.new")):
-            raise InvalidInputError(f"{self.folder}: holds {others[0]} and no results, expected an empty or new folder")
-        _replace(path, json.dumps(suite.to_json(), indent=1).encode())
-
-    def _recover(self, expected: set[Key]) -> dict[Key, Record]:
-        """The last record of each key; makes the file what it should be if it is not."""
-        content = self._path.read_bytes() if self._path.is_file() else b""
-        kept = parse_records(content, self._path)
-        if foreign := next((key for key in kept if key not in expected), None):
-            raise DataError(f"{self._path}: holds a record of {foreign}, which is not in this suite")
-        self.records = kept
-        if content and (content.count(b"\n") != len(kept) or not content.endswith(b"\n")):
-            self._rewrite()
-        return kept
-
-    def _rewrite(self) -> None:
-        _replace(self._path, "".join(_line(record) for record in self.records.values()).encode())
+        expected = {(task.name, index) for task in suite.tasks for index in task.positions}
+        if foreign := next((key for key in self.records if key not in expected), None):
+            raise DataError(f"{self.path}: holds a record of {foreign}, which is not in this suite")
+        os.close(write_whole(path, json.dumps(suite.to_json(), indent=1).encode()))
 
 
 def read_folder(folder: str | Path) -> tuple[Suite, list[Record], list[dict[str, Any]]]:
@@ -145,77 +101,9 @@ def read_folder(folder: str | Path) -> tuple[Suite, list[Record], list[dict[str,
     if not (folder / SUITE).is_file():
         raise InvalidInputError(f"{folder}: holds no {SUITE}, expected the folder of a run (flowverify bench --out)")
     suite = _read_suite(folder / SUITE)
-    path = folder / RECORDS
-    known = parse_records(path.read_bytes(), path) if path.is_file() else {}
+    known = {key_of(record): record for record in read_records(folder / RECORDS, NEEDED)}
     order = [(task.name, index) for task in suite.tasks for index in task.positions]
-    log = list(_lines((folder / RUNS).read_bytes(), folder / RUNS)) if (folder / RUNS).is_file() else []
-    return suite, [known[key] for key in order if key in known], log
-
-
-def parse_records(content: bytes, path: Path) -> dict[Key, Record]:
-    """The last record of each key; a torn last line is left out.
-
-    Raises:
-        DataError: another line is no record.
-    """
-    result: dict[Key, Record] = {}
-    for record in _lines(content, path):
-        result.pop(key_of(record), None)
-        result[key_of(record)] = record
-    return result
-
-
-def _lines(content: bytes, path: Path) -> Iterator[Record]:
-    parts = content.split(b"\n")
-    last = len(parts) - 1 if parts[-1] else len(parts) - 2
-    needed = {"task", "index", "verdict"} if path.name == RECORDS else set()
-    for number, part in enumerate(parts[:-1]):  # what follows the last line break is torn
-        try:
-            record = json.loads(part)
-            if not isinstance(record, dict) or not needed <= set(record):
-                raise ValueError("no record")
-        except ValueError as error:
-            if number == last:  # blocks that a crash of the machine left unwritten
-                return
-            raise DataError(f"{path}: line {number + 1} is damaged, expected a record") from error
-        yield record
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return value
-
-
-def _write(file: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(file, content) :]
-    os.fsync(file)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file in one step: whoever is killed leaves the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.new")
-    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        _write(file, content)
-    finally:
-        os.close(file)
-    scratch.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    return suite, [known[key] for key in order if key in known], read_records(folder / RUNS)
 
 
 def _read_suite(path: Path) -> Suite:
@@ -231,6 +119,3 @@ def _read_suite(path: Path) -> Suite:
 
 def _unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(f"{folder}: cannot be written to ({error.strerror or error}), expected a writable folder")
-
-
-__all__ = ["RECORDS", "Store", "key_of", "parse_records", "read_folder"]

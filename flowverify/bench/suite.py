@@ -5,31 +5,95 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
+
+from pydantic import Field, TypeAdapter, ValidationInfo, WithJsonSchema, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from flowverify.bench import sources
-from flowverify.bench.comparisons import Comparison, read_comparison
-from flowverify.bench.fields import Fields, read_yaml
+from flowverify.bench.attack_kind import AttackRun
+from flowverify.bench.certify_kind import CertifyRun
+from flowverify.bench.comparisons import Comparison, resolved
+from flowverify.bench.instances_kind import InstancesRun
 from flowverify.bench.kinds import find_kind
-from flowverify.bench.tasks import Context, Defaults, Job, Task
+from flowverify.bench.script_kind import ScriptRun
+from flowverify.bench.tasks import Context, Defaults, Job, Run, Task
 from flowverify.errors import FlowverifyError, InvalidInputError
+from flowverify.settings import (
+    Natural,
+    Positive,
+    PositiveNumber,
+    SettingError,
+    Settings,
+    Text,
+    expected,
+    read_settings,
+    read_yaml,
+    settings,
+)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a job may use.
+@settings
+class Budget(Settings):
+    """What a job may use."""
 
-    Attributes:
-        seconds: for each image; a job of many images has the sum.
-        preparation: seconds for loading, tracing and compiling, once for each worker and task.
-        memory: MiB that a worker may add to what it has when it starts; None for an equal share of the machine.
-    """
+    seconds: PositiveNumber = Field(default=300.0, description="For each image; a job of many images has the sum.")
+    preparation: PositiveNumber = Field(
+        default=600.0, description="Seconds for loading, tracing and compiling, once for each worker and task."
+    )
+    memory: PositiveNumber | None = Field(
+        default=None,
+        description="MiB that a worker may add to what it starts with; by default an equal share of the machine.",
+    )
 
-    seconds: float = 300.0
-    preparation: float = 600.0
-    memory: float | None = None
+
+def _read_run(values: Any, handler: object, info: ValidationInfo) -> Run:
+    """A run as its kind wants it; those of the package's own kinds stand in the schema."""
+    name = values.get("kind", "certify") if isinstance(values, Mapping) else "certify"
+    try:
+        kind = find_kind(str(name))
+    except FlowverifyError as error:
+        raise PydanticCustomError("refused", "{reason}", {"reason": str(error)}) from error
+    return TypeAdapter(kind.settings).validate_python(values, context=info.context)
+
+
+OwnRun = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "description": "A run of somebody else's kind, a class derived from flowverify.bench.tasks.Kind.",
+            "properties": {"kind": {"type": "string", "pattern": ":", "description": "MODULE:CLASS."}},
+            "required": ["kind"],
+        }
+    ),
+]
+AnyRun = Annotated[CertifyRun | AttackRun | InstancesRun | ScriptRun | OwnRun, WrapValidator(_read_run)]
+
+
+@settings
+class SuiteFile(Settings):
+    """A suite of `flowverify bench`: what is to be computed, and what it is compared with."""
+
+    name: Text = Field(description="Of the suite.")
+    description: str = Field("", description="What it is for.")
+    seed: Natural = Field(0, description="Of what is random.")
+    device: Annotated[str, Field(pattern="^(cpu|cuda)(:[0-9]+)?$"), expected("cpu, cuda or cuda:N")] = Field(
+        "cpu", description="Where to compute: cpu, cuda or cuda:N."
+    )
+    chunk: Positive = Field(50, description="Images computed together; results may depend on it in the last digits.")
+    models: sources.Models | None = Field(
+        None, description="Of runs that have none: shipped models, or ONNX files relative to this file."
+    )
+    data: sources.Data | None = Field(None, description="Of runs that have none.")
+    budget: Budget = Field(default=Budget(), description="Time and memory of jobs.")
+    runs: Annotated[list[AnyRun], Field(min_length=1)] = Field(
+        description="Every combination in a run is a task; a record is one image of one task."
+    )
+    comparisons: list[Comparison] = Field([], description="Numbers of papers beside ours.")
 
 
 @dataclass(frozen=True)
@@ -77,72 +141,46 @@ class Suite:
 
 
 def read_suite(path: str | Path) -> Suite:
-    """Reads and checks a suite file; benchmarks/README.md lists its keys.
+    """Reads and checks a suite file, a :class:`SuiteFile`.
 
     Raises:
-        InvalidInputError: not YAML, or a key that is unknown, missing, or has a value that is not valid.
-        DataError, ModelFileError, UnknownNameError: a data set or a model that is not there.
+        InvalidInputError: not YAML, or a key that is unknown, missing, or has a value that is not valid; or a data set
+            or a model that is not there.
     """
     path = Path(path)
+    folder = str(path.resolve().parent)
     try:
-        return _parse(Fields(read_yaml(path), ""), str(path.resolve().parent))
-    except InvalidInputError as error:
-        prefix = "" if str(error).startswith("suite ") else f"suite {path}: "
+        return _expand(read_settings(SuiteFile, read_yaml(path), "suite", folder=folder), folder)
+    except FlowverifyError as error:
+        prefix = "suite " if str(error).startswith(str(path)) else f"suite {path}: "
         raise InvalidInputError(f"{prefix}{error}") from error
 
 
-def _parse(fields: Fields, folder: str) -> Suite:
-    name = fields.text("name")
-    description = fields.text("description", "")
-    context = Context(fields.integer("seed", 0), _device(fields))
-    budget = _budget(fields.inside("budget", {}))
-    data = fields.take("data", {})
-    defaults = Defaults(
-        models=sources.read_models(fields, folder, []) if fields.has("models") else [],
-        data=data,
-        chunk=fields.integer("chunk", 50, least=1),
-        folder=folder,
-    )
-    tasks = [task for run in fields.each("runs", lambda run: _run(run, defaults)) for task in run]
-    comparisons = fields.each("comparisons", lambda one: read_comparison(one, tasks), [])
-    fields.finish()
-    if not tasks:
-        raise fields.wrong("runs", [], "at least one")
+def _expand(file: SuiteFile, folder: str) -> Suite:
+    defaults = Defaults(file.models or [], file.data, file.chunk, folder)
+    tasks: list[Task] = []
+    for number, run in enumerate(cast("list[Run]", file.runs)):
+        with _place(f"runs[{number}]"):
+            tasks += find_kind(run.kind).expand(run, defaults)
     names = [task.name for task in tasks]
     for task in names:
         if names.count(task) > 1:
             raise InvalidInputError(f"runs: {task!r} is there twice, expected runs that differ, or a label for one")
-    return Suite(name, " ".join(description.split()), context, budget, tuple(tasks), tuple(comparisons))
+    comparisons = []
+    for number, comparison in enumerate(file.comparisons):
+        with _place(f"comparisons[{number}]"):
+            comparisons.append(resolved(comparison, tasks))
+    context = Context(file.seed, file.device)
+    description = " ".join(file.description.split())
+    return Suite(file.name, description, context, file.budget, tuple(tasks), tuple(comparisons))
 
 
-def _run(fields: Fields, defaults: Defaults) -> list[Task]:
-    kind = fields.text("kind", "certify")
+@contextmanager
+def _place(place: str) -> Iterator[None]:
+    """Says where in the suite something is wrong."""
     try:
-        return find_kind(kind).expand(fields, defaults)
+        yield
+    except SettingError as error:
+        raise SettingError(f"{place}.{error.place}", error.reason) from error
     except FlowverifyError as error:
-        if isinstance(error, InvalidInputError):
-            raise
-        prefix = "" if str(error).startswith(fields.place) else f"{fields.place}: "
-        raise InvalidInputError(f"{prefix}{error}") from error
-
-
-def _device(fields: Fields) -> str:
-    device = fields.text("device", "cpu")
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise fields.wrong("device", device, "cpu, cuda or cuda:N")
-    return device
-
-
-def _budget(fields: Fields) -> Budget:
-    plain = Budget()
-    memory = fields.take("memory", None)
-    if memory is not None:
-        memory = Fields({"memory": memory}, fields.place).number("memory", above=True)
-    budget = Budget(
-        seconds=fields.number("seconds", plain.seconds, above=True),
-        preparation=fields.number("preparation", plain.preparation, above=True),
-        memory=memory,
-    )
-    fields.finish()
-    return budget
+        raise InvalidInputError(f"{place}: {error}") from error

@@ -1,9 +1,8 @@
-"""The tables of a report: as rows, and as CSV, LaTeX and HTML made of them."""
+"""The tables of a report: as rows, and as CSV."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import math
 from collections.abc import Sequence
@@ -16,10 +15,6 @@ from flowverify.bench.tasks import Record
 from flowverify.certifiers.ends import CLOSED, count_closed, median_upper
 
 VERDICTS = ("certified", CERTIFIED_ON_WORD, "falsified", "unknown", "misclassified", "timeout", "error")
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,48 +26,16 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     left: tuple[str, ...] = ()
 
-    def aligned_left(self, column: int) -> bool:
-        return column == 0 or self.columns[column] in self.left
-
-    def to_html(self) -> str:
-        def cells(tag: str, values: Sequence[str]) -> str:
-            kinds = ["left" if self.aligned_left(k) else "right" for k in range(len(values))]
-            parts = zip(kinds, values, strict=True)
-            return "".join(f'<{tag} class="{kind}">{html.escape(value)}</{tag}>' for kind, value in parts)
-
-        body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        head = f"<thead><tr>{cells('th', self.columns)}</tr></thead>"
-        return f"<h2>{html.escape(self.title)}</h2>\n<table>{head}\n<tbody>{body}</tbody></table>\n"
-
-    def to_latex(self) -> str:
-        """A booktabs table."""
-        alignment = "".join("l" if self.aligned_left(k) else "r" for k in range(len(self.columns)))
-        lines = [" & ".join(map(latex, row)) + r" \\" for row in (self.columns, *self.rows)]
-        return "\n".join(
-            [
-                r"\begin{table}",
-                rf"\caption{{{latex(self.title)}}}",
-                rf"\begin{{tabular}}{{{alignment}}}",
-                r"\toprule",
-                lines[0],
-                r"\midrule",
-                *lines[1:],
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
+    @property
+    def alignment(self) -> list[str]:
+        """``left`` or ``right`` for each column."""
+        return ["left" if k == 0 or name in self.left else "right" for k, name in enumerate(self.columns)]
 
     def to_csv(self) -> str:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerows([self.columns, *self.rows])
         return buffer.getvalue()
-
-
-def latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
 def summary(tasks: Sequence[TaskRecords]) -> Table:

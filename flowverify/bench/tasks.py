@@ -5,11 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from flowverify.bench.fields import Fields
+from pydantic import Field
 
-Record = dict[str, Any]  # plain JSON values
+from flowverify.records import Record as Record
+from flowverify.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from flowverify.bench.sources import Data
+
 Key = tuple[str, int]  # of a record: the name of its task, and the position of its image
 
 
@@ -69,8 +74,8 @@ class Job:
 class Defaults:
     """What a run of a suite takes over where it does not say otherwise."""
 
-    models: list[str]
-    data: Mapping[str, Any]
+    models: Sequence[str]
+    data: Data | None
     chunk: int
     folder: str  # of the suite file: relative paths start there
     lengths: dict[str, int] = field(default_factory=dict)  # of data sets that were loaded already
@@ -84,17 +89,30 @@ class Prepared(ABC):
         """One record for each position, in their order."""
 
 
-class Kind(ABC):
-    """One kind of jobs."""
+@settings
+class Run(Settings):
+    """What every entry of ``runs`` has; a kind derives its own."""
+
+    kind: str = Field(description="certify, attack, instances, script, or MODULE:CLASS of one's own.")
+    label: str = Field("", description="Before the names of the tasks, where two runs would have the same.")
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+class Kind(ABC, Generic[AnyRun]):
+    """One kind of jobs. ``settings`` is what a run of this kind holds, a class of :mod:`flowverify.settings`."""
 
     name: ClassVar[str]
+    settings: ClassVar[type[Run]]
 
     @abstractmethod
-    def expand(self, fields: Fields, defaults: Defaults) -> list[Task]:
+    def expand(self, run: AnyRun, defaults: Defaults) -> list[Task]:
         """The tasks that a run of a suite stands for; loads no more than it takes to find mistakes.
 
         Raises:
-            FlowverifyError: a value that is not valid; the message names the key.
+            SettingError: a value that is not valid, by its key in the run.
+            FlowverifyError: anything else that a user can mend.
         """
 
     @abstractmethod

@@ -7,105 +7,63 @@ network and shared by the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from flowverify.ball import Ball, Threat
 from flowverify.bounds.intervals import Interval
-from flowverify.lirpa.warm_start import WarmStart
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.network import Network, affine_rows
 from flowverify.transport.dilation import lipschitz_constant
-from flowverify.transport.support import inner, support
+from flowverify.transport.support import inner
 
-CHUNK_ENTRIES = 1 << 26
+CHUNK_ENTRIES = 1 << 26  # of rows that are bounded at once, so that a large layer is never copied whole
 
 
 class AffineValue:
-    """One affine value of a network, ready to be bounded over balls.
+    """One affine value of a network, ready to be bounded over balls of a threat.
 
     Args:
         network: the network in canonical form.
         name: a value in ``network.affine_of_input()``.
         dtype: the precision of the bounds.
-        ground, cap: the ground cost of the balls, and the largest value of a pixel in them.
     """
 
-    def __init__(
-        self, network: Network, name: str, dtype: torch.dtype, ground: str = "l1", cap: float | None = None
-    ) -> None:
+    def __init__(self, network: Network, name: str, dtype: torch.dtype, threat: Threat) -> None:
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         rows, bias = affine_rows(network, name, dtype)
-        self.name = name
-        self.shape: tuple[int, ...] = network.input_shape if name == "input" else network.node(name).shape
+        self.name, self.threat = name, threat
+        self.shape = network.shape(name)
         self.bias = bias.to(device)
         self.rows = rows.to(device).reshape(-1, *network.input_shape)
-        self.ground, self.cap = ground, cap
-        self.lipschitz = lipschitz_constant(self.rows, ground)
+        self.lipschitz = lipschitz_constant(self.rows, threat.ground)
 
-    def bounds(
-        self, images: Tensor, budget: Tensor, feasible: bool, tolerance: float | None, warm_start: WarmStart | None
-    ) -> Interval:
-        """Lower and upper bounds over the ball around each image, of shape (B, *shape).
-
-        Args:
-            images: (B, C, H, W).
-            budget: what the plans from each image may cost, (B,).
-            feasible: whether the ball holds nonnegative images only (fine-tuned) or all (vanilla).
-        """
-        centre = inner(self.rows, images) + self.bias
-        if feasible:
-            above = self._excess(self.rows, +1, images, budget, tolerance, warm_start)
-            below = self._excess(self.rows, -1, images, budget, tolerance, warm_start)
+    def bounds(self, ball: Ball, tolerance: float | None = None, warm_start: WarmStart | None = None) -> Interval:
+        """Lower and upper bounds over each ball, of shape (B, *shape)."""
+        centre = inner(self.rows, ball.images) + self.bias
+        if self.threat.positive:
+            above, below = (self._excess(sign, ball, tolerance, warm_start) for sign in (+1, -1))
         else:
-            above = below = budget[:, None].to(images.dtype) * self.lipschitz
+            above = below = ball.budget[:, None].to(centre) * self.lipschitz
         lower, upper = centre - below, centre + above
         return lower.reshape(-1, *self.shape), upper.reshape(-1, *self.shape)
 
-    def margins(
-        self,
-        specification: Tensor,  # (B, S, entries)
-        images: Tensor,
-        budget: Tensor,
-        feasible: bool,
-        tolerance: float | None,
-    ) -> Tensor:
-        """Exact lower bounds of linear functions of the value, (B, S): for networks that are affine."""
+    def margins(self, specification: Tensor, ball: Ball, tolerance: float | None = None) -> Tensor:
+        """Exact lower bounds of linear functions (B, S, entries) of the value, (B, S): for networks that are affine."""
         rows = torch.einsum("bse,ep->bsp", specification, self.rows.flatten(1))
         rows = rows.reshape(*specification.shape[:2], *self.rows.shape[1:])
-        centre = inner(rows, images) + specification @ self.bias
-        if not feasible:
-            return centre - budget[:, None].to(images.dtype) * lipschitz_constant(rows, self.ground)
-        found = support(-rows, images, budget, tolerance=tolerance, ground=self.ground, cap=self.cap)
-        return centre - found.excess
+        centre = inner(rows, ball.images) + specification @ self.bias
+        return centre - ball.support(-rows, tolerance=tolerance).excess
 
-    def _excess(
-        self,
-        rows: Tensor,
-        sign: int,
-        images: Tensor,
-        budget: Tensor,
-        tolerance: float | None,
-        warm_start: WarmStart | None,
-    ) -> Tensor:
-        def solve(part: Tensor) -> Tensor:
-            guess = None if warm_start is None else warm_start.guess(sign, part.shape[0])
-            solution = support(
-                sign * part, images, budget, guess=guess, tolerance=tolerance, ground=self.ground, cap=self.cap
-            )
+    def _excess(self, sign: int, ball: Ball, tolerance: float | None, warm_start: WarmStart | None) -> Tensor:
+        size = max(1, CHUNK_ENTRIES // self.rows[0].numel())
+        parts = []
+        for start in range(0, len(self.rows), size):
+            rows, guess = self.rows[start : start + size], None
             if warm_start is not None:
-                warm_start.keep(sign, solution.multiplier)
-            return solution.excess
-
-        return _in_chunks(solve, rows, warm_start, self.name)
-
-
-def _in_chunks(solve: Callable[[Tensor], Tensor], rows: Tensor, warm_start: WarmStart | None, name: str) -> Tensor:
-    """Applies ``solve`` to runs of rows, so that a large layer is never copied whole."""
-    size = max(1, CHUNK_ENTRIES // rows[0].numel())
-    parts = []
-    for start in range(0, rows.shape[0], size):
-        if warm_start is not None:
-            warm_start.place = ("first layer", name, start)
-        parts.append(solve(rows[start : start + size]))
-    return torch.cat(parts, dim=1)
+                guess = warm_start.at(("first layer", self.name, start)).guess(sign, len(rows))
+            found = ball.support(sign * rows, guess=guess, tolerance=tolerance)
+            if warm_start is not None:
+                warm_start.keep(sign, found.multiplier)
+            parts.append(found.excess)
+        return torch.cat(parts, dim=1)

@@ -1,47 +1,68 @@
-"""The balls that are bounded, with and without positivity, and the bounds: their names, what each is made of."""
+"""The names of what bounds: the engines, and the bounds made of them; nothing heavy is imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowverify.errors import UnknownNameError
+from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.registry import OUTSIDE, Entry, Registry, imported, is_outside
 
-METHODS: dict[str, str] = {
-    "vanilla": "the L1 ball in the flow domain (framework paper, Theorem 3)",
-    "fine-tuned": "the flows of the L1 ball that lead to images, R + A delta >= 0 (Theorem 6)",
-}
+ENGINES = Registry(
+    "engine of bounds",
+    {
+        "interval": Entry(
+            "interval arithmetic above an exact first layer", "flowverify.bounds.interval_engine:IntervalEngine"
+        ),
+        "crown": Entry("CROWN, by auto_LiRPA", "flowverify.bounds.crown.engine:CrownEngine"),
+        "alpha-crown": Entry("CROWN with optimised slopes", "flowverify.bounds.crown.engine:AlphaCrownEngine"),
+    },
+)
+"""Classes on the protocol of :class:`flowverify.bounds.engine.Engine`, loaded when a bound asks for them."""
 
 
 @dataclass(frozen=True)
-class BoundRecipe:
-    """Where the intervals of the activations, and the final margins, come from."""
+class Bound:
+    """A bound as a composition of engines, by name or ``MODULE:CLASS``.
+
+    Attributes:
+        neurons: who bounds what activations read: the tightest at every neuron, one activation after another, in this
+            order. Interval propagation always decides first which neurons need a bound.
+        margins: who bounds the margins: the largest.
+    """
 
     description: str
-    intermediate_interval: bool  # interval propagation bounds the activations' inputs
-    intermediate_crown: bool  # CROWN bounds them; with both, the tighter at every neuron
-    final_interval: bool
-    final_crown: bool
-    final_alpha: bool = False
+    neurons: tuple[str, ...]
+    margins: tuple[str, ...]
 
 
-BOUNDS: dict[str, BoundRecipe] = {
-    "ibp": BoundRecipe("intervals above an exact first layer", True, False, True, False),
-    "crown-ibp": BoundRecipe("CROWN over interval bounds", True, False, False, True),
-    "crown": BoundRecipe("CROWN for every layer", False, True, False, True),
-    "alpha-crown": BoundRecipe("CROWN with optimised slopes", False, True, False, True, final_alpha=True),
-    "best": BoundRecipe("the tighter of intervals and CROWN at every neuron", True, True, True, True),
-}
+BOUNDS: dict[str, Bound] = {
+    "ibp": Bound("intervals above an exact first layer", ("interval",), ("interval",)),
+    "crown-ibp": Bound("CROWN over interval bounds", ("interval",), ("crown",)),
+    "crown": Bound("CROWN for every layer", ("crown",), ("crown",)),
+    "alpha-crown": Bound("CROWN with optimised slopes", ("alpha-crown",), ("alpha-crown",)),
+    "best": Bound(
+        "the tighter of intervals and CROWN at every neuron", ("interval", "crown"), ("interval", "crown")
+    ),
+}  # fmt: skip
 
 
-def check_bound(bound: str) -> BoundRecipe:
-    """The recipe of a bound, or raises UnknownNameError with the valid names."""
-    if bound not in BOUNDS:
-        raise UnknownNameError("bound", bound, tuple(BOUNDS))
-    return BOUNDS[bound]
+def check_bound(bound: str | Bound) -> Bound:
+    """The composition of a bound: of its name, or MODULE:NAME of a :class:`Bound` of somebody else's.
 
-
-def check_method(method: str) -> str:
-    """Returns the name of a method, or raises UnknownNameError with the valid ones."""
-    if method not in METHODS:
-        raise UnknownNameError("method", method, tuple(METHODS))
-    return method
+    Raises:
+        UnknownNameError: no bound has this name.
+        InvalidInputError: there is no such object, or it is no bound.
+    """
+    if isinstance(bound, Bound):
+        return bound
+    if bound in BOUNDS:
+        return BOUNDS[bound]
+    if not is_outside(bound):
+        raise UnknownNameError("bound", bound, (*BOUNDS, OUTSIDE))
+    try:
+        found = imported(bound)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidInputError(f"bound {bound!r}: {error}, expected a Bound as {OUTSIDE}") from error
+    if not isinstance(found, Bound):
+        raise InvalidInputError(f"bound {bound!r}: {found!r}, expected a Bound")
+    return found

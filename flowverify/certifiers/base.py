@@ -2,120 +2,107 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowverify.conventions import check_labels
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.errors import BoundError, SolverError
 from flowverify.network import Network, RoundingBound, load_network
+from flowverify.network.subject import Subject
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.threat import WassersteinBall, check_cap, check_images
-from flowverify.transport.ground import check_ground, parse_ground
-from flowverify.transport.support import support
-from flowverify.witness import TwoPrecisions, clean
 
 
 class BaseCertifier(ABC):
     """A method of certification applied to one network.
 
+    A subclass answers ``certify`` and ``search``. Its options are keyword-only parameters of its constructor, or the
+    fields of a dataclass that it names as ``Options`` and takes as ``options``; see :mod:`flowverify.registry`.
+
     Args:
         model: a network, a ``torch.nn.Module`` or the path of an ONNX file.
         method, bound: names, as they appear in the certificates.
         input_shape: (C, H, W), where the model does not say.
+
+    Attributes:
+        network: in its canonical form.
+        subject: the network in both precisions: what it takes, what it answers, what counts as misclassified.
     """
+
+    batched: ClassVar[bool] = True  # False: images are taken one by one, and each may take long
 
     def __init__(
         self, model: str | Path | nn.Module, method: str, bound: str, input_shape: tuple[int, int, int] | None = None
     ) -> None:
         self.network: Network = load_network(model, input_shape)
         self.method, self.bound = method, bound
-        self._precise: Network | None = None
-        self._rounding: RoundingBound | None = None
+        self.subject = Subject(self.network)
 
     @abstractmethod
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides the radius of ``ball`` for each image of a batch (B, C, H, W)."""
 
     @abstractmethod
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
-        """The largest certified radius of each image of a batch (B, C, H, W)."""
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
+        """The largest certified radius of each image of a batch (B, C, H, W); by default for l1, without a cap."""
 
-    def prepare(self, ground: str = "l1", cap: float | None = None) -> None:
+    def prepare(self, threat: Threat | None = None) -> None:
         """Builds what the first batch would build, so that it is not timed, and what is wrong comes out first."""
         image = torch.ones(1, 1, 2, 2, device=self.device)
+        threat = Threat() if threat is None else threat
+        # A window would not fit on so small an image.
+        small = Threat(threat.cost.distance.name, None if threat.cap is None else 1.0)
         for dtype in (torch.float32, torch.float64):
-            support(image[None].to(dtype), image.to(dtype), image.new_ones(1), maximiser=True)
-            if ground != "l1" or cap is not None:
-                name = parse_ground(ground).distance  # a window would not fit on so small an image
-                support(
-                    image[None].to(dtype),
-                    image.to(dtype),
-                    image.new_ones(1),
-                    ground=name,
-                    cap=None if cap is None else 1.0,
-                )
+            for one in dict.fromkeys((Threat(), small)):
+                one.ball(image.to(dtype), 1.0).support(image[None].to(dtype), maximiser=True)
 
     @property
     def device(self) -> torch.device:
-        return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+        return self.subject.device
 
     @property
     def precise(self) -> Network:
         """The network in float64."""
-        if self._precise is None:
-            self._precise = copy.deepcopy(self.network).double()
-        return self._precise
+        network = self.subject.precise
+        assert isinstance(network, Network)
+        return network
 
-    @property
-    def subject(self) -> TwoPrecisions:
-        """The network in both precisions, as counterexamples are replayed on it."""
-        return TwoPrecisions(self.network, self.precise)
-
-    def check(
-        self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Images as a valid batch, and labels as int64 of its length, on the network's device.
-
-        Raises:
-            InvalidInputError: wrong shape, a pixel that is negative, not finite or above the cap, mass 0, a label
-                that is no class of the network, a ground cost that does not fit the images.
-            UnknownNameError: an unknown ground cost.
-        """
-        check_ground(ground, self.network.grid)
-        images = check_images(images, self.network.grid).detach().to(self.device)
-        check_cap(images, cap)
-        return images, check_labels(labels, len(images), self.network.num_classes, self.device)
+    def check(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> tuple[Tensor, Tensor]:
+        """Images as a valid batch, and labels; see :meth:`flowverify.network.subject.Subject.check`."""
+        return self.subject.check(images, labels, threat)
 
     def clean(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions, and whether each image is classified right; see :mod:`flowverify.witness`."""
-        return clean(self.subject, images, labels)
+        """Predictions, and whether each image is classified right; see :mod:`flowverify.network.subject`."""
+        return self.subject.clean(images, labels)
+
+    @cached_property
+    def _rounding(self) -> RoundingBound:
+        return RoundingBound(self.precise)
 
     def allowance(self, images: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
         """What margins are lowered by before they count as proven, for rounding in float64.
 
         Args:
             images: (B, C, H, W).
-            budget: of the balls, radius times mass (radius^p times mass for a power p), (B,); 0 at the images.
+            budget: of the balls around them, (B,); 0 at the images.
             displaced: mass by which the centres of the balls are off, (B,).
 
         Returns:
             (B,), by :class:`~flowverify.network.rounding.RoundingBound`; infinite or NaN where nothing can be proven.
         """
-        if self._rounding is None:
-            self._rounding = RoundingBound(self.precise)
         return self._rounding.margins(images.flatten(1).double().sum(1), budget, displaced)
 
     def one_by_one(
         self,
         images: Tensor,
         labels: Tensor,
-        ball: WassersteinBall,
-        searching: bool,
+        threat: Threat,
+        radius: float | None,
         one: Callable[[Tensor, Tensor, Tensor], Certificate],
     ) -> list[Certificate]:
         """What ``one`` says of each image (C, H, W), float64, with its label and prediction, if it is classified right.
@@ -123,20 +110,19 @@ class BaseCertifier(ABC):
         An image for which a solver or a bound fails has the verdict ``error``, and the message in its note.
 
         Args:
-            ball: its ground cost and cap, and, unless ``searching``, its radius.
+            radius: that is asked about; None for a search.
 
         Raises:
             Interrupted: at Ctrl-C, with what is known until then.
             InvalidInputError, UnknownNameError: see :meth:`check`.
         """
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, threat)
         result: list[Certificate] = []
         if not len(images):
             return result
-        radius = 0.0 if searching else ball.radius
 
         def nothing(label: Tensor, prediction: Tensor, verdict: Verdict, note: str = "") -> Certificate:
-            return self.certificate(label, prediction, verdict, ball.ground, radius, 0.0, cap=ball.cap, note=note)
+            return self.certificate(label, prediction, verdict, threat, radius or 0.0, 0.0, note=note)
 
         for image, label, prediction, correct in zip(images, labels, *self.clean(images, labels), strict=True):
             if not bool(correct):
@@ -154,20 +140,20 @@ class BaseCertifier(ABC):
 
     def certificate(
         self,
-        label: Tensor,
-        prediction: Tensor,
+        label: Tensor | int,
+        prediction: Tensor | int,
         verdict: Verdict,
-        ground: str,
+        threat: Threat,
         radius: float,
         seconds: float,
         *,
-        cap: float | None = None,
         margin: float | None = None,
         upper_radius: float | None = None,
         note: str = "",
+        witness: Tensor | None = None,
     ) -> Certificate:
         """The certificate of one image, by this method and bound."""
         return Certificate(
-            verdict, int(label), int(prediction), self.method, self.bound, ground, radius, margin, seconds,
-            upper_radius, note, cap,
+            verdict, int(label), int(prediction), self.method, self.bound, threat.ground, radius, margin, seconds,
+            upper_radius, note, threat.cap, witness,
         )  # fmt: skip

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from flowverify.certifiers.complete.certifier import TOLERANCE
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.results import Verdict
 
+TOLERANCE = CompleteOptions.tolerance  # what counts as closed
 CLOSED = f"closed to {TOLERANCE:.0%}"
 
 

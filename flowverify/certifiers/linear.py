@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowverify.ball import Threat
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, affine_rows, is_affine, operation_name
 from flowverify.transport.backend import Backend
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.ground import parse_ground
 from flowverify.transport.least_budget import least_budget, nearest_image
-from flowverify.transport.support import support
 
 CAPPED_TOLERANCE = 1.005  # of the search of radii with a cap
 CAPPED_STEP = 1.15  # from radius to radius, until one fails
@@ -143,26 +143,25 @@ def exact_radius(spaces: HalfSpaces, *, backend: Backend = "auto", ground: str =
     return replace(result, nearest=nearest[:, 0])
 
 
-def capped_radius(spaces: HalfSpaces, radius: Tensor, cap: float, ground: str = "l1") -> Tensor:
-    """Radii (B,) that hold for images below the cap, at least those that hold without, ``radius`` (B,).
+def capped_radius(spaces: HalfSpaces, radius: Tensor, threat: Threat) -> Tensor:
+    """Radii (B,) that hold for images below the cap of a threat, at least those that hold without, ``radius`` (B,).
 
     The largest, to ``CAPPED_TOLERANCE``, at which the bound of :mod:`flowverify.transport.capped` is below every
     margin; lower bounds of the exact ones. What is infinite or 0 stays as it is.
     """
-    cost = parse_ground(ground)
-    limit = cost.budget(torch.tensor(cost.largest_distance(*spaces.images.shape[-2:]), dtype=torch.float64))
-    low = cost.budget(radius.clone())
+    ball = threat.unlimited(spaces.images)
+    limit = threat.cost.budget(torch.tensor(threat.largest_radius(ball.grid), dtype=torch.float64))
+    low = threat.cost.budget(radius.clone())
     high = torch.full_like(low, torch.inf)
     active = (torch.isfinite(low) & (low > 0) & (low < limit)).nonzero().flatten()
     while active.numel():
         trial = torch.where(torch.isinf(high[active]), low[active] * CAPPED_STEP, (low[active] + high[active]) / 2)
-        budget = trial * spaces.mass[active]
-        found = support(spaces.normals[active], spaces.images[active], budget, ground=ground, cap=cap)
+        found = ball[active].with_budget(trial * spaces.mass[active]).support(spaces.normals[active])
         holds = (found.excess < spaces.margins[active]).all(1)
         low[active[holds]] = trial[holds]
         high[active[~holds]] = trial[~holds]
         active = active[(high[active] > low[active] * CAPPED_TOLERANCE) & (low[active] < limit)]
-    return cost.radius(low)
+    return threat.cost.radius(low)
 
 
 def _positive(margins: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.certifiers.radius import RELATIVE_TOLERANCE, search_radius
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import Ball, Threat
+from flowverify.certifiers.incomplete import Certifier, search_radius
+from flowverify.certifiers.options import IncompleteOptions
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
 from flowverify.results import Certificate
@@ -106,7 +107,7 @@ def maximum_over_references(
     references: list[Reference],
     ground: str = "l1",
     *,
-    tolerance: float = RELATIVE_TOLERANCE,
+    tolerance: float | None = None,
     progress: Callable[[int], None] | None = None,
     cap: float | None = None,
 ) -> ReferenceMaximum:
@@ -116,7 +117,7 @@ def maximum_over_references(
         certifier: of domain "flow", where references have a meaning.
 
     Raises:
-        InvalidInputError: as :func:`check_references` and :func:`~flowverify.certifiers.radius.search_radius`.
+        InvalidInputError: as :func:`check_references` and :func:`~flowverify.certifiers.incomplete.search_radius`.
     """
     check_references(references, images)
     found = [
@@ -162,9 +163,19 @@ class ReferenceCertifier(Certifier):
         count: int,
         pool: Tensor | None = None,
         seed: int = 0,
+        options: IncompleteOptions | None = None,
         input_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        super().__init__(model, method, bound, input_shape=input_shape, domain="flow")
+        chosen = options or IncompleteOptions()
+        super().__init__(
+            model,
+            method,
+            bound,
+            input_shape=input_shape,
+            domain="flow",
+            tolerance=chosen.tolerance,
+            batch_size=chosen.batch_size,
+        )
         if count < 1:
             raise InvalidInputError(f"references: given {count}, expected at least 1")
         self._count, self._pool, self._seed = count, pool, seed
@@ -173,21 +184,17 @@ class ReferenceCertifier(Certifier):
         """The references of these images."""
         return sample_references(self._count, images, seed=self._seed, pool=self._pool)
 
-    def best_margins(
-        self, images: Tensor, labels: Tensor, radius: Tensor, ground: str = "l1", cap: float | None = None
-    ) -> Tensor:
+    def best_margins(self, ball: Ball, labels: Tensor) -> Tensor:
         """The largest margin that any reference proves, (B,) float64."""
-        cover = self.covers(ground, cap)[0]
-        margins = [
-            self.margins(
-                images, labels, cover.radius(radius), ground=cover.ground, cap=cover.cap, references=one.images
-            )
-            for one in self.references(images)
-        ]
-        return torch.stack(margins).amax(0)
+        ball = ball.within(self.covers(ball.threat)[0])
+        return torch.stack(
+            [self.margins(ball, labels, references=one.images) for one in self.references(ball.images)]
+        ).amax(0)
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The largest radius that any reference certifies, with the name of that reference in the note."""
         if not len(images):
             return []
-        return maximum_over_references(self, images, labels, self.references(images), ground, cap=cap).best
+        threat = threat or Threat()
+        references = self.references(images)
+        return maximum_over_references(self, images, labels, references, threat.ground, cap=threat.cap).best

@@ -6,12 +6,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flowverify.cli.options import DataDir, check_device
-from flowverify.cli.report import FAILED, INTERRUPTED, print_error, progress_bar, user_errors
+from flowverify.cli.report import FAILED, INTERRUPTED, print_error, progress_bar, schema_option, user_errors
 from flowverify.errors import DataError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 ENGINES = ("local", "ray")
 DATA_FOLDERS = ("mnist", "cifar10_sample")
 LOG_EVERY = 30.0  # seconds, where standard error is no terminal
+
+
+def _schema() -> dict[str, Any]:
+    from flowverify.bench.suite import SuiteFile
+    from flowverify.settings import json_schema
+
+    return json_schema(SuiteFile)
 
 
 @user_errors
@@ -40,6 +47,7 @@ def bench(
         bool, typer.Option("--retry-timeouts", help="Also try again what has run out of its budget.")
     ] = False,
     data_dir: DataDir = None,
+    schema: Annotated[bool, schema_option(_schema)] = False,
 ) -> None:
     """Run the jobs of a suite, in processes of their own, and keep every result as it arrives.
 

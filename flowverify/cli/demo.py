@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowverify.cli.options import check_picture
+from flowverify.cli.options import Bound, check_picture
 from flowverify.cli.report import output, table, user_errors
 from flowverify.results import Verdict
 
@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from flowverify.results import Certificate
 
 MODEL, DATASET = "digits-fc3", "digits"
-GROUND = "l1"
 PICTURED = 3
 
 
 @user_errors
 def demo(
     count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 24,
-    bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
+    bound: Bound = "best",
     picture: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
 ) -> None:
     """Certify the first images of digits with both methods and draw their worst cases, to first order."""
@@ -37,10 +36,9 @@ def demo(
     card, network = load_card(MODEL), load_model(MODEL)
     data = load_dataset(DATASET)[:count]
 
-    from flowverify.certifiers.radius import search_radius
-    from flowverify.certifiers.verify import Certifier
+    from flowverify.api import make_certifier
+    from flowverify.ball import Threat
     from flowverify.figures import draw_worst_cases
-    from flowverify.threat import distance_name
 
     typer.echo(
         f"{MODEL} ({card.description}; clean accuracy {card.accuracy_text}), first {len(data)} test images of "
@@ -49,12 +47,12 @@ def demo(
     found: dict[str, list[Certificate]] = {}
     seconds: dict[str, float] = {}
     for method in ("vanilla", "fine-tuned"):
-        certifier = Certifier(network, method, bound)
-        search_radius(certifier, data.images[:1], data.labels[:1], GROUND)  # compiles and traces, once a process
+        certifier = make_certifier(network, method, bound)
+        certifier.search(data.images[:1], data.labels[:1])  # compiles and traces, once a process
         start = perf_counter()
-        found[method] = search_radius(certifier, data.images, data.labels, GROUND)
+        found[method] = certifier.search(data.images, data.labels)
         seconds[method] = perf_counter() - start
-    name = distance_name(GROUND)
+    name = Threat().name
     _print(found, name)
     medians: dict[str, float] = {}
     for method, certificates in found.items():

@@ -105,10 +105,10 @@ def _load(model: str, shape: tuple[int, int, int] | None = None) -> Network:
 
 
 def _collect(model: str, folder: Path, results: Path, *, json: bool) -> None:
+    from flowverify.ball import distance_name
     from flowverify.export.folder import load_arrays
     from flowverify.export.results import collect
     from flowverify.results import Verdict
-    from flowverify.threat import distance_name
 
     shape = load_arrays(folder)["images"].shape[1:]
     network = _load(model, (int(shape[0]), int(shape[1]), int(shape[2])))

@@ -45,7 +45,7 @@ def models(json: Json = False) -> None:
 
 def _median(card: Card) -> str:
     """The median radius with its distance, and over how many images."""
-    from flowverify.threat import distance_name
+    from flowverify.ball import distance_name
 
     found = card.certified
     if "median_radius" not in found:

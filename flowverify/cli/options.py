@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.lock import take_lock
+from flowverify.registry import DATASETS, help_of
 
 Model = Annotated[str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")]
-DatasetName = Annotated[
-    str | None, typer.Option(help="digits, mnist, cifar10-sample or FILE.npz; by default the shipped model's own.")
-]
+DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
 Split = Annotated[str, typer.Option(help="test or train.")]
+INCOMPLETE = "flowverify.certifiers.options:IncompleteOptions"
+Bound = Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"))]
 Ground = Annotated[
     str, typer.Option(help="The ground cost: l1, l2, local:5 (within 5 x 5 windows), or a power such as l2^2 (W_2).")
 ]
@@ -27,7 +27,13 @@ DataDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, and nothing else.")]
-DOMAINS = ("auto", "image", "flow")
+Save = Annotated[
+    Path | None, typer.Option(help="Also write the JSON lines to this file; if it is there, go on after its records.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Another option of the method; repeat it for several.", show_default=False),
+]
 
 
 def check_device(name: str) -> Any:
@@ -47,13 +53,6 @@ def check_device(name: str) -> Any:
     return torch.device(name)
 
 
-def check_domain(name: str) -> Any:
-    """Returns the name of a domain, or raises UnknownNameError with the valid ones."""
-    if name not in DOMAINS:
-        raise UnknownNameError("domain", name, DOMAINS)
-    return name
-
-
 def check_picture(path: Path) -> Path:
     """Returns the path of a picture that can be drawn; called before hours of work, not after.
 
@@ -68,31 +67,6 @@ def check_picture(path: Path) -> Path:
     check_writable(path, "picture")
     require_matplotlib()
     return path
-
-
-def open_alone(path: Path, what: str, *, empty: bool = False) -> TextIO:
-    """Opens a file to append to, for one process at a time; whoever closes it, or ends, lets the next one in.
-
-    Args:
-        what: the option, for messages.
-        empty: drop what the file holds, once it is known that nobody else is writing to it.
-
-    Raises:
-        InvalidInputError: another process has it open so, or it cannot be opened.
-    """
-    try:
-        file = path.open("a", encoding="utf-8")
-        try:
-            if path.is_file():  # a device takes lines from everybody
-                take_lock(file.fileno(), f"{what} {path}")
-                if empty:
-                    file.truncate(0)
-        except BaseException:
-            file.close()
-            raise
-    except OSError as error:
-        raise InvalidInputError(f"{what} {path}: {error.strerror or error}, expected a writable file") from error
-    return file
 
 
 def check_writable(path: Path, what: str) -> Path:

@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from flowverify.cli.options import check_writable, open_alone
-from flowverify.cli.report import json_line
-from flowverify.errors import InvalidInputError
+from flowverify.cli.options import check_writable
+from flowverify.errors import FlowverifyError, InvalidInputError
+from flowverify.records import RecordFile, json_line
 
 
 class Records:
-    """Records of images by position, in a file or nowhere.
-
-    A file that is there is gone on with, by one process at a time: its records must have the same ``settings``. A
-    last line that an interruption left incomplete is removed.
+    """Records of images by position, in a file (:class:`flowverify.records.RecordFile`) or nowhere.
 
     Args:
-        path: of the file, or None.
+        path: of the file, or None; one that is there is gone on with.
         settings: what the results depend on; every record holds them.
+        fresh: drop what the file holds instead.
 
     Raises:
-        InvalidInputError: the file cannot be written to, another process is writing to it, or it holds something
-            else, or records of other settings.
+        InvalidInputError: the file cannot be written to, another process is writing to it, or it holds records of
+            other settings.
+        DataError: it holds something else.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.path, self.settings = path, dict(settings)
         self.done: dict[int, dict[str, Any]] = {}
-        self._file: TextIO | None = None
-        if path is not None:
-            self._file = open_alone(check_writable(path, "save"), "save")
-            try:
-                self._read(path, self._file)
-            except BaseException:
-                self.close()
-                raise
+        self._file: RecordFile[int] | None = None
+        if path is None:
+            return
+        try:
+            self._file = RecordFile(check_writable(path, "save"), itemgetter("index"), ("index",), fresh=fresh)
+        except FlowverifyError as error:
+            raise type(error)(f"save {str(error).removeprefix('save ')}") from error
+        except OSError as error:
+            raise InvalidInputError(f"save {path}: {error.strerror or error}, expected a writable file") from error
+        for number, (position, record) in enumerate(self._file.records.items(), 1):
+            for key, value in self.settings.items():
+                if record.get(key) != value:
+                    self.close()
+                    raise InvalidInputError(
+                        f"save {path}: line {number} was computed with {key} {record.get(key)!r}, given {value!r}, "
+                        "expected the same (or another file)"
+                    )
+            self.done[position] = record
 
     def add(self, position: int, record: Mapping[str, Any]) -> str:
         """Appends a record to the file at once, and returns its line."""
-        line = json_line({"index": position, **record, **self.settings})
+        whole = {"index": position, **record, **self.settings}
         if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
-        return line
+            self._file.append([whole])
+        return json_line(whole)
 
     def close(self) -> None:
         """Lets others write to the file."""
@@ -55,26 +63,3 @@ class Records:
     def missing(self, positions: Sequence[int]) -> list[int]:
         """The positions that the file has no record of."""
         return [position for position in positions if position not in self.done]
-
-    def _read(self, path: Path, file: TextIO) -> None:
-        content = path.read_bytes() if path.is_file() else b""
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].decode(errors="replace").splitlines(), 1):
-            try:
-                record = json.loads(line)
-                position = record["index"]
-                if not isinstance(position, int):
-                    raise TypeError
-            except (ValueError, TypeError, KeyError):
-                raise InvalidInputError(
-                    f"save {path}: line {number} is no record of an image, expected a file that this command wrote"
-                ) from None
-            for key, value in self.settings.items():
-                if record.get(key) != value:
-                    raise InvalidInputError(
-                        f"save {path}: line {number} was computed with {key} {record.get(key)!r}, given {value!r}, "
-                        "expected the same (or another file)"
-                    )
-            self.done[position] = record
-        if whole != len(content):
-            file.truncate(whole)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from flowverify.errors import FlowverifyError
+from flowverify.records import json_line as json_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +78,18 @@ def progress_bar(*, quiet: bool = False) -> Progress:
     )
 
 
+def schema_option(load: Callable[[], dict[str, Any]]) -> Any:
+    """The option ``--schema`` of a command that reads a file of settings."""
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(json.dumps(load(), indent=1))
+            raise typer.Exit
+
+    help_text = "Print the JSON schema of such a file, by which editors complete and check it, and exit."
+    return typer.Option("--schema", callback=show, is_eager=True, help=help_text)
+
+
 def output() -> Console:
     """Standard output for tables and summaries; in a file or a pipe no line is broken for want of width."""
     from rich.console import Console
@@ -97,11 +109,3 @@ def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
         is_text = column in left
         result.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
     return result
-
-
-def json_line(record: dict[str, Any]) -> str:
-    """One JSON object without line breaks; numbers that JSON does not have become null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.options import DataDir, DatasetName, Device, Ground, Index, Json, Model, Split
+from flowverify.cli.job import Job
+from flowverify.cli.options import DataDir, DatasetName, Device, Ground, Index, Json, Model, Save, Split
 from flowverify.cli.report import user_errors
-from flowverify.cli.smooth_job import Job
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -50,9 +49,6 @@ Samples = Annotated[int, typer.Option("--n", help="Samples of an image.")]
 Alpha = Annotated[float, typer.Option(help="Probability of an error that is accepted, for each image.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Memory = Annotated[int, typer.Option(min=1, help="MiB for noisy images and what the network makes of them.")]
-Save = Annotated[
-    Path | None, typer.Option(help="Also write the JSON lines to this file; if it is there, go on after its records.")
-]
 
 
 @smooth.command()
@@ -82,17 +78,17 @@ def predict(
     chosen = None if noise == SPLITTING else choose_noise(model, noise, sigma, None, None)
     if chosen is None or isinstance(chosen, Splitting):
         raise InvalidInputError("noise splitting: has no samples to predict from, expected `smooth certify`")
-    settings = {"model": model, "sigma": chosen.sigma, "n": n, "alpha": alpha, "seed": seed}
-    settings |= {"method": chosen.method, "split": split}
-    job = Job(model, dataset, index, split, data_dir, device, save, settings, cost=n)
+    settings = {"sigma": chosen.sigma, "n": n, "alpha": alpha, "seed": seed, "method": chosen.method}
+    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
     classifier = SmoothedClassifier(job.network, chosen, seed=seed, memory=memory * 2**20)
 
     def work(data: Dataset, positions: list[int], on_samples: Callable[[int], None]) -> Sequence[Any]:
-        return classifier.predict(
+        found = classifier.predict(
             data.images, data.labels, n=n, alpha=alpha, positions=positions, on_samples=on_samples
         )
+        return [one.to_json() for one in found]
 
-    records = job.run(work, json)
+    records = job.run(work, settings, cost=n)
     if not json:
         columns = ("image", "label", "predicted", "outcome", "top two", "base accuracy")
         job.print_table(records, columns, lambda r: (
@@ -135,10 +131,10 @@ def certify(
 
     Radii are W1 of normalised images for the ground cost, in pixels (for a power P, W_P).
     """
+    from flowverify.ball import distance_name
     from flowverify.smoothing import SmoothedClassifier, SplitClassifier, Splitting
     from flowverify.smoothing.certificates import check_certificate
     from flowverify.smoothing.statistics import check_alpha, check_samples
-    from flowverify.threat import distance_name
     from flowverify.transport.ground import check_ground
 
     check_samples("n0", n0)
@@ -148,27 +144,28 @@ def certify(
     chosen = choose_noise(model, noise, sigma, step, block)
     if not isinstance(chosen, Splitting):
         check_certificate(certificate, chosen)
-        settings = {"model": model, "sigma": chosen.sigma, "n0": n0, "n": n, "alpha": alpha, "seed": seed}
-        settings |= {"bound": certificate, "ground": ground, "method": chosen.method, "split": split}
-        job = Job(model, dataset, index, split, data_dir, device, save, settings, cost=n0 + n)
+    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    if not isinstance(chosen, Splitting):
+        settings: dict[str, Any] = {"sigma": chosen.sigma, "n0": n0, "n": n, "alpha": alpha, "seed": seed}
+        settings |= {"bound": certificate, "ground": ground, "method": chosen.method}
         classifier = SmoothedClassifier(job.network, chosen, seed=seed, memory=memory * 2**20)
 
         def work(data: Dataset, positions: list[int], on_samples: Callable[[int], None]) -> Sequence[Any]:
-            return classifier.certify(
+            found = classifier.certify(
                 data.images, data.labels, n0=n0, n=n, alpha=alpha, certificate=certificate, ground=ground,
                 positions=positions, on_samples=on_samples,
             )  # fmt: skip
+            return [one.to_json() for one in found]
     else:
-        settings = {"model": model, "step": chosen.step, "block": chosen.block, "ground": ground, "split": split}
-        job = Job(model, dataset, index, split, data_dir, device, save, settings, cost=1)
+        settings = {"step": chosen.step, "block": chosen.block, "ground": ground}
         splitter = SplitClassifier(job.network, chosen, memory=memory * 2**20)
 
         def work(data: Dataset, positions: list[int], on_samples: Callable[[int], None]) -> Sequence[Any]:
             found = splitter.certify(data.images, data.labels, ground=ground)
             on_samples(len(found))
-            return found
+            return [one.to_json() for one in found]
 
-    records = job.run(work, json)
+    records = job.run(work, settings, cost=1 if isinstance(chosen, Splitting) else n0 + n)
     if not json:
         name = distance_name(ground)
         columns = ("image", "label", "predicted", "verdict", f"radius (pixels)\n{name}", "probability")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flowverify.cli.options import DataDir, Device, check_device
-from flowverify.cli.report import progress_bar, user_errors
+from flowverify.cli.report import progress_bar, schema_option, user_errors
 
 if TYPE_CHECKING:
     from flowverify.training import EpochReport
+
+
+def _schema() -> dict[str, Any]:
+    from flowverify.training.recipe_file import recipe_schema
+
+    return recipe_schema()
 
 
 @user_errors
@@ -21,6 +27,7 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, help="Replaces the recipe's seed.")] = None,
     data_dir: DataDir = None,
     device: Device = "cpu",
+    schema: Annotated[bool, schema_option(_schema)] = False,
 ) -> None:
     """Train a model by its recipe; the same recipe and seed give the same file on the same machine.
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.certifiers.methods import COMPLETE_METHODS
-from flowverify.cli.batches import Result, certify_batches
-from flowverify.cli.complete import Watch, complete_options, write_witnesses
+from flowverify.cli.job import Job
 from flowverify.cli.options import (
+    INCOMPLETE,
+    Bound,
     Cap,
     DataDir,
     DatasetName,
@@ -24,27 +22,24 @@ from flowverify.cli.options import (
     Index,
     Json,
     Model,
+    Options,
+    Save,
     Split,
-    check_device,
-    check_domain,
     check_picture,
     check_writable,
-    open_alone,
 )
-from flowverify.cli.report import FAILED, INTERRUPTED, json_line, output, print_error, progress_bar, table, user_errors
-from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.results import Verdict
+from flowverify.cli.report import FAILED, print_error, user_errors
+from flowverify.registry import ENGINES, METHODS, OWN_ENGINE, help_of, parsed
+from flowverify.results import Certificate, Interrupted, Verdict
 
 if TYPE_CHECKING:
-    from flowverify.certifiers.base import BaseCertifier
     from flowverify.data import Dataset
-    from flowverify.network import Network
 
-SHORT_TABLE = 20
 PICTURED = 4
-DEFAULT_COUNT = 100
-MARABOU_TIMEOUT = 300.0
-ENGINES = ("flowverify", "marabou")
+COMPLETE = "flowverify.certifiers.complete.options:CompleteOptions"
+MARABOU = "flowverify.export.options:MarabouOptions"
+
+Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
 
 
 @user_errors
@@ -56,26 +51,26 @@ def verify(
         float | None,
         typer.Option(help="Decide this radius (pixels); without it, search the largest certified one."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="vanilla, fine-tuned, complete, vanilla-complete, milp, linear or linear-lp.")
-    ] = "fine-tuned",
-    bound: Annotated[str, typer.Option(help="best, ibp, crown-ibp, crown or alpha-crown.")] = "best",
+    method: Annotated[str, typer.Option(help=f"{METHODS.listing()}.")] = "fine-tuned",
+    bound: Bound = "best",
     ground: Ground = "l1",
     cap: Cap = None,
-    domain: Annotated[str, typer.Option(help="Where CROWN runs: auto, image or flow.")] = "auto",
+    domain: Annotated[str | None, typer.Option(help=help_of(INCOMPLETE, "domain"))] = None,
     references: Annotated[
         int, typer.Option(min=0, help="The maximum over this many references: noise, points, images of the data set.")
     ] = 0,
     engine: Annotated[
-        str, typer.Option(help="flowverify, or marabou: complete, slow, for vanilla and fine-tuned.")
-    ] = "flowverify",
-    encoding: Annotated[
-        str, typer.Option(help="How marabou is asked: cuts (class by class), or by files: linear, outputs or penalty.")
-    ] = "cuts",
+        str, typer.Option(help=f"What carries the method out: {ENGINES.listing()}. Marabou is complete, and slow.")
+    ] = OWN_ENGINE,
+    encoding: Annotated[str | None, typer.Option(help=help_of(MARABOU, "encoding"))] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds for an image: 60 for complete methods; for an image and a radius: 300 for marabou."),
+        typer.Option(
+            help=f"Of complete methods: {help_of(COMPLETE, 'timeout')} By default 60, for marabou 300.",
+            show_default=False,
+        ),
     ] = None,
+    option: Options = None,
     witnesses: Annotated[
         Path | None, typer.Option(help="Write the counterexamples that complete methods find to this .npz.")
     ] = None,
@@ -84,11 +79,11 @@ def verify(
     batch_size: Annotated[int, typer.Option(min=1, help="Images certified together.")] = 50,
     device: Device = "cpu",
     json: Json = False,
-    save: Annotated[Path | None, typer.Option(help="Also write the JSON lines to this file.")] = None,
+    save: Save = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the first images and their worst cases, to first order, as this .png.")
     ] = None,
-    all_rows: Annotated[bool, typer.Option("--all", help=f"Print every row, not {SHORT_TABLE} at most.")] = False,
+    all_rows: Annotated[bool, typer.Option("--all", help="Print every row, not 20 at most.")] = False,
 ) -> None:
     """Certify images against Wasserstein perturbations.
 
@@ -96,143 +91,143 @@ def verify(
     a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
     2: bad input.
     """
+    from flowverify.ball import WassersteinBall
     from flowverify.bounds.recipes import check_bound
-    from flowverify.data import parse_index
-    from flowverify.threat import WassersteinBall, distance_name
 
     check_bound(bound)
-    check_domain(domain)
-    asked = WassersteinBall(0.0 if radius is None else radius, ground, cap)
-    ball = None if radius is None else asked
-    target = check_device(device)
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
+    METHODS.check(method)
+    ENGINES.check(engine)
+    ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
+    given = {"domain": domain, "encoding": encoding, "timeout": timeout}
+    options = {**{name: value for name, value in given.items() if value is not None}, **parsed(option)}
     if picture is not None:
         check_picture(picture)
-    for path, what in ((save, "save"), (witnesses, "witnesses")):
-        if path is not None:
-            check_writable(path, what)
-    network, data = load_inputs(model, dataset, split, data_dir)
-    positions = parse_index(f":{min(DEFAULT_COUNT, len(data))}" if index is None else index, len(data))
+    if witnesses is not None:
+        check_writable(witnesses, "witnesses")
+    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
 
-    certifier: BaseCertifier
-    watch = Watch()
-    if engine == "marabou":
-        from flowverify.export.marabou import MarabouCertifier
+    from flowverify.api import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
-        limit = MARABOU_TIMEOUT if timeout is None else timeout
-        certifier, batch_size = MarabouCertifier(network, method, encoding=encoding, timeout=limit), 1
-    else:
-        from flowverify.certifiers.make import make_certifier  # needs auto_LiRPA: after all that it is not needed for
+    certifier = make_certifier(
+        job.network,
+        method,
+        bound,
+        engine=engine,
+        references=references,
+        pool=job.data.images if references else None,
+        progress=lambda state: job.say(_progress(state)),
+        **options,
+    )
+    # What is wrong with any image comes out before the first is certified.
+    images, labels = certifier.check(job.chosen.images, job.chosen.labels, ball.threat)
+    certifier.prepare(ball.threat)
+    shown: dict[int, Certificate] = {}
 
-        certifier = make_certifier(
-            network.to(target),
-            method,
-            bound,
-            domain=check_domain(domain),
-            references=references,
-            pool=data.images if references else None,
-            options=complete_options(network, method, timeout, watch.show),
-        )
-        batch_size = 1 if method in COMPLETE_METHODS else batch_size
-    results: list[Result] = []
-    interrupted, start = False, perf_counter()
-    with ExitStack() as stack:
-        file = None if save is None else stack.enter_context(open_alone(save, "save", empty=True))
-        bar = stack.enter_context(progress_bar(quiet=json and output().is_terminal))
-        task = bar.add_task(f"{model} on {data.name}", total=len(positions))
-        watch.attach(bar, task)
+    def work(data: Dataset, positions: list[int], advance: Callable[[int], None]) -> Sequence[Mapping[str, Any]]:
         try:
-            for batch in certify_batches(certifier, data, positions, ball, asked.ground, batch_size, cap):
-                results += batch
-                _emit(batch, json, file)
-                bar.advance(task, len(batch))
-        except KeyboardInterrupt:
-            interrupted = True
-    seconds = perf_counter() - start
+            if radius is None:
+                found = certifier.search(data.images, data.labels, ball.threat)
+            else:
+                found = certifier.certify(data.images, data.labels, ball)
+        except Interrupted as stopped:
+            shown.update(zip(positions, stopped.certificates, strict=False))
+            raise
+        shown.update(zip(positions, found, strict=True))
+        advance(len(found))
+        return [certificate.to_json() for certificate in found]
+
+    def failed(positions: list[int], seconds: float, reason: str) -> Sequence[Mapping[str, Any]]:
+        rows = [job.positions.index(position) for position in positions]
+        predictions, _ = certifier.clean(images[rows], labels[rows])
+        return [
+            certifier.certificate(
+                label, prediction, Verdict.ERROR, ball.threat, ball.radius, seconds, note=reason
+            ).to_json()
+            for label, prediction in zip(labels[rows], predictions, strict=True)
+        ]
+
+    settings = {
+        "method": method, "bound": certifier.bound, "ground": ball.ground, "cap": cap, "engine": engine,
+        "asked": radius, "references": references, "options": options,
+    }  # fmt: skip
+    at_once = batch_size if certifier.batched else 1
+    records = job.run(work, settings, at_once=at_once, failed=failed)
+    results = [(record["index"], shown.get(record["index"]) or Certificate.from_json(record)) for record in records]
     if not json:
-        name = distance_name(asked.ground, asked.cap)
-        _print_table(results, name, everything=all_rows)
-        typer.echo(_summary(results, seconds, name, searched=ball is None))
+        _print(job, results, ball.threat.name, searched=radius is None, everything=all_rows)
     if witnesses is not None:
         write_witnesses(witnesses, results)
-    if picture is not None and not interrupted:
-        _draw(network, data, results, picture)
-    if interrupted:
-        print_error(f"interrupted after {len(results)} of {len(positions)} images")
-        raise typer.Exit(INTERRUPTED)
+    if picture is not None and not job.interrupted:
+        _draw(job, results, picture)
+    job.end()
     if any(certificate.verdict is Verdict.ERROR for _, certificate in results):
         raise typer.Exit(FAILED)
 
 
-def load_inputs(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
-    from flowverify.data import load_dataset
-    from flowverify.zoo import load_card, load_model
-
-    if model.endswith(".onnx"):
-        if dataset is None:
-            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
-        data = load_dataset(dataset, split, data_dir)
-        return load_model(model, data.input_shape), data
-    network = load_model(model)
-    return network, load_dataset(dataset or load_card(model).dataset, split, data_dir)
+def _progress(state: Any) -> str:
+    """What a complete method is at, from its bracket and the tree that is open."""
+    upper = f"{state.upper_radius:.4f}" if math.isfinite(state.upper_radius) else "?"
+    return f"radius {state.radius:.4f} to {upper}, {state.open_nodes} open nodes at {state.trial:.4f}"
 
 
-def _emit(batch: Sequence[Result], json: bool, file: TextIO | None) -> None:
-    """Writes one line an image at once, so that whoever reads along or comes after a crash has it."""
-    for position, certificate in batch:
-        line = json_line({"index": position, **certificate.to_json()})
-        if file is not None:
-            file.write(line + "\n")
-        if json:
-            typer.echo(line)
-    if file is not None:
-        file.flush()
-    sys.stdout.flush()
-
-
-def _print_table(results: Sequence[Result], name: str, *, everything: bool) -> None:
+def _print(job: Job, results: Sequence[Result], name: str, *, searched: bool, everything: bool) -> None:
     upper = any(certificate.upper_radius is not None for _, certificate in results)
     last = (f"at most\n{name}", "margin", "ms") if upper else ("margin", "ms")
-    rows = table("image", "label", "predicted", "verdict", f"radius (pixels)\n{name}", *last, left=("verdict",))
-    shown = results if everything else results[:SHORT_TABLE]
-    for position, certificate in shown:
-        rows.add_row(
+    columns = ("image", "label", "predicted", "verdict", f"radius (pixels)\n{name}", *last)
+
+    def cells(result: Result) -> tuple[str, ...]:
+        position, one = result
+        at_most = "" if one.upper_radius is None else f"{one.upper_radius:.4f}"
+        return (
             str(position),
-            str(certificate.label),
-            str(certificate.prediction),
-            str(certificate.verdict),
-            f"{certificate.radius:.4f}",
-            *([] if not upper else ["" if certificate.upper_radius is None else f"{certificate.upper_radius:.4f}"]),
-            "" if certificate.margin is None else f"{certificate.margin:.4g}",
-            f"{1000 * certificate.seconds:.1f}",
+            str(one.label),
+            str(one.prediction),
+            str(one.verdict),
+            f"{one.radius:.4f}",
+            *((at_most,) if upper else ()),
+            "" if one.margin is None else f"{one.margin:.4g}",
+            f"{1000 * one.seconds:.1f}",
         )
-    output().print(rows)
-    if len(shown) < len(results):
-        typer.echo(f"{len(results) - len(shown)} more images; --all prints them")
+
+    job.print_table(results, columns, cells, everything=everything, more="--all prints them")
+    if not results:
+        job.finish("no image was finished")
+        return
+    job.finish(_summary([certificate for _, certificate in results], name, searched=searched))
+    notes = Counter(c.note for _, c in results if c.note and c.verdict is not Verdict.ERROR)
+    for note, count in sorted(notes.items()):
+        typer.echo(f"note, {count} of {len(results)}: {note}")
 
 
-def _summary(results: Sequence[Result], seconds: float, name: str, *, searched: bool) -> str:
+def _summary(found: Sequence[Certificate], name: str, *, searched: bool) -> str:
     from flowverify.certifiers.ends import CLOSED, bracketed, count_closed, ends_of, median_text
 
-    if not results:
-        return "no image was finished"
-    counts = Counter(str(certificate.verdict) for _, certificate in results)
-    parts = [f"{counts.pop('certified', 0)} of {len(results)} certified"]
+    counts = Counter(str(certificate.verdict) for certificate in found)
+    parts = [f"{counts.pop('certified', 0)} of {len(found)} certified"]
     parts += [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
     if searched:
-        parts.append(median_text([ends_of(one.to_json()) for _, one in results], f"{name}; 0 where none is certified"))
-        right = [ends_of(one.to_json()) for _, one in results if one.verdict is not Verdict.MISCLASSIFIED]
+        parts.append(median_text([ends_of(one.to_json()) for one in found], f"{name}; 0 where none is certified"))
+        right = [ends_of(one.to_json()) for one in found if one.verdict is not Verdict.MISCLASSIFIED]
         if bracketed(right):
             parts.append(f"{CLOSED}: {count_closed(right)} classified right")
-    parts.append(f"{seconds:.1f} s, {len(results) / seconds:.1f} images/s")
-    notes = Counter(c.note for _, c in results if c.note and c.verdict is not Verdict.ERROR)
-    return "; ".join(parts) + "".join(
-        f"\nnote, {count} of {len(results)}: {note}" for note, count in sorted(notes.items())
+    return "; ".join(parts)
+
+
+def write_witnesses(path: Path, results: Sequence[Result]) -> None:
+    """Images, their positions in the data set and their labels, as ``images``, ``index``, ``labels``."""
+    import numpy as np
+
+    found = [(position, one) for position, one in results if one.witness is not None]
+    images = [one.witness.cpu().numpy() for _, one in found if one.witness is not None]
+    np.savez(
+        path,
+        images=np.stack(images) if images else np.zeros((0, 1, 1, 1)),
+        index=np.array([position for position, _ in found], dtype=np.int64),
+        labels=np.array([one.label for _, one in found], dtype=np.int64),
     )
 
 
-def _draw(network: Network, data: Dataset, results: Sequence[Result], picture: Path) -> None:
+def _draw(job: Job, results: Sequence[Result], picture: Path) -> None:
     from flowverify.figures import draw_worst_cases
 
     chosen = [
@@ -245,6 +240,6 @@ def _draw(network: Network, data: Dataset, results: Sequence[Result], picture: P
         found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
         print_error(f"no picture {picture}: no image is certified or unknown at a radius above 0 ({found})")
         return
-    images = data[[position for position, _ in chosen]]
-    draw_worst_cases(network, images.images, [certificate for _, certificate in chosen], picture)
+    images = job.data[[position for position, _ in chosen]].images
+    draw_worst_cases(job.network, images, [certificate for _, certificate in chosen], picture)
     typer.echo(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}", err=True)

@@ -16,16 +16,15 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from flowverify.ball import Ball, Threat
+from flowverify.bounds.backward import pull_back
 from flowverify.bounds.intervals import Interval, intersect, propagate
+from flowverify.bounds.relaxations import crosses_zero
 from flowverify.errors import SolverError
 from flowverify.export.networks import Parts, append_rows, margin_rows
 from flowverify.export.program import Program, with_cuts, write_program
-from flowverify.export.relaxation import linear_lower_bounds, unsettled
 from flowverify.export.rounding import FloatArray
-from flowverify.grid import Grid
 from flowverify.network import INPUT
-from flowverify.transport.dilation import lipschitz_constant
-from flowverify.transport.support import support
 
 MOST_CUTS = 256  # from hidden neurons, at the start
 MIXTURES = 40  # steps towards the nearest value of an image
@@ -45,25 +44,27 @@ class ReducedQuestion:
     """Is there a z within the cuts whose margin f_label - f_t is <= 0? One question for each t.
 
     Args:
-        image: (C, H, W), float64, nonnegative; ``budget``: eps.
-        positivity: False for the ball without it.
+        ball: one ball with l1 ground cost, float64; with positivity or without it.
     """
 
-    def __init__(self, parts: Parts, grid: Grid, image: Tensor, label: int, budget: float, positivity: bool) -> None:
-        self.weight, self.bias, self.positivity = parts.weight, parts.bias, positivity
-        self.shape = (-1, *grid.image_shape)
-        self.image, self.budget = image.double(), torch.tensor([budget], dtype=torch.float64)
+    def __init__(self, parts: Parts, ball: Ball, label: int) -> None:
+        self.weight, self.bias = parts.weight, parts.bias
+        self.ball, self.image = ball, ball.images[0]
+        self.valid = Threat(ball.threat.ground).ball(ball.images, ball.budget)  # where counterexamples are
         self.graph = append_rows(parts.tail, margin_rows(parts.classes, label))
         self.middle = self.weight @ self.image.flatten() + self.bias
         self._intervals: dict[str, Interval] = {}
         self._directions = [torch.zeros(0, len(self.bias), dtype=torch.float64)]
         self._bound_values()
         identity = torch.eye(parts.classes - 1, dtype=torch.float64)
-        rows, constants = linear_lower_bounds(self.graph, self.graph.output, identity, self._intervals)
-        self.margins = constants - self.reach(-rows)  # CROWN's lower bounds, (classes - 1,)
+        rows, least = self._below(self.graph.output, -identity, self._intervals)
+        reach = self.reach(rows)
+        self.margins = -(reach + least)  # CROWN's lower bounds, (classes - 1,)
         shared = torch.cat(self._directions)
         reached = self.reach(shared)
-        self.cuts = [(torch.cat([shared, -row[None]]), torch.cat([reached, self.reach(-row[None])])) for row in rows]
+        self.cuts = [
+            (torch.cat([shared, rows[k, None]]), torch.cat([reached, reach[k, None]])) for k in range(len(rows))
+        ]
 
     def reach(self, directions: Tensor) -> Tensor:
         """h(a) for rows a, (S, inputs) -> (S,)."""
@@ -90,10 +91,7 @@ class ReducedQuestion:
 
     def _excess(self, rows: Tensor) -> Tensor:
         """The maximum of c . (nu - image) over the ball for rows c over pixels, (S, pixels) -> (S,)."""
-        functions = rows.reshape(self.shape)
-        if self.positivity:
-            return support(functions, self.image[None], self.budget).excess[0]
-        return self.budget * lipschitz_constant(functions)
+        return self.ball.support(rows.reshape(-1, *self.image.shape)).excess[0]
 
     def _bound_values(self) -> None:
         """Intervals of all that ReLUs read: exact for the input, the tighter of two methods behind it."""
@@ -110,25 +108,32 @@ class ReducedQuestion:
 
     def _tighten(self, name: str, values: dict[str, Interval]) -> Interval:
         lower, upper = (bound.flatten().clone() for bound in values[name])
-        chosen = unsettled(values[name]).nonzero().flatten()
+        chosen = crosses_zero(values[name]).flatten().nonzero().flatten()
         if not chosen.numel():
             return values[name]
         identity = torch.zeros(len(chosen), len(lower), dtype=torch.float64)
         identity[torch.arange(len(chosen)), chosen] = 1
-        low_rows, low = linear_lower_bounds(self.graph, name, identity, values)
-        high_rows, high = linear_lower_bounds(self.graph, name, -identity, values)
-        found = low - self.reach(-low_rows), self.reach(-high_rows) - high
+        low_rows, low = self._below(name, -identity, values)
+        high_rows, high = self._below(name, identity, values)
+        found = -(self.reach(low_rows) + low), self.reach(high_rows) + high
         lower[chosen], upper[chosen] = intersect(found, (lower[chosen], upper[chosen]))
         room = MOST_CUTS - sum(map(len, self._directions))
         open_ = (lower[chosen] < 0) & (upper[chosen] > 0)
-        self._directions.append(torch.stack([-low_rows[open_], -high_rows[open_]], 1).flatten(0, 1)[: max(room, 0)])
+        self._directions.append(torch.stack([low_rows[open_], high_rows[open_]], 1).flatten(0, 1)[: max(room, 0)])
         shape = values[name][0].shape
         return lower.reshape(shape), upper.reshape(shape)
 
+    @torch.no_grad()
+    def _below(self, name: str, rows: Tensor, intervals: dict[str, Interval]) -> tuple[Tensor, Tensor]:
+        """Directions (S, inputs) and constants (S,) of functions of z that are nowhere less than rows of a value."""
+        shaped = rows.reshape(1, len(rows), *self.graph.shape(name))
+        found, constant = pull_back(self.graph, name, shaped, intervals)
+        return found[INPUT][0].flatten(1), constant[0]
+
     def _furthest(self, direction: Tensor) -> Tensor:
-        """The image of the ball whose value is furthest along a direction; the ball is the one with positivity."""
-        rows = (direction @ self.weight).reshape(1, *self.shape[1:])
-        found = support(rows, self.image[None], self.budget, maximiser=True).maximiser
+        """The image of the ball with positivity whose value is furthest along a direction."""
+        rows = (direction @ self.weight).reshape(1, *self.image.shape)
+        found = self.valid.support(rows, maximiser=True).maximiser
         assert found is not None
         return found[0, 0]
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import flowverify
+from flowverify.ball import Threat
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export.configuration import LOADER, LOADER_TEXT, configuration
@@ -73,7 +74,7 @@ class PlainCertifier(BaseCertifier):
     def certify(self, images: Tensor, labels: Tensor, ball: Any) -> list[Certificate]:
         raise NotImplementedError
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         raise NotImplementedError
 
 

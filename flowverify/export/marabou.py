@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,25 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.recipes import check_method
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.marabou_cuts import Decision, decide_by_cuts
 from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outcome
 from flowverify.export.networks import Parts, take_apart
+from flowverify.export.options import MarabouOptions
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap
 from flowverify.export.replay import falsify, replay
 from flowverify.export.vnnlib import write_property
 from flowverify.network import write_onnx
+from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_transport
 from flowverify.transport.support import support
 
-ENCODINGS = ("cuts", "linear", "outputs", "penalty")
-TIMEOUT = 300.0  # seconds an image
 RAISE = 1.5  # a search multiplies a certified radius by this until one is not
 ROUNDING = 1e-6  # relative; rounding a weight to float32 changes it by at most 6e-8 of itself
 GAP = 1e-4  # of the clean margin
@@ -52,6 +51,8 @@ class MarabouCertifier(BaseCertifier):
         encoding: "cuts" asks class by class over the first layer's values (:mod:`flowverify.export.cuts`), and what
             that leaves open as "linear"; or one that Marabou takes from files: linear, outputs or penalty.
         timeout: seconds for each image and radius.
+        process: that answers, a new one by default.
+        clock: of the timeout, in seconds.
 
     Raises:
         DependencyError: Marabou cannot be run here.
@@ -60,25 +61,26 @@ class MarabouCertifier(BaseCertifier):
         FoldError, UnsupportedOperationError: the network cannot be exported, which comes out in :meth:`prepare`.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,
         method: str = "fine-tuned",
         *,
-        encoding: str = "cuts",
-        timeout: float = TIMEOUT,
+        encoding: str = MarabouOptions.encoding,
+        timeout: float = MarabouOptions.timeout,
         input_shape: tuple[int, int, int] | None = None,
+        process: MarabouProcess | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if encoding not in ENCODINGS:
-            raise UnknownNameError("encoding for marabou", encoding, ENCODINGS)
-        if not timeout > 0:
-            raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0")
-        check_method(method)
+        MarabouOptions(encoding, timeout)  # checks them
+        METHODS.check_family(method, INCOMPLETE)
         super().__init__(model, method, "marabou", input_shape)
         self.encoding, self.timeout = encoding, float(timeout)
-        self._process = MarabouProcess()
+        self._process, self._clock = process or MarabouProcess(), clock
 
-    def prepare(self, ground: str = "l1", cap: float | None = None) -> None:
+    def prepare(self, threat: Threat | None = None) -> None:
         assert self._parts is not None
 
     @cached_property
@@ -90,21 +92,21 @@ class MarabouCertifier(BaseCertifier):
 
         Marabou is asked about the ball without a cap; counterexamples keep to the cap.
         """
-        images, labels = self.check(images, labels, ball.ground, ball.cap)
+        images, labels = self.check(images, labels, ball.threat)
         predictions, correct = self.clean(images, labels)
         return [
             self._decide(images[k], int(labels[k]), int(predictions[k]), bool(correct[k]), ball)
             for k in range(len(images))
         ]
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The largest radius that Marabou certifies, to 2%, and the least at which it has a replayed counterexample.
 
         It starts at the radius of CROWN's certificate. A radius at which Marabou does not decide ends the search.
         """
-        from flowverify.certifiers.verify import Certifier
+        from flowverify.certifiers.incomplete import Certifier
 
-        started = Certifier(self.network, self.method).search(images, labels, ground, cap)
+        started = Certifier(self.network, self.method).search(images, labels, threat)
         return [
             self._search_one(image, int(label), first)
             for image, label, first in zip(images, torch.as_tensor(labels).reshape(-1), started, strict=True)
@@ -119,8 +121,9 @@ class MarabouCertifier(BaseCertifier):
             self.close()
 
     def _search_one(self, image: Tensor, label: int, first: Certificate) -> Certificate:
-        begin = time.perf_counter()
+        begin = self._clock()
         start = WassersteinBall(first.radius, first.ground, first.cap)
+        assert first.prediction is not None
         if first.verdict is Verdict.MISCLASSIFIED:
             return self._certificate(Verdict.MISCLASSIFIED, label, first.prediction, start, begin)
         low, high, note = first.radius, None, "radius of CROWN's certificate"
@@ -139,7 +142,7 @@ class MarabouCertifier(BaseCertifier):
         return self._certificate(verdict, label, first.prediction, start.with_radius(low), begin, note, high)
 
     def _decide(self, image: Tensor, label: int, prediction: int, correct: bool, ball: WassersteinBall) -> Certificate:
-        begin = time.perf_counter()
+        begin = self._clock()
         if not correct:
             return self._certificate(Verdict.MISCLASSIFIED, label, prediction, ball, begin)
         if ball.radius == 0:
@@ -154,12 +157,12 @@ class MarabouCertifier(BaseCertifier):
     def _answer(self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export) -> Found:
         """By cuts, where they are asked for; then by files, about the classes that are still open."""
         (instance,) = export.instances
-        end = time.perf_counter() + self.timeout
+        end = self._clock() + self.timeout
         if self.encoding == "cuts":
             decision = self._by_cuts(folder, image, label, ball, export, end - (1 - SHARE) * self.timeout)
             if decision.shown is not None or not decision.undecided:
                 return decision.shown or (Verdict.CERTIFIED, "", None)
-            if time.perf_counter() >= end:
+            if self._clock() >= end:
                 open_ = len(decision.undecided)
                 note = f"{open_} classes undecided after {self.timeout:g} s; the last one: {decision.message}"
                 return Verdict.TIMEOUT, note, None
@@ -172,13 +175,15 @@ class MarabouCertifier(BaseCertifier):
     ) -> Decision[Found]:
         (instance,), inputs = export.instances, export.network.inputs
         centre = inputs.image(instance.centre).clamp(min=0)
-        question = ReducedQuestion(self._parts, inputs.grid, centre, label, instance.budget, export.network.positivity)
+        threat = Threat(positive=export.network.positivity)
+        question = ReducedQuestion(self._parts, threat.ball(centre.double(), instance.budget), label)
         return decide_by_cuts(
             question,
             self._process,
             folder,
             end,
             lambda candidate: self._replay_image(folder, image, label, ball, export, candidate),
+            self._clock,
         )
 
     def _replay_image(
@@ -209,7 +214,7 @@ class MarabouCertifier(BaseCertifier):
         """Asks; and where a counterexample does not hold, for one that is clearer, then in another way."""
 
         def attempt(instance: Instance, tightening: str) -> tuple[Outcome, Found]:
-            onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - time.perf_counter()))
+            onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - self._clock()))
             return outcome, verdict_of(self, image, label, ball, outcome, export, onnx)
 
         outcome, found = attempt(asked, TIGHTENINGS[0])
@@ -271,7 +276,7 @@ class MarabouCertifier(BaseCertifier):
         note: str = "",
         upper: float | None = None,
     ) -> Certificate:
-        seconds = time.perf_counter() - begin
+        seconds = self._clock() - begin
         return Certificate(
             verdict, label, prediction, self.method, self.bound, ball.ground, ball.radius, None, seconds, upper, note,
             ball.cap,

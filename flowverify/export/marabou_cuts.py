@@ -33,6 +33,7 @@ def decide_by_cuts(
     folder: Path,
     end: float,
     show: Callable[[Tensor], Shown | None],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Decision[Shown]:
     """Asks about every class t != label, the hardest first.
 
@@ -40,7 +41,7 @@ def decide_by_cuts(
 
     Args:
         folder: for the files of the process.
-        end: on the clock of ``time.perf_counter``.
+        end: on the clock.
         show: what an image of the ball, (C, H, W), shows, None for nothing.
     """
     undecided: list[int] = []
@@ -48,7 +49,7 @@ def decide_by_cuts(
     for target in question.margins.argsort().tolist():
         proven = False
         for _ in range(ROUNDS):
-            left = end - time.perf_counter()
+            left = end - clock()
             if left <= 0:
                 message = message or "no time was left for it"
                 break

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from flowverify.export.rounding import FloatArray
 
 GRACE = 20.0  # seconds beyond its own limit that Marabou has for reading files and for ending
 TIGHTENINGS = ("deeppoly", "sbt")
-_WORKER = Path(__file__).with_name("marabou_worker.py")
+WORKER = Path(__file__).with_name("marabou_worker.py")
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,18 @@ def marabou_missing() -> str:
 class MarabouProcess:
     """A Marabou that answers one question after the other; use as a context manager.
 
+    Args:
+        worker: the program that answers; another one than Marabou's needs nothing of Marabou.
+        clock: of the limits, in seconds.
+
     Raises:
         DependencyError: Marabou cannot be run here.
     """
 
-    def __init__(self) -> None:
-        reason = marabou_missing()
-        if reason:
+    def __init__(self, worker: Path = WORKER, clock: Callable[[], float] = time.perf_counter) -> None:
+        if worker == WORKER and (reason := marabou_missing()):
             raise DependencyError(f"engine marabou: {reason}")
+        self._worker, self._clock = worker, clock
         self._process: subprocess.Popen[str] | None = None
         self._log: Any = None
         self._answers = -1
@@ -121,7 +125,7 @@ class MarabouProcess:
         return self._ask({"program": str(path)}, timeout, TIGHTENINGS[0])
 
     def _ask(self, request: dict[str, Any], timeout: float, tightening: str) -> Outcome:
-        start = time.perf_counter()
+        start = self._clock()
         request |= {"timeout": timeout, "tightening": tightening}
         process = self._start()
         try:
@@ -133,16 +137,16 @@ class MarabouProcess:
             code = process.wait()
             message = f"marabou ended with exit code {code}; last line: {self._last_line()}"
             self.close()
-            return Outcome("error", time.perf_counter() - start, message=message)
+            return Outcome("error", self._clock() - start, message=message)
         except TimeoutError:
             message = f"marabou did not stop by itself after {timeout:g} s; last line: {self._last_line()}"
             self.close()
-            return Outcome("timeout", time.perf_counter() - start, message=message)
+            return Outcome("timeout", self._clock() - start, message=message)
         try:
             found = json.loads(line)
         except ValueError:
             self.close()
-            return Outcome("error", time.perf_counter() - start, message=f"marabou answered {line[:200]!r}")
+            return Outcome("error", self._clock() - start, message=f"marabou answered {line[:200]!r}")
         values = np.array(found["values"], dtype=np.float64) if "values" in found else None
         message = found.get("message", "")
         result = found["result"]
@@ -150,7 +154,7 @@ class MarabouProcess:
             result, message = "error", f"marabou answered {result!r}"
         if result == "error":
             message = f"{message}; last line: {self._last_line()}"
-        return Outcome(result, time.perf_counter() - start, values, message)
+        return Outcome(result, self._clock() - start, values, message)
 
     def _start(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
@@ -159,7 +163,7 @@ class MarabouProcess:
             self._answers, theirs = os.pipe()
             self._pending = b""
             self._process = subprocess.Popen(
-                [sys.executable, str(_WORKER), str(theirs)],
+                [sys.executable, str(self._worker), str(theirs)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -171,7 +175,7 @@ class MarabouProcess:
 
     def _read_line(self, deadline: float) -> str:
         while b"\n" not in self._pending:
-            left = deadline - time.perf_counter()
+            left = deadline - self._clock()
             if left <= 0 or not select.select([self._answers], [], [], left)[0]:
                 raise TimeoutError
             chunk = os.read(self._answers, 1 << 16)

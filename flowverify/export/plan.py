@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowverify.ball import WassersteinBall, check_images
 from flowverify.errors import InvalidInputError
 from flowverify.export.encodings import Encoding, check_encoding
 from flowverify.export.inputs import FlowInputs
@@ -19,7 +20,6 @@ from flowverify.export.references import file_reference, reference_pattern
 from flowverify.export.rounding import FloatArray, scalar_up
 from flowverify.grid import Grid
 from flowverify.network import Network
-from flowverify.threat import WassersteinBall, check_images
 from flowverify.transport.distance import channel_masses
 from flowverify.transport.ground import l1_over_ground
 from flowverify.transport.inverse import flow_by_tree

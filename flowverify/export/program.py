@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from flowverify.bounds.intervals import Interval
-from flowverify.export.relaxation import unsettled, upper_slope
+from flowverify.bounds.relaxations import crosses_zero, relax
 from flowverify.export.rounding import FloatArray
 from flowverify.network import INPUT, Add, Graph
+from flowverify.network.affine import operation_matrices
 
 SLACK = 1e-7  # relative: every bound and limit is this much wider
-CHUNK = 512  # rows of an identity that a convolution is applied to at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,24 +81,27 @@ def write_program(graph: Graph, intervals: Mapping[str, Interval]) -> Program:
             relus.append(np.stack([sources[0], own], 1))
             slopes.append(node.inputs[0])
         elif isinstance(node.operation, nn.Linear | nn.Conv2d | Add):
-            shapes = [graph.input_shape if name == INPUT else graph.node(name).shape for name in node.inputs]
-            matrices, bias = _affine(node.operation, shapes)
-            blocks.append((own, list(zip(sources, matrices, strict=True))))
-            right.append(-bias)
+            matrices, bias = operation_matrices(
+                node.operation, [graph.shape(name) for name in node.inputs], torch.zeros(0, dtype=torch.float64)
+            )
+            sparse = [scipy.sparse.vstack([scipy.sparse.csr_array(c.numpy()) for c in part]).T for part in matrices]
+            blocks.append((own, list(zip(sources, sparse, strict=True))))
+            right.append(-bias.numpy())
     equations = [_embed(own, parts, count) for own, parts in blocks]
     lower, upper = np.full(count, -np.inf), np.full(count, np.inf)
     for name, interval in intervals.items():
         lower[numbers[name]], upper[numbers[name]] = (bound.flatten().numpy() for bound in interval)
     lines, limits = [], []
     for name, pairs in zip(slopes, relus, strict=True):
-        slope = upper_slope(intervals[name]).flatten().numpy()
+        across = crosses_zero(intervals[name]).flatten().numpy()
+        above = relax(nn.ReLU(), intervals[name])
+        slope, offset = (one.flatten().numpy()[across] for one in (above.upper_slope, above.upper_offset))
         low = intervals[name][0].flatten().numpy()
         lower[pairs[:, 1]], upper[pairs[:, 1]] = np.maximum(low, 0), np.maximum(upper[pairs[:, 0]], 0)
-        open_ = unsettled(intervals[name]).numpy()
-        rows = np.arange(open_.sum()).repeat(2)
-        values = np.stack([-slope[open_], np.ones(open_.sum())], 1).ravel()
-        lines.append(scipy.sparse.csr_array((values, (rows, pairs[open_].ravel())), (open_.sum(), count)))
-        limits.append(_wider(-slope[open_] * low[open_]))
+        rows = np.arange(len(slope)).repeat(2)
+        values = np.stack([-slope, np.ones(len(slope))], 1).ravel()
+        lines.append(scipy.sparse.csr_array((values, (rows, pairs[across].ravel())), (len(slope), count)))
+        limits.append(_wider(offset))
     finite = np.isfinite(lower)
     return Program(
         np.where(finite, -_wider(np.where(finite, -lower, 0)), lower),
@@ -139,25 +142,6 @@ def with_cuts(program: Program, output: int, directions: FloatArray, reach: Floa
 
 def _wider(values: FloatArray) -> FloatArray:
     return np.asarray(values + SLACK * (1 + np.abs(values)), dtype=np.float64)
-
-
-def _affine(operation: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[list[Any], FloatArray]:
-    """One sparse matrix an input, and the bias, of an affine operation, by applying it to unit vectors."""
-    zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
-    matrices = []
-    with torch.no_grad():
-        bias = operation(*zeros).flatten()
-        for position, shape in enumerate(shapes):
-            size = int(np.prod(shape))
-            columns = []
-            for start in range(0, size, CHUNK):
-                units = torch.zeros(min(CHUNK, size - start), size, dtype=torch.float64)
-                units[torch.arange(len(units)), start + torch.arange(len(units))] = 1
-                values = [zero.expand(len(units), *zero.shape[1:]) for zero in zeros]
-                values[position] = units.reshape(-1, *shape)
-                columns.append(scipy.sparse.csr_array((operation(*values).flatten(1) - bias).numpy()))
-            matrices.append(scipy.sparse.vstack(columns).T.tocsr())
-    return matrices, bias.numpy()
 
 
 def _embed(own: Any, parts: list[tuple[Any, Any]], count: int) -> Any:

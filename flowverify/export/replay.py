@@ -3,7 +3,7 @@
 Verifiers return points on the boundary of what they were asked, up to tolerances of their own. So the witness is
 first made a valid image (no negative pixel, the image's mass, within the radius), and then moved on inside the ball
 by a few steps of Frank-Wolfe, whose oracle is exact; from all of these the nearest counterexample is hunted. Only what
-the replayed image shows is ever claimed, by the rule of :mod:`flowverify.witness`.
+the replayed image shows is ever claimed, by the rule of :mod:`flowverify.network.subject`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowverify import witness
+from flowverify.ball import INSIDE, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.certifiers.complete.hunt import Hunt
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.errors import DependencyError, SolverError
 from flowverify.export.encodings import Encoding
 from flowverify.export.inputs import FlowInputs
 from flowverify.export.rounding import FloatArray
-from flowverify.threat import WassersteinBall
-from flowverify.transport.moves import best_moves
+from flowverify.network.subject import surplus
 
 STEPS = 12
 NEIGHBOURS = 4
@@ -90,16 +89,16 @@ def falsify(
         SolverError: an exact distance could not be computed.
     """
     centre, point = image.detach().cpu().double(), point.detach().cpu().double()
-    hunt = Hunt(certifier, centre.to(certifier.device), label, True, ball.ground, ball.cap)
+    nearest = NearestCounterexample(certifier.subject, centre.to(certifier.device), label, ball.threat)
     margins = []
     for scale in scales:
         larger = ball.with_radius(scale * ball.radius)
         start = repaired(point, centre, larger)
         best, margin = descend(certifier, start, centre, label, larger)
         margins.append(margin)
-        hunt.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
-        if hunt.witness is not None and hunt.radius <= ball.radius:
-            return Replay(True, hunt.witness.cpu(), hunt.radius)
+        nearest.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
+        if nearest.witness is not None and nearest.radius <= ball.radius:
+            return Replay(True, nearest.witness.cpu(), nearest.radius)
     return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 
@@ -129,11 +128,11 @@ def repaired(point: Tensor, image: Tensor, ball: WassersteinBall) -> Tensor:
     Raises:
         SolverError: an exact distance could not be computed.
     """
-    valid, centre = witness.repair(image[None], point[None], ball.cap), image[None]
-    if not bool(torch.isfinite(witness.distance(centre, valid, ball.ground))):
-        budget = ball.budget(centre) * witness.INSIDE
-        return best_moves(valid - centre, centre, budget=budget, ground=ball.ground, cap=ball.cap).image[0]
-    return witness.pull_back(centre, valid, ball.ground, image.new_tensor([ball.radius]))[0]
+    around = ball.around(image)
+    valid, centre = ball.threat.repair(around.images, point[None]), around.images
+    if not bool(torch.isfinite(ball.threat.price(centre, valid))):
+        return around.with_budget(around.budget * INSIDE).best_moves(valid - centre).image[0]
+    return around.pull_back(valid)[0]
 
 
 def _exported_margin(outputs: FloatArray, label: int, encoding: Encoding, classes: int) -> float:
@@ -152,12 +151,12 @@ def descend(
     of the ball stay inside.
     """
     network, device = certifier.precise, certifier.device  # weights need no gradient
-    budget = (ball.budget(image[None]) * witness.INSIDE).expand(NEIGHBOURS)
-    centres = image.expand(NEIGHBOURS, *image.shape)
+    inside = ball.around(image)[[0] * NEIGHBOURS]
+    inside = inside.with_budget(inside.budget * INSIDE)
 
     def margins(candidates: Tensor) -> Tensor:
         labels = torch.full((len(candidates),), label, device=device)
-        return -witness.surplus(network(candidates.to(device)), labels).cpu()
+        return -surplus(network(candidates.to(device)), labels).cpu()
 
     generator = torch.Generator().manual_seed(0)
     best, least = start, float(margins(start[None]))
@@ -167,7 +166,7 @@ def descend(
         noise[0] = 0
         points = (best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise).requires_grad_(True)
         slopes = torch.autograd.grad(margins(points).sum(), points)[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        vertices = best_moves(-slopes, centres, budget=budget, ground=ball.ground, cap=ball.cap).image
+        vertices = inside.best_moves(-slopes).image
         trials = torch.stack([best + share * (vertex - best) for vertex in vertices for share in SHARES])
         with torch.no_grad():
             values = margins(trials)

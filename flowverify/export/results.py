@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flowverify.ball import WassersteinBall
 from flowverify.errors import InvalidInputError
 from flowverify.export.encodings import check_encoding
 from flowverify.export.folder import MANIFEST, PlainCertifier, load_arrays, model_digest, read_contents
@@ -27,7 +28,6 @@ from flowverify.export.replay import replay
 from flowverify.export.rounding import FloatArray
 from flowverify.network import Network
 from flowverify.results import Certificate, Verdict
-from flowverify.threat import WassersteinBall
 
 WORDS = {
     "unsat": "unsat", "holds": "unsat", "safe": "unsat", "verified": "unsat",

@@ -133,6 +133,10 @@ class Graph(nn.Module):
     def output_shape(self) -> tuple[int, ...]:
         return self.nodes[-1].shape if self.nodes else self.input_shape
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a value, for one sample."""
+        return self.input_shape if name == INPUT else self.node(name).shape
+
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights (float32 if there are none)."""
@@ -241,7 +245,7 @@ class Graph(nn.Module):
         ]
         if any(read in done and read != name for node in rest for read in node.inputs):
             raise InvalidInputError(f"value {name!r}: expected one that the output depends on alone")
-        shape = self.input_shape if name == INPUT else self.node(name).shape
+        shape = self.shape(name)
         return Graph(shape, copy.deepcopy(renamed))
 
     def _ancestors(self, name: str) -> set[str]:

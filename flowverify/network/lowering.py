@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import UnsupportedOperationError
+from flowverify.network.affine import operation_matrices
 from flowverify.network.graph import INPUT, Graph, Node
 from flowverify.network.operations import (
     Add,
@@ -239,20 +240,17 @@ class _Builder:
         """Any affine operation, as a sum of dense layers, one an input."""
         sizes = [math.prod(self.shapes[name]) for name in inputs]
         _check_entries(sum(sizes) * math.prod(shape), label)
-        zeros = [torch.zeros(1, *self.shapes[name], dtype=torch.float64) for name in inputs]
-        with torch.no_grad():
-            bias = operation(*zeros).flatten()
+        matrices, bias = operation_matrices(
+            operation, [self.shapes[name] for name in inputs], torch.zeros(0, dtype=torch.float64)
+        )
         parts = []
-        for position, name in enumerate(inputs):
+        for position, (name, columns) in enumerate(zip(inputs, matrices, strict=True)):
             flat = name
             if len(self.shapes[name]) > 1:
                 flat = self.emit(f"{label}_flat{position}", nn.Flatten(), (name,), (sizes[position],))
             layer = nn.Linear(sizes[position], bias.numel(), bias=position == 0, dtype=torch.float64)
-            basis = torch.eye(sizes[position], dtype=torch.float64).reshape(-1, *self.shapes[name])
-            others = [value.expand(sizes[position], *value.shape[1:]) for value in zeros]
-            others[position] = basis
             with torch.no_grad():
-                layer.weight.copy_((operation(*others).flatten(1) - bias).T)
+                layer.weight.copy_(torch.cat(list(columns)).T)
                 if layer.bias is not None:
                     layer.bias.copy_(bias)
             last = len(inputs) == 1 and len(shape) == 1

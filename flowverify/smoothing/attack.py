@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import MNIST, Schedule
 from flowverify.attack.sinkhorn import project_sinkhorn
+from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
 from flowverify.smoothing.classifier import SmoothedClassifier
 from flowverify.smoothing.counter import derive_key
-from flowverify.smoothing.inputs import check_inputs
 from flowverify.smoothing.sampling import noisy_images
 from flowverify.smoothing.statistics import check_alpha, check_samples
-from flowverify.witness import distance, in_threat_model, repair
 
 GRADIENT = 3  # the stage of its samples, after those of the classifier
 STEP = 0.1  # in pixel values, as in the authors' code
@@ -82,12 +81,13 @@ def attack_smoothed(
     check_samples("n", n)
     check_samples("gradient_samples", gradient_samples)
     check_alpha(alpha)
-    images, targets = check_inputs(images, labels, classifier.sampler.voter)
+    images, targets = classifier.sampler.voter.check(images, labels)
     if not len(images):
         raise InvalidInputError("images: given none, expected at least one")
     cost, begin = LocalCost.of_ground(ground, window), time.perf_counter()
     clean = images.double().cpu()
-    mass = clean.sum(dim=(1, 2, 3), keepdim=True)
+    ball = Threat(ground).unlimited(clean)
+    mass = ball.mass[:, None, None, None]
     current = clean.clone()
     scheduled: list[float | None] = [None] * len(clean)
 
@@ -109,21 +109,22 @@ def attack_smoothed(
             [_gradient(classifier, current[row], int(targets[row]), gradient_samples, iteration, row) for row in active]
         )
         stepped = (current[active] + STEP * gradient.sign()) / mass[active]
+        limit = ball.threat.budget(radius, clean[active]) / ball.mass[active]
         found = project_sinkhorn(
-            (clean[active] / mass[active]).float(), stepped.float(), torch.full((len(active),), radius), cost,
+            (clean[active] / mass[active]).float(), stepped.float(), limit.float(), cost,
             regularisation, iterations=projection_iterations,
         )  # fmt: skip
         moved = (found.image.double() * mass[active]).clamp(min=0)
         offered = torch.where(torch.isfinite(moved), moved, current[active])
-        current[active] = repair(clean[active], offered, None)
+        current[active] = ball.threat.repair(clean[active], offered)
         for row in fallen(active, iteration):
             scheduled[row] = radius
             active.remove(row)
         if on_iteration is not None:
             on_iteration(iteration + 1, len(active))
-    valid = in_threat_model(clean, current, None).tolist()
+    valid = ball.threat.admits(clean, current).tolist()
     hit = [row for row, radius in enumerate(scheduled) if radius and valid[row]]
-    distances = dict(zip(hit, distance(clean[hit], current[hit], ground).tolist(), strict=True))
+    distances = dict(zip(hit, ball.threat.distance(clean[hit], current[hit]).tolist(), strict=True))
     share = (time.perf_counter() - begin) / len(clean)
     return [
         SmoothedAttackResult(
@@ -149,7 +150,7 @@ def _gradient(
     # The mass of the images does not change, so neither does the noise's scale: the noise is a constant.
     variable = base.detach().requires_grad_(True)
     with torch.enable_grad():
-        logits = voter.network(variable + (noisy - base))
+        logits = voter.own(variable + (noisy - base))
         scores = nn.functional.log_softmax(logits, dim=1)[:, label]
         (gradient,) = torch.autograd.grad(-torch.logsumexp(scores, dim=0), variable)
     return gradient.double().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from flowverify.errors import InvalidInputError
 from flowverify.results import Verdict
 from flowverify.smoothing.certificates import check_certificate, wasserstein_radius
-from flowverify.smoothing.inputs import check_inputs
 from flowverify.smoothing.noise import Noise
 from flowverify.smoothing.results import SmoothedCertificate, SmoothedPrediction
 from flowverify.smoothing.sampling import Sampler
@@ -67,7 +66,7 @@ class SmoothedClassifier:
         """
         check_samples("n", n)
         check_alpha(alpha)
-        images, targets = check_inputs(images, labels, self.sampler.voter)
+        images, targets = self.sampler.voter.check(images, labels)
         places = _places(positions, len(images))
         begin = time.perf_counter()
         counts = self.sampler.counts(images, n, PREDICT, places, on_samples)
@@ -123,7 +122,7 @@ class SmoothedClassifier:
         check_alpha(alpha)
         check_certificate(certificate, self.noise)
         check_ground(ground)
-        images, targets = check_inputs(images, labels, self.sampler.voter)
+        images, targets = self.sampler.voter.check(images, labels)
         places = _places(positions, len(images))
         begin = time.perf_counter()
         votes, selected = self.sampler.counts(images, n0, SELECT, places, on_samples).max(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flowverify.results import Verdict
+from flowverify.results import Certificate
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class SmoothedPrediction:
         }
 
 
-@dataclass(frozen=True)
-class SmoothedCertificate:
+@dataclass(frozen=True, kw_only=True)
+class SmoothedCertificate(Certificate):
     """A radius within which the smoothed classifier answers ``prediction``, at a confidence of 1 - alpha.
 
     Attributes:
@@ -67,34 +67,9 @@ class SmoothedCertificate:
         alpha: 0 for splitting, whose certificates are certain.
     """
 
-    verdict: Verdict
-    label: int
-    prediction: int | None
-    method: str
-    bound: str
-    ground: str
-    radius: float
+    margin: float | None = None  # probabilities are what is bounded here
     probability: float
     successes: int | None
     samples: int
     base_accuracy: float
     alpha: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {
-            "label": self.label,
-            "prediction": self.prediction,
-            "method": self.method,
-            "bound": self.bound,
-            "ground": self.ground,
-            "radius": self.radius,
-            "verdict": str(self.verdict),
-            "probability": self.probability,
-            "successes": self.successes,
-            "samples": self.samples,
-            "base_accuracy": self.base_accuracy,
-            "alpha": self.alpha,
-            "seconds": round(self.seconds, 6),
-        }

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.smoothing.classifier import verdict_of
-from flowverify.smoothing.inputs import check_inputs
 from flowverify.smoothing.results import SmoothedCertificate
 from flowverify.smoothing.splitting import Splitting
 from flowverify.smoothing.voting import MEMORY, Voter
@@ -78,7 +77,7 @@ class SplitClassifier:
             UnknownNameError: an unknown ground cost.
             InvalidInputError: bad images or labels, or a model that returns NaN.
         """
-        images, targets = check_inputs(images, labels, self.voter)
+        images, targets = self.voter.check(images, labels)
         self.splitting.expansion(ground, (1, 1))
         begin = time.perf_counter()
         probabilities, evaluations = self.probabilities(images, on_samples)

@@ -17,10 +17,10 @@ from flowverify.attack.local_plans import LocalCost
 from flowverify.attack.schedule import Schedule
 from flowverify.attack.sinkhorn import project_sinkhorn
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.network.subject import surplus
 from flowverify.training.losses import LOSSES, BatchContext, BatchOutcome
 from flowverify.transport.ground import check_ground
 from flowverify.transport.moves import best_moves
-from flowverify.witness import surplus
 
 INNER_ATTACKS = ("frank-wolfe", "sinkhorn")
 

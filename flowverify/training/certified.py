@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
 from flowverify.training.interval_bounds import TrainableBounds
@@ -103,7 +104,7 @@ class Certified:
         radii = torch.full_like(chosen[:, 0, 0, 0], limit)
         if self.own_radii:
             radii = self._radii_of(context)[:count].to(chosen).clamp(max=limit)
-        logits, worst = bounds.bound(chosen, own_labels, radii * chosen.flatten(1).sum(1))
+        logits, worst = bounds.bound(chosen, own_labels, Threat().budget(radii, chosen))
         certified = worst.detach().scatter(1, own_labels[:, None], -torch.inf).amax(1) < 0
         if self.own_radii:
             self._adapt(context, radii, certified, logits.argmax(1) == own_labels)

@@ -9,13 +9,17 @@ batch's mean image to the origins of its dilation costs more than the batch's me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from flowverify.bounds.backward import pull_back
 from flowverify.bounds.intervals import Interval, propagate
-from flowverify.errors import InvalidInputError
-from flowverify.network import Network
-from flowverify.training.backward_bounds import check_relaxable, pull_back
+from flowverify.bounds.relaxations import relaxable
+from flowverify.errors import InvalidInputError, UnsupportedOperationError
+from flowverify.network import INPUT, Network, Node, is_affine, operation_name
+from flowverify.network.affine import columns
 from flowverify.training.dilated_rows import DilatedRows, dilate_rows, transport_costs
 from flowverify.training.worst_image import ball_bounds
 from flowverify.transport.dilation import lipschitz_constant
@@ -29,15 +33,16 @@ class TrainableBounds:
 
     Args:
         network: in canonical form, with an activation.
-        targets: how many classes are bounded by CROWN (:mod:`flowverify.training.backward_bounds`): those with the
-            largest clean scores beside the label's. With 0, all are bounded by intervals.
+        targets: how many classes are bounded by CROWN over these intervals (:mod:`flowverify.bounds.backward`;
+            CROWN-IBP, Zhang et al. 2020, arXiv:1906.06316): those with the largest clean scores beside the label's.
+            With 0, all are bounded by intervals.
 
     Attributes:
         multipliers: for each value where the affine part ends, lambda of (upper, lower) for each entry, (2, R).
 
     Raises:
         InvalidInputError: a network that is affine as a whole: its margins need no interval bounds.
-        UnsupportedOperationError: ``targets`` > 0, and an activation that is not a ReLU.
+        UnsupportedOperationError: ``targets`` > 0, and an activation without a linear relaxation.
     """
 
     def __init__(self, network: Network, targets: int = 0, refresh: int = 1) -> None:
@@ -52,7 +57,7 @@ class TrainableBounds:
         self._prefix = [node for node in network.nodes if node.name in affine]
         self._rest = [node for node in network.nodes if node.name not in affine]
         if self.targets:
-            check_relaxable(self._rest)
+            _check_relaxable(self._rest)
         self._frontier = sorted({name for node in self._rest for name in node.inputs if name in affine})
 
     def bound(
@@ -99,7 +104,8 @@ class TrainableBounds:
         """Upper bounds of f_t - f_y for the given classes t, (B, S)."""
         identity = torch.eye(self.network.num_classes, dtype=images.dtype, device=images.device)
         specification = identity[classes] - identity[labels][:, None]
-        below, constant = pull_back(self._rest, specification, intervals)
+        network = self.network
+        below, constant = pull_back(network, network.output, specification, intervals, self._frontier)
         pixels: Tensor | float = 0.0
         for name, coefficients in below.items():
             weight, bias = rows[name]
@@ -127,25 +133,26 @@ class TrainableBounds:
         if self._age[name] == 1:
             costs = torch.stack([transport_costs(side.origins, images.mean(0)) for side in (above, below)])
             self._adapt(name, costs.to(rows.dtype), budget.mean(), lipschitz.detach())
-        shape = self.network.node(name).shape if name != "input" else self.network.input_shape
+        shape = self.network.shape(name)
         return centre.reshape(-1, *shape), (lower.reshape(-1, *shape), upper.reshape(-1, *shape))
 
     def rows(self, name: str) -> tuple[Tensor, Tensor]:
         """Rows (R, pixels) and bias (R,) of a value that is affine in the image, differentiable in the weights."""
-        node = self.network.node(name) if name != "input" else None
+        node = self.network.node(name) if name != INPUT else None
         flattened = all(isinstance(other.operation, nn.Flatten) for other in self._prefix if other is not node)
         if node is not None and isinstance(node.operation, nn.Linear) and flattened and len(node.shape) == 1:
             weight, bias = node.operation.weight, node.operation.bias
             return weight, weight.new_zeros(len(weight)) if bias is None else bias
-        shape = self.network.input_shape
-        pixels = shape[0] * shape[1] * shape[2]
-        like = next(self.network.parameters())
-        basis = torch.eye(pixels + 1, pixels, dtype=like.dtype, device=like.device)  # the last row is the zero image
-        values = {"input": basis.reshape(-1, *shape)}
-        for other in self._prefix:
-            values[other.name] = other.operation(*(values[read] for read in other.inputs))
-        result = values[name].flatten(1)
-        return (result[:-1] - result[-1]).T, result[-1]
+        like, shape = next(self.network.parameters()), self.network.input_shape
+
+        def value(images: Tensor) -> Tensor:
+            values = {INPUT: images}
+            for other in self._prefix:
+                values[other.name] = other.operation(*(values[read] for read in other.inputs))
+            return values[name].flatten(1)
+
+        constant = value(like.new_zeros(1, *shape))
+        return torch.cat(list(columns(lambda units: value(units) - constant, shape, like=like))).T, constant[0]
 
     def _dilated(self, name: str, grids: Tensor, multipliers: Tensor) -> tuple[DilatedRows, DilatedRows]:
         """The rows dilated from above and from below, by old origins unless it is time for new ones."""
@@ -174,6 +181,15 @@ class TrainableBounds:
         self.multipliers[name] = torch.minimum((self.multipliers[name] * change.exp()), lipschitz).maximum(
             1e-4 * lipschitz
         )
+
+
+def _check_relaxable(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        if not is_affine(node.operation) and not relaxable(node.operation):
+            raise UnsupportedOperationError(
+                f"layer {node.name!r}: bound crown-ibp trains networks of affine operations, ReLU, LeakyReLU, Sigmoid "
+                f"and Tanh, given {operation_name(node.operation)} (the bound ibp takes any)"
+            )
 
 
 def _linear_differences(lower: Tensor, upper: Tensor, layer: nn.Linear, labels: Tensor) -> Tensor:

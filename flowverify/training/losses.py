@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.registry import OUTSIDE, find_outside, is_outside
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,20 @@ LOSSES: dict[str, Callable[..., BatchLoss]] = {"cross-entropy": CrossEntropy}
 
 
 def build_loss(name: str, options: Mapping[str, Any]) -> BatchLoss:
-    """The training method of this name.
+    """The training method of this name, or MODULE:CLASS.
 
     Raises:
         UnknownNameError: the name is not in :data:`LOSSES`, or an option that this loss does not have.
-        InvalidInputError: a value that the option cannot have.
+        InvalidInputError: a value that the option cannot have, or no such class.
     """
-    if name not in LOSSES:
-        raise UnknownNameError("loss", name, list(LOSSES))
-    valid = list(signature(LOSSES[name]).parameters)
+    if name not in LOSSES and not is_outside(name):
+        raise UnknownNameError("loss", name, [*LOSSES, OUTSIDE])
+    loss: Callable[..., BatchLoss] = LOSSES[name] if name in LOSSES else find_outside("loss", name)
+    valid = list(signature(loss).parameters)
     for option in options:
         if option not in valid:
             raise UnknownNameError(f"option of the loss {name}", option, valid or ["none"])
     try:
-        return LOSSES[name](**options)
+        return loss(**options)
     except TypeError as error:
         raise InvalidInputError(f"loss {name}: given options {dict(options)}: {error}") from error

@@ -4,91 +4,78 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import cos, isfinite, pi
-from typing import Any
+from math import cos, pi
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.settings import (
+    Natural,
+    Number,
+    OneOf,
+    Positive,
+    PositiveNumber,
+    Settings,
+    Text,
+    expected,
+    read_settings,
+    settings,
+)
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine", "step")
+Sizes = Annotated[tuple[Positive, ...], expected("integers >= 1")]
 
 
-@dataclass(frozen=True)
-class Recipe:
+@settings
+class Recipe(Settings):
     """How a network is trained.
-
-    Attributes:
-        name: the model's name.
-        dataset: a name known to :func:`flowverify.data.load_dataset`, or the path of an ``.npz``, of which a part is
-            held out (:func:`flowverify.training.splits.load_splits`).
-        architecture: a name known to :func:`flowverify.training.build_architecture`.
-        hidden: its hidden sizes.
-        optimizer: ``adam`` or ``sgd`` (with ``momentum``; for adam it must be 0).
-        schedule: of the learning rate: ``constant``, ``cosine`` down to 0 over all steps, or ``step``: a tenth
-            of it after each number of epochs in ``milestones``.
-        weight_decay: the L2 penalty as torch's optimizers count it.
-        loss: a name known to :data:`flowverify.training.LOSSES`, with its ``loss_options``.
-        shift: each training image is moved, anew in each epoch, by up to so many pixels along each axis; what
-            leaves the image is lost.
-        seed: of the initial weights, the order of the images, and the loss.
 
     Raises:
         UnknownNameError: an unknown optimizer or schedule.
         InvalidInputError: a number outside its range.
     """
 
-    name: str
-    dataset: str
-    architecture: str
-    epochs: int
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    optimizer: str = "adam"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    seed: int = 0
-    hidden: tuple[int, ...] = ()
-    loss: str = "cross-entropy"
-    loss_options: Mapping[str, Any] = field(default_factory=dict)
-    milestones: tuple[int, ...] = ()
-    shift: int = 0
+    name: Text = Field(description="The model's name.")
+    dataset: Text = Field(
+        description="digits, mnist, cifar10-sample, or the path of an .npz, of which a part is held out."
+    )
+    architecture: Text = Field(description="A name known to flowverify.training.build_architecture.")
+    epochs: Positive = Field(description="How often each image is seen.")
+    batch_size: Positive = Field(default=128, description="Images of a step.")
+    learning_rate: PositiveNumber = Field(default=1e-3, description="Before the schedule.")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(default="adam", description="adam or sgd.")
+    momentum: Number = Field(default=0.0, description="Of sgd; for adam it must be 0.")
+    weight_decay: Number = Field(default=0.0, description="The L2 penalty as torch's optimizers count it.")
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
+        default="cosine",
+        description="Of the learning rate: constant, cosine down to 0 over all steps, or step: a tenth of it after "
+        "each number of epochs in milestones.",
+    )
+    seed: Natural = Field(default=0, description="Of the initial weights, the order of the images, and the loss.")
+    hidden: Sizes = Field(default=(), description="The architecture's hidden sizes.")
+    loss: Text = Field(default="cross-entropy", description="A name known to flowverify.training.LOSSES.")
+    loss_options: Annotated[Mapping[str, Any], expected("names and values")] = Field(
+        default_factory=dict, description="Of the loss."
+    )
+    milestones: Sizes = Field(default=(), description="Of the schedule step.")
+    shift: Natural = Field(
+        default=0,
+        description="Each image is moved, anew in each epoch, by up to so many pixels along each axis; what leaves the "
+        "image is lost.",
+    )
 
     def __post_init__(self) -> None:
-        for kind, given, valid in (
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
-            if given not in valid:
-                raise UnknownNameError(kind, given, valid)
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("shift", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidInputError(f"recipe {name}: given {value!r}, expected an integer >= {least}")
-        for name in ("learning_rate", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not isfinite(value) or value < 0:
-                raise InvalidInputError(f"recipe {name}: given {value!r}, expected a number >= 0")
-        if self.learning_rate == 0 or self.momentum >= 1 or (self.optimizer == "adam" and self.momentum):
+        if self.momentum >= 1 or (self.optimizer == "adam" and self.momentum):
             raise InvalidInputError(
-                f"recipe: given learning_rate {self.learning_rate} and momentum {self.momentum} with "
-                f"{self.optimizer}, expected a rate > 0 and a momentum < 1 (0 with adam)"
+                f"recipe: given momentum {self.momentum} with {self.optimizer}, expected a momentum < 1 (0 with adam)"
             )
-        for name in ("name", "dataset", "architecture", "loss"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InvalidInputError(f"recipe {name}: given {getattr(self, name)!r}, expected a name")
-        for name in ("hidden", "milestones"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or not all(type(entry) is int and entry >= 1 for entry in value):
-                raise InvalidInputError(f"recipe {name}: given {value!r}, expected integers >= 1")
         if bool(self.milestones) != (self.schedule == "step") or list(self.milestones) != sorted(self.milestones):
             raise InvalidInputError(
                 f"recipe milestones: given {self.milestones} with the schedule {self.schedule}, expected ascending "
                 "numbers of epochs with step, none with another"
             )
-        if not isinstance(self.loss_options, Mapping):
-            raise InvalidInputError(f"recipe loss_options: given {self.loss_options!r}, expected names and values")
 
     def rate_scale(self, progress: float, epoch: int) -> float:
         """What the schedule multiplies the learning rate by, after this share of all steps and so many epochs."""
@@ -100,33 +87,18 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as values that JSON can hold; :meth:`from_dict` is the inverse."""
-        return {
-            **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)},
-            "hidden": list(self.hidden),
-            "loss_options": dict(self.loss_options),
-            "milestones": list(self.milestones),
-        }
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return {**values, **{key: list(values[key]) for key in ("hidden", "milestones")}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Reads a recipe.
 
         Raises:
-            UnknownNameError: a key that is not a field of the recipe.
+            UnknownNameError: a key that is not a field of the recipe, or an unknown optimizer or schedule.
             InvalidInputError: a field without a default is missing, or a value is out of range.
         """
-        fields = {entry.name for entry in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                raise UnknownNameError("recipe key", key, sorted(fields))
-        lists = {
-            key: tuple(value) if isinstance(value, list | tuple) else value
-            for key, value in ((key, values.get(key, ())) for key in ("hidden", "milestones"))
-        }
-        try:
-            return cls(**{**values, **lists})
-        except TypeError as error:
-            raise InvalidInputError(f"recipe: given keys {sorted(values)}: {error}") from error
+        return read_settings(cls, values, "recipe")
 
 
 def find_recipe(name: str) -> Recipe:
@@ -139,9 +111,9 @@ def find_recipe(name: str) -> Recipe:
 def _on_noise(name: str, loss: str) -> Recipe:
     """Training of Levine & Feizi 2020 (Appendix C, Table 3)."""
     return Recipe(
-        name,
-        "mnist",
-        "wong-cnn",
+        name=name,
+        dataset="mnist",
+        architecture="wong-cnn",
         epochs=200,
         learning_rate=1e-3,
         optimizer="sgd",
@@ -157,21 +129,21 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            "digits-fc3",
-            "digits",
-            "fc3",
+            name="digits-fc3",
+            dataset="digits",
+            architecture="fc3",
             hidden=(32, 32),
             epochs=40,
             batch_size=32,
             learning_rate=3e-3,
         ),
-        Recipe("mnist-linear", "mnist", "linear", epochs=10),
-        Recipe("mnist-fc3", "mnist", "fc3", hidden=(100, 100), epochs=12),
-        Recipe("mnist-cnn", "mnist", "wong-cnn", epochs=8),
+        Recipe(name="mnist-linear", dataset="mnist", architecture="linear", epochs=10),
+        Recipe(name="mnist-fc3", dataset="mnist", architecture="fc3", hidden=(100, 100), epochs=12),
+        Recipe(name="mnist-cnn", dataset="mnist", architecture="wong-cnn", epochs=8),
         Recipe(
-            "digits-certified",
-            "digits",
-            "mlp",
+            name="digits-certified",
+            dataset="digits",
+            architecture="mlp",
             hidden=(64, 32),
             epochs=150,
             batch_size=64,
@@ -181,9 +153,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         *(
             Recipe(
-                name,
-                "mnist",
-                architecture,
+                name=name,
+                dataset="mnist",
+                architecture=architecture,
                 hidden=hidden,
                 epochs=epochs,
                 loss="adversarial",
@@ -195,9 +167,9 @@ RECIPES: dict[str, Recipe] = {
             )
         ),
         Recipe(  # Wong et al. 2019, Appendix B.1: days on a processor, so no such model is shipped
-            "mnist-adversarial-sinkhorn",
-            "mnist",
-            "wong-cnn",
+            name="mnist-adversarial-sinkhorn",
+            dataset="mnist",
+            architecture="wong-cnn",
             epochs=20,
             optimizer="sgd",
             momentum=0.9,
@@ -210,9 +182,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         *(
             Recipe(
-                name,
-                "mnist",
-                "mlp",
+                name=name,
+                dataset="mnist",
+                architecture="mlp",
                 hidden=(200, 100),
                 epochs=100,
                 batch_size=512,
@@ -227,9 +199,9 @@ RECIPES: dict[str, Recipe] = {
         _on_noise("wasserstein-smoothing", "wasserstein-noise"),  # by the name of the method
         _on_noise("laplace-smoothing", "laplace-noise"),
         Recipe(
-            "mnist-splitting",
-            "mnist",
-            "wong-cnn",
+            name="mnist-splitting",
+            dataset="mnist",
+            architecture="wong-cnn",
             epochs=15,
             loss="splitting-noise",
             loss_options={"step": 0.16, "block": 5},

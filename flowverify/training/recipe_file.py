@@ -8,16 +8,14 @@ loss_options: {radius: 0.3}
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flowverify.errors import DataError, FlowverifyError, InvalidInputError
+from flowverify.settings import json_schema, read_yaml
 from flowverify.training.architectures import check_architecture
 from flowverify.training.losses import build_loss
-from flowverify.training.recipe import Recipe, find_recipe
+from flowverify.training.recipe import RECIPES, Recipe, find_recipe
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -35,7 +33,9 @@ def read_recipe(source: str | Path) -> Recipe:
     """
     if Path(source).suffix.lower() not in SUFFIXES:
         return find_recipe(str(source))
-    values = _read(Path(source))
+    values = read_yaml(Path(source))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise DataError(f"{source}: holds {type(values).__name__}, expected the fields of a recipe by name")
     try:
         if "base" in values:
             base = find_recipe(str(values.pop("base"))).to_dict()
@@ -56,13 +56,9 @@ def read_recipe(source: str | Path) -> Recipe:
     return recipe
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read as a recipe ({reason}), expected YAML or JSON") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise DataError(f"{path}: holds {type(values).__name__}, expected the fields of a recipe by name")
-    return values
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file: with ``base`` every field but the name has a default."""
+    schema = json_schema(Recipe)
+    base = {"description": "A shipped recipe, which gives what the file does not.", "enum": list(RECIPES)}
+    required = [{"required": ["name", "base"]}, {"required": schema.pop("required")}]
+    return {**schema, "properties": {"base": base, **schema["properties"]}, "anyOf": required}

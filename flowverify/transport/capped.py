@@ -90,8 +90,10 @@ def support_capped(
     return CappedSupport(*(torch.cat(values) for values in zip(*rows, strict=True)))
 
 
-def check_below(images: Tensor, cap: float) -> None:
-    """Raises InvalidInputError if a pixel of the images (B, C, H, W) is above the cap already."""
+def check_below(images: Tensor, cap: float | None) -> None:
+    """Raises InvalidInputError if a pixel of the images (B, C, H, W) is above the cap, where there is one."""
+    if cap is None:
+        return
     above = (images > cap).flatten(1).any(1).nonzero().flatten()
     if above.numel():
         at = int(above[0])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowverify.transport import compiled
-from flowverify.transport.ground import offsets_by_cost, parse_ground, steepest_offsets
+from flowverify.transport.ground import L1, L2, Power, offsets_by_cost, parse_ground, steepest_offsets
 
 
 class Dilation(NamedTuple):
@@ -45,8 +45,7 @@ def dilate(coefficients: Tensor, multiplier: Tensor, ground: str = "l1") -> Dila
     """
     cost = parse_ground(ground)
     slope = multiplier[..., None, None, None]
-    separable = cost.window is None and (cost.distance, cost.power) in (("l1", 1.0), ("l2", 2.0))
-    if not separable:
+    if cost not in (L1(), Power(L2(), 2.0)):
         return _by_offsets(coefficients, slope, ground)
     one_axis = _running_maximum if cost.power == 1.0 else _parabola_maximum
     width = coefficients.shape[-1]
@@ -152,6 +151,32 @@ def lipschitz_constant(coefficients: Tensor, ground: str = "l1") -> Tensor:
         if difference.numel():
             largest = torch.maximum(largest, difference.flatten(-3).amax(-1) / cost)
     return largest
+
+
+def steepest_moves(coefficients: Tensor, ground: str = "l1") -> Tensor:
+    """The move that attains Lip(c) at a cost of 1, (..., C, H, W): mass from the pixel that is lower to the higher one.
+
+    c . move = Lip(c); 0 where c is constant in every channel.
+    """
+    height, width = coefficients.shape[-2:]
+    flat = coefficients.detach().reshape(-1, *coefficients.shape[-3:])
+    largest, moves = flat.new_zeros(len(flat)), torch.zeros_like(flat)
+    for (row, column), cost in zip(*(part.tolist() for part in steepest_offsets(height, width, ground)), strict=True):
+        here, there = _shifted(row, column, height, width)
+        difference = (flat[there] - flat[here]) / cost
+        if not difference.numel():
+            continue
+        size, place = difference.abs().flatten(1).max(1)
+        rows = (size > largest).nonzero().flatten()
+        amount = torch.zeros_like(difference[rows]).flatten(1)
+        chosen = place[rows, None]
+        amount.scatter_(1, chosen, difference[rows].flatten(1).gather(1, chosen).sign() / cost)
+        amount = amount.reshape(-1, *difference.shape[1:])
+        step = torch.zeros_like(flat[rows])
+        step[there] += amount
+        step[here] -= amount
+        largest[rows], moves[rows] = size[rows], step
+    return moves.reshape(coefficients.shape)
 
 
 def _steepest_neighbours(coefficients: Tensor) -> Tensor:

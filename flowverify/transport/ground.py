@@ -3,24 +3,28 @@
 A ground cost is a function of the two pixels' offset (rows, columns), in pixels, and is given by its name:
 
     name    = base [ "^" p ]                       l1, l2, l2^2, l1^1.5, local:5, local:5:l1^2
-    base    = "l1" | "l2" | "local:" k [ ":l1" | ":l2" ]
+    base    = distance | "local:" k [ ":" distance ]
 
 ``l1`` is |di| + |dj|, ``l2`` is Euclidean. ``local:k`` moves mass within the k x k window around its pixel only, at
-Euclidean cost unless another is named (the threat model of Wong et al. 2019, Section 4.2); outside the cost is
+Euclidean cost unless another distance is named (the threat model of Wong et al. 2019, Section 4.2); outside the cost is
 infinite. ``^p`` with p >= 1 is the p-th power d^p of the distance d: the threat model is then the p-Wasserstein ball,
 
     W_p(mu, nu) = (min over plans P of sum_ij P_ij d(i, j)^p / mass)^(1/p)  <=  radius,
 
 so that the budget of a radius is radius^p * mass. Radii are in pixels for every cost.
+
+Each cost is a class. Another one is added by its class alone, from anywhere (:func:`register_ground`); powers of it and
+windows of it then have names, too.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -33,66 +37,74 @@ from flowverify.grid import Grid
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
-GROUNDS: tuple[str, ...] = ("l1", "l2")  # the distances on which every ground cost is built
-FORMS: tuple[str, ...] = (*GROUNDS, "local:K", "local:K:l1", "with ^P appended for a power P >= 1 (l2^2)")
-
-_L1_OVER = {"l1": 1.0, "l2": math.sqrt(2.0)}  # the least factor with l1 <= factor * distance
-_NAME = re.compile(r"(l1|l2|local:(?P<window>-?\d+)(?::(?P<inner>l1|l2))?)(?:\^(?P<power>.+))?")
+ROUNDING = 1e-12  # relative, in what is asked of a cost
 
 
-@dataclass(frozen=True)
-class GroundCost:
-    """d(offset)^power within the window, infinite outside of it; made by :func:`parse_ground`.
+class GroundCost(ABC):
+    """d(offset)^p: the price of a move. A subclass says :meth:`of_offset`, and how :attr:`l1_factor` bounds l1.
+
+    What is asked of a distance d (:meth:`check_grid` looks at every offset of an image): 0 for what stays, and at least
+    1 for all else, as pixels are one apart; the same in both directions of either axis; infinite where mass may not go.
 
     Attributes:
-        distance: "l1" or "l2".
+        name: the shortest name of this cost.
+        forms: what a list of valid names shows for it.
         power: p >= 1.
-        window: k, odd; None where mass may go anywhere.
+        window: k, odd, where mass moves within k x k pixels only.
+        l1_factor: a factor with |rows| + |columns| <= l1_factor * d, the least for sharp conversions.
+        is_metric: whether the triangle inequality holds; then an optimal plan may leave all common mass where it is.
     """
 
-    distance: str
+    forms: ClassVar[tuple[str, ...]] = ()
     power: float = 1.0
     window: int | None = None
+    l1_factor: float
+    is_metric: bool = True
 
     @property
-    def name(self) -> str:
-        """The shortest name of this cost."""
-        base = self.distance
-        if self.window is not None:
-            base = f"local:{self.window}" + ("" if self.distance == "l2" else f":{self.distance}")
-        return base if self.power == 1.0 else f"{base}^{self.power:.12g}"
+    @abstractmethod
+    def name(self) -> str: ...
 
-    @property
-    def is_metric(self) -> bool:
-        """Whether the triangle inequality holds; then an optimal plan may leave all common mass where it is."""
-        return self.power == 1.0 and self.window is None
-
+    @abstractmethod
     def of_offset(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
-        """Costs of offsets, float64."""
-        costs = self.unrestricted(rows, columns)
-        if self.window is None:
-            return costs
-        edge = self.window // 2
-        return np.where((np.abs(rows) <= edge) & (np.abs(columns) <= edge), costs, np.inf)
+        """Costs of offsets, float64, for rows and columns that broadcast together."""
+
+    @classmethod
+    def parse(cls, text: str) -> GroundCost | None:
+        """The cost of this name, if it is one of this class.
+
+        Raises:
+            InvalidInputError: it looks like one, with a number that is none of a cost.
+        """
+        made = cls()
+        return made if made.name == text else None
+
+    @property
+    def distance(self) -> GroundCost:
+        """d, without a power and a window."""
+        return self
 
     def unrestricted(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
-        """Costs of offsets without the window."""
-        distances = np.abs(rows) + np.abs(columns) if self.distance == "l1" else np.hypot(rows, columns)
-        return distances if self.power == 1.0 else distances**self.power
+        """Costs of offsets as if there were no window."""
+        return self.of_offset(rows, columns)
+
+    def l1_over_power(self, power: float) -> float:
+        """A factor with |rows| + |columns| <= factor * d^power; as d >= 1, the one for d will do."""
+        return self.l1_factor
+
+    @property
+    def steepness(self) -> float:
+        """What is paid for l1 is at most so many times what is paid for this cost."""
+        return self.l1_over_power(1.0)
 
     def check_grid(self, height: int, width: int) -> None:
-        """Raises InvalidInputError if the window is larger than the image."""
-        if self.window is not None and self.window > max(height, width):
-            raise InvalidInputError(
-                f"ground cost {self.name!r}: a window of {self.window} pixels on images of {height} x {width}: "
-                f"expected at most {max(height, width)}"
-            )
+        """Raises InvalidInputError if the cost does not fit images of this size, or is none."""
+        _check_offsets(self, height, width)
 
     def largest_distance(self, height: int, width: int) -> float:
         """The largest radius that means anything: the longest way, in pixels, that mass may go."""
-        edge = max(height, width) if self.window is None else self.window // 2
-        rows, columns = float(min(edge, height - 1)), float(min(edge, width - 1))
-        return rows + columns if self.distance == "l1" else math.hypot(rows, columns)
+        costs = self.of_offset(*_offset_table(height, width))
+        return float(costs[np.isfinite(costs)].max())
 
     def budget(self, radius: Tensor) -> Tensor:
         """radius^p: what the plans of the ball may cost, for each unit of mass."""
@@ -105,57 +117,240 @@ class GroundCost:
     def to_l1(self, radius: float) -> float:
         """The radius of a ball of l1 ground cost that contains the ball of this radius.
 
-        W1_l1 <= factor * W1_d <= factor * W_p (Jensen), with the factor of :func:`l1_over_ground`. As pixels
-        are whole steps apart, also l1 <= steepness * d^p, so that W1_l1 <= steepness * radius^p.
+        W1_l1 <= factor * W1_d <= factor * W_p (Jensen), with :attr:`l1_factor`. As pixels are whole steps apart, also
+        l1 <= steepness * d^p, so that W1_l1 <= steepness * radius^p (theory, section 9).
         """
-        return min(_L1_OVER[self.distance] * radius, self._steepness * float(radius**self.power))
+        return min(self.l1_factor * radius, self.steepness * float(radius**self.power))
 
     def from_l1(self, radius: float) -> float:
         """The largest radius whose ball :meth:`to_l1` places in the l1 ball of ``radius``."""
-        return max(radius / _L1_OVER[self.distance], float((radius / self._steepness) ** (1.0 / self.power)))
+        return max(radius / self.l1_factor, float((radius / self.steepness) ** (1.0 / self.power)))
+
+
+Cost = TypeVar("Cost", bound=type[GroundCost])
+
+GROUNDS: dict[str, type[GroundCost]] = {}  # by the first of their forms, in the order in which names are tried
+
+
+def register_ground(cost: Cost) -> Cost:
+    """Adds a class of ground costs, whose names are then valid everywhere; a decorator.
+
+    Raises:
+        InvalidInputError: another class has its form already.
+    """
+    form = (cost.forms or (str(cost.name),))[0]
+    if GROUNDS.get(form, cost) is not cost:
+        raise InvalidInputError(f"ground cost {form!r}: given a second class of this form, expected one")
+    GROUNDS[form] = cost
+    _find.cache_clear()
+    return cost
+
+
+@lru_cache(maxsize=64)
+def _find(name: str) -> GroundCost | None:
+    for cost in GROUNDS.values():
+        if (found := cost.parse(name)) is not None:
+            return found
+    return None
+
+
+@register_ground
+@dataclass(frozen=True)
+class L1(GroundCost):
+    """|di| + |dj|: steps from pixel to pixel."""
+
+    name = "l1"
+    l1_factor = 1.0
+
+    def of_offset(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
+        return np.abs(rows) + np.abs(columns)
+
+
+@register_ground
+@dataclass(frozen=True)
+class L2(GroundCost):
+    """sqrt(di^2 + dj^2)."""
+
+    name = "l2"
+    l1_factor = math.sqrt(2.0)
+
+    def of_offset(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
+        return np.hypot(rows, columns)
+
+    def l1_over_power(self, power: float) -> float:
+        # The diagonal step (1, 1), or a step to a neighbour: at (a, b), l1 / l2^p <= sqrt(2) l2^(1-p), which falls with
+        # l2.
+        return max(1.0, math.pow(2.0, 1.0 - power / 2.0))
+
+
+@register_ground
+@dataclass(frozen=True)
+class Local(GroundCost):
+    """A distance within a k x k window, infinite outside of it.
+
+    Attributes:
+        inner: the distance.
+        window: k, odd.
+    """
+
+    forms = ("local:K", "local:K:l1")
+    is_metric = False
+
+    inner: GroundCost
+    window: int
 
     @property
-    def _steepness(self) -> float:
-        # max over offsets of l1 / d^p: for l2 the diagonal step (1, 1), or a step to a neighbour. At (a, b),
-        # l1 / l2^p <= sqrt(2) l2^(1-p), which falls with l2.
-        return 1.0 if self.distance == "l1" else max(1.0, 2.0 ** (1.0 - self.power / 2.0))
+    def name(self) -> str:
+        return f"local:{self.window}" + ("" if self.inner == L2() else f":{self.inner.name}")
+
+    @classmethod
+    def parse(cls, text: str) -> GroundCost | None:
+        found = re.fullmatch(r"local:(-?\d+)(?::(.+))?", text)
+        inner = None if found is None else _find(found[2] or "l2")
+        if found is None or inner is None or inner.distance is not inner:
+            return None
+        window = int(found[1])
+        if window < 1 or window % 2 == 0:
+            raise InvalidInputError(f"ground cost {text!r}: given the window {window}, expected an odd number >= 1")
+        return cls(inner, window)
+
+    @property
+    def l1_factor(self) -> float:  # type: ignore[override]
+        return self.inner.l1_factor
+
+    @property
+    def distance(self) -> GroundCost:
+        return self.inner
+
+    def of_offset(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
+        edge = self.window // 2
+        inside = (np.abs(rows) <= edge) & (np.abs(columns) <= edge)
+        return np.where(inside, self.inner.of_offset(rows, columns), np.inf)
+
+    def unrestricted(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
+        return self.inner.of_offset(rows, columns)
+
+    def l1_over_power(self, power: float) -> float:
+        return self.inner.l1_over_power(power)
+
+    def check_grid(self, height: int, width: int) -> None:
+        if self.window > max(height, width):
+            raise InvalidInputError(
+                f"ground cost {self.name!r}: a window of {self.window} pixels on images of {height} x {width}: "
+                f"expected at most {max(height, width)}"
+            )
+        super().check_grid(height, width)
+
+
+@register_ground
+@dataclass(frozen=True)
+class Power(GroundCost):
+    """The p-th power of a distance, or of one within a window.
+
+    Attributes:
+        base: the distance.
+        power: p > 1.
+    """
+
+    forms = ("with ^P appended for a power P >= 1 (l2^2)",)
+    is_metric = False
+
+    base: GroundCost
+    power: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.base.name}^{self.power:.12g}"
+
+    @classmethod
+    def parse(cls, text: str) -> GroundCost | None:
+        start, mark, exponent = text.partition("^")
+        base = _find(start) if mark else None
+        if base is None:
+            return None
+        try:
+            power = float(exponent)
+        except ValueError:
+            power = math.nan
+        if not 1 <= power < math.inf:
+            raise InvalidInputError(
+                f"ground cost {text!r}: given the power {exponent}, expected a finite number p >= 1"
+            )
+        return base if power == 1.0 else cls(base, power)
+
+    @property
+    def l1_factor(self) -> float:  # type: ignore[override]
+        return self.base.l1_factor
+
+    @property
+    def distance(self) -> GroundCost:
+        return self.base.distance
+
+    @property
+    def window(self) -> int | None:  # type: ignore[override]
+        return self.base.window
+
+    def of_offset(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
+        return self.base.of_offset(rows, columns) ** self.power
+
+    def unrestricted(self, rows: FloatArray, columns: FloatArray) -> FloatArray:
+        return self.base.unrestricted(rows, columns) ** self.power
+
+    @property
+    def steepness(self) -> float:
+        return self.base.l1_over_power(self.power)
+
+    def check_grid(self, height: int, width: int) -> None:
+        self.base.check_grid(height, width)
+        super().check_grid(height, width)
+
+    def largest_distance(self, height: int, width: int) -> float:
+        return self.base.largest_distance(height, width)
 
 
 def parse_ground(name: object) -> GroundCost:
     """The ground cost of this name.
 
     Raises:
-        UnknownNameError: the name is not of the form in the module's text.
+        UnknownNameError: the name is not of the form in the module's text, nor one that was registered.
         InvalidInputError: a power that is not a finite number >= 1, an even window, or one below 1.
     """
-    return _parse(name) if isinstance(name, str) else _unknown(name)
+    found = _find(name) if isinstance(name, str) else None
+    if found is None:
+        raise UnknownNameError("ground cost", name, ground_forms())
+    return found
+
+
+def ground_forms() -> tuple[str, ...]:
+    """What names of ground costs look like, one entry a form."""
+    return tuple(form for key, cost in GROUNDS.items() for form in cost.forms or (key,))
+
+
+def _offset_table(height: int, width: int) -> tuple[FloatArray, FloatArray]:
+    """Offsets in which rows and columns grow, as two arrays (height, width)."""
+    rows, columns = np.meshgrid(np.arange(height, dtype=np.float64), np.arange(width, dtype=np.float64), indexing="ij")
+    return rows, columns
 
 
 @lru_cache(maxsize=64)
-def _parse(name: str) -> GroundCost:
-    found = _NAME.fullmatch(name)
-    if found is None:
-        return _unknown(name)
-    power, window = 1.0, None
-    if found["power"] is not None:
-        try:
-            power = float(found["power"])
-        except ValueError:
-            power = math.nan
-        if not 1 <= power < math.inf:
-            raise InvalidInputError(
-                f"ground cost {name!r}: given the power {found['power']}, expected a finite number p >= 1"
-            )
-    if found["window"] is not None:
-        window = int(found["window"])
-        if window < 1 or window % 2 == 0:
-            raise InvalidInputError(f"ground cost {name!r}: given the window {window}, expected an odd number >= 1")
-    distance = found["inner"] or ("l2" if window is not None else found[1])
-    return GroundCost(distance, power, window)
-
-
-def _unknown(name: object) -> GroundCost:
-    raise UnknownNameError("ground cost", name, FORMS)
+def _check_offsets(cost: GroundCost, height: int, width: int) -> None:
+    """Raises InvalidInputError unless the cost is what :class:`GroundCost` asks for at every offset of an image."""
+    rows, columns = _offset_table(height, width)
+    own, price, l1 = cost.of_offset(rows, columns), cost.unrestricted(rows, columns), rows + columns
+    low, high = 1 - ROUNDING, 1 + ROUNDING
+    expected = None
+    if any(getattr(costs, "shape", None) != l1.shape or costs.dtype != np.float64 for costs in (own, price)):
+        expected = "a float64 number for each offset"
+    elif not all(np.array_equal(own, cost.of_offset(i * rows, j * columns)) for i in (1, -1) for j in (1, -1)):
+        expected = "the same number in both directions of either axis"
+    elif own.flat[0] != 0 or not (own.flat[1:] >= low).all():
+        expected = "0 for what stays and at least 1 for every move"
+    elif not (l1 <= cost.l1_factor * price ** (1 / cost.power) * high).all():
+        expected = f"|rows| + |columns| to be at most l1_factor, {cost.l1_factor:g}, times the distance"
+    elif not (l1 <= cost.steepness * price * high).all():
+        expected = f"|rows| + |columns| to be at most {cost.steepness:g} times the cost (l1_over_power)"
+    if expected is not None:
+        raise InvalidInputError(f"ground cost {cost.name!r} on images of {height} x {width}: expected {expected}")
 
 
 def check_ground(name: object, grid: Grid | None = None) -> str:
@@ -172,12 +367,12 @@ def check_ground(name: object, grid: Grid | None = None) -> str:
 
 
 def l1_over_ground(ground: str) -> float:
-    """The least factor with W1_l1 <= factor * W_ground: 1 for costs built on l1, sqrt(2) for those on l2.
+    """A factor with W1_l1 <= factor * W_ground: 1 for costs built on l1, sqrt(2) for those on l2.
 
     The ground ball of radius r lies in the l1 ball of radius factor * r, and a certificate of radius r for l1 is one
     of radius r / factor for the ground cost (theory, section 9). :meth:`GroundCost.to_l1` is sharper for powers.
     """
-    return _L1_OVER[parse_ground(ground).distance]
+    return parse_ground(ground).l1_factor
 
 
 def is_metric(ground: str) -> bool:

@@ -123,7 +123,7 @@ class _Lying(BaseAttack):
     name = "lying"
     answer = None
 
-    def _at_radius(self, batch, radius):
+    def search(self, batch):
         return self.answer(batch)
 
 
@@ -194,7 +194,7 @@ class TestBadInput:
 
     def test_names_and_options(self):
         network, images, labels = digits(1)
-        with pytest.raises(UnknownNameError, match="unknown attack 'pgd': expected one of flow-pgd, frank-wolfe"):
+        with pytest.raises(UnknownNameError, match="unknown attack 'pgd': expected one of MODULE:CLASS, flow-pgd"):
             make_attack("pgd", network)
         with pytest.raises(UnknownNameError, match="unknown ground cost"):
             make_attack("minimal", network).minimise(images, labels, "l7")

@@ -8,10 +8,10 @@ from torch import nn
 from flowverify.attack import Binarised, FlowDescent, FrankWolfe, MinimalRadius, binarise
 from flowverify.attack.art_adapter import art_attack
 from flowverify.attack.foolbox_adapter import foolbox_attack
+from flowverify.ball import WassersteinBall
 from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.network import load_network
-from flowverify.threat import WassersteinBall
 
 
 def linear_problem(count=30, channels=1):

@@ -2,33 +2,38 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
-from flowverify.bench.tasks import Kind, Prepared, Task
+from pydantic import Field
+
+from flowverify.bench.tasks import Kind, Prepared, Run, Task
 from flowverify.errors import InvalidInputError
+from flowverify.settings import Natural, settings
 
 
-class Misbehaving(Kind):
-    """``deeds`` maps positions to deeds; ``seconds`` is what each image takes; ``once`` is done a single time.
+@settings
+class Deeds(Run):
+    """``deeds`` maps positions to deeds; ``once`` is done a single time.
 
     Who hangs adds a byte to the file ``tell`` just before.
     """
 
-    name = "misbehaving"
+    deeds: dict[int, str] = Field({})
+    setup: str = Field("")
+    marks: str = Field("")
+    pids: str = Field("")
+    tell: str = Field("")
+    count: Natural = Field(10)
 
-    def expand(self, fields, defaults):
-        settings = {
-            "deeds": {str(position): deed for position, deed in fields.take("deeds", {}).items()},
-            "pause": fields.number("seconds", 0.0),
-            "setup": fields.text("setup", ""),
-            "marks": fields.text("marks", ""),
-            "pids": fields.text("pids", ""),
-            "tell": fields.text("tell", ""),
-        }
-        count = fields.integer("count", 10)
-        fields.finish()
-        return [Task("misbehaving", f"{__name__}:Misbehaving", settings, tuple(range(count)), defaults.chunk)]
+
+class Misbehaving(Kind):
+    name = "misbehaving"
+    settings = Deeds
+
+    def expand(self, run, defaults):
+        own = {"deeds": {str(position): deed for position, deed in run.deeds.items()}}
+        own |= {"setup": run.setup, "marks": run.marks, "pids": run.pids, "tell": run.tell}
+        return [Task("misbehaving", f"{__name__}:Misbehaving", own, tuple(range(run.count)), defaults.chunk)]
 
     def prepare(self, task, context):
         if task.settings["pids"]:
@@ -44,9 +49,8 @@ class _Prepared(Prepared):
     def run(self, positions):
         found = []
         for position in positions:
-            time.sleep(self._settings["pause"])
             act(self._settings["deeds"].get(str(position), ""), self._settings, position)
-            found.append({"verdict": "certified", "radius": position / 7, "seconds": self._settings["pause"]})
+            found.append({"verdict": "certified", "radius": position / 7, "seconds": 0.0})
         return found
 
 

@@ -23,10 +23,16 @@ def misbehaving(folder, chunk=5, budget=None, **settings):
     return read_suite(write_suite(folder, {"name": "test", "chunk": chunk, "budget": budget or {}, "runs": [run]}))
 
 
-def run_local(suite, folder, workers=2, **options):
+def standing():
+    """A clock by which no budget ends: what a test waits for is there sooner or later."""
+    return 0.0
+
+
+def run_local(suite, folder, workers=2, processors=None, clock=standing, **options):
     """Runs a suite on this machine; the records by position (of suites with one task)."""
     with Store(folder, suite) as store:
-        run_suite(suite, store, LocalBackend(suite.context, workers, suite.budget.memory), **options)
+        backend = LocalBackend(suite.context, workers, suite.budget.memory, processors)
+        run_suite(suite, store, backend, clock=clock, **options)
         return {index: record for (_, index), record in store.records.items()}
 
 

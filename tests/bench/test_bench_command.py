@@ -150,10 +150,8 @@ class TestBadInput:
         assert "holds no suite.json, expected the folder of a run" in result.stderr
 
     def test_full_disk(self, tmp_path, monkeypatch):
-        from flowverify.bench import store
-
         path = tmp_path / "suite.yaml"
-        misbehaving(tmp_path, count=6, chunk=2, seconds=0.05)
+        misbehaving(tmp_path, count=6, chunk=2)
         write, written = os.write, []
 
         def full(file, content):
@@ -162,7 +160,7 @@ class TestBadInput:
             written.extend([content] if b'"index"' in content else [])
             return write(file, content)
 
-        monkeypatch.setattr(store.os, "write", full)
+        monkeypatch.setattr(os, "write", full)
         result = run("bench", path, "--out", tmp_path / "out", "--workers", 1, code=2)
         monkeypatch.undo()
         line = result.stderr.splitlines()[-1]

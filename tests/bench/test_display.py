@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from flowverify.bench import plots, tables
-from flowverify.bench.certify_kind import Certify
+from flowverify.bench.certify_kind import Certify, CertifyRun
 from flowverify.bench.comparisons import Comparison, evidence
+from flowverify.bench.report import to_latex
+from flowverify.bench.sources import Data
 from flowverify.bench.statistics import TaskRecords
-from flowverify.bench.tasks import Task
+from flowverify.bench.tasks import Defaults, Task
 from flowverify.certifiers.ends import CLOSED
 
 DIGITS = {"name": "digits", "split": "test", "index": ":4", "folder": None}
@@ -136,7 +138,7 @@ class TestTables:
 
     def test_csv_and_latex_have_them_too(self) -> None:
         table = tables.summary([searched("a", [0.1, 0.2, 0.3], [0.1005, 0.3, 0.5])])
-        for text in (table.to_csv(), table.to_latex().replace(r"\%", "%")):
+        for text in (table.to_csv(), to_latex([table]).replace(r"\%", "%")):
             assert "median at most" in text and "closed to 1%" in text and "1 of 3" in text and "W1, l1" in text
 
 
@@ -184,9 +186,6 @@ class TestClaims:
     ],
 )  # fmt: skip
 def test_no_task_is_named_exact_whose_certificates_may_not_be(run: dict[str, Any], names: list[str]) -> None:
-    from flowverify.bench.fields import Fields
-    from flowverify.bench.tasks import Defaults
-
-    defaults = Defaults(["mnist-linear"], {"name": "digits", "index": "0:2"}, 2, ".")
-    tasks = Certify().expand(Fields(run, "runs[0]"), defaults)
+    defaults = Defaults(["mnist-linear"], Data(name="digits", index="0:2"), 2, ".")
+    tasks = Certify().expand(CertifyRun(**run), defaults)
     assert ["/".join(task.name.split("/")[2:4]) for task in tasks] == names

@@ -1,5 +1,6 @@
 """Local workers: what one image does costs no other its result."""
 
+import itertools
 import os
 import subprocess
 
@@ -31,8 +32,8 @@ class TestIsolation:
         assert len(found) == 10 and others(found)
 
     def test_a_hang_is_a_timeout_of_its_image(self, tmp_path, late):
-        suite = misbehaving(tmp_path, chunk=2, budget={"seconds": 1}, deeds={4: "hang"}, tell=str(late))
-        found = run_local(suite, tmp_path / "out", workers=1)
+        suite = misbehaving(tmp_path, chunk=2, budget={"seconds": 1}, deeds={4: "hang"}, tell=str(late.path))
+        found = run_local(suite, tmp_path / "out", workers=1, clock=late)
         assert found[4]["verdict"] == "timeout" and "budget of 1 s" in found[4]["note"]
         assert len(found) == 10 and others(found, 4)
 
@@ -49,9 +50,8 @@ class TestIsolation:
 
     def test_preparation_has_a_budget_of_its_own(self, tmp_path, late):
         budget = {"preparation": 0.3, "seconds": 1e6}
-        found = run_local(
-            misbehaving(tmp_path, count=2, budget=budget, setup="hang", tell=str(late)), tmp_path / "out", workers=1
-        )
+        suite = misbehaving(tmp_path, count=2, budget=budget, setup="hang", tell=str(late.path))
+        found = run_local(suite, tmp_path / "out", workers=1, clock=late)
         assert {record["verdict"] for record in found.values()} == {"timeout"}
         assert "not prepared after 0.3 s" in found[0]["note"]
 
@@ -69,10 +69,10 @@ class TestResume:
         assert set(records(tmp_path / "out")) == set(before)
 
     def test_timeouts_are_tried_again_when_asked_for(self, tmp_path, late):
-        suite = misbehaving(tmp_path, count=2, budget={"seconds": 0.3}, deeds={1: "hang"}, tell=str(late))
-        first = run_local(suite, tmp_path / "out", workers=1)
-        assert run_local(suite, tmp_path / "out", workers=1)[1] == first[1]
-        again = run_local(suite, tmp_path / "out", workers=1, retry_timeouts=True)[1]
+        suite = misbehaving(tmp_path, count=2, budget={"seconds": 0.3}, deeds={1: "hang"}, tell=str(late.path))
+        first = run_local(suite, tmp_path / "out", workers=1, clock=late)
+        assert run_local(suite, tmp_path / "out", workers=1, clock=late)[1] == first[1]
+        again = run_local(suite, tmp_path / "out", workers=1, clock=late, retry_timeouts=True)[1]
         assert again["verdict"] == "timeout" and again["finished"] > first[1]["finished"]
         assert len(records(tmp_path / "out")) == 2
 
@@ -86,7 +86,8 @@ def test_records_say_what_they_were_made_with(tmp_path):
 
 def test_progress(tmp_path):
     seen = []
-    run_local(misbehaving(tmp_path, deeds={3: "raise"}), tmp_path / "out", on_progress=seen.append)
+    clock = itertools.count(0.0).__next__
+    run_local(misbehaving(tmp_path, deeds={3: "raise"}), tmp_path / "out", on_progress=seen.append, clock=clock)
     assert [seen[0].done, seen[-1].done, seen[-1].total, seen[-1].failed] == [0, 10, 10, 1]
     assert seen[-1].remaining == 0 and seen[-1].rate > 0
     run_local(misbehaving(tmp_path, deeds={3: "raise"}), tmp_path / "out", on_progress=seen.append)
@@ -117,8 +118,8 @@ class _Stillborn:
 
 
 def test_nothing_is_left_running(tmp_path, late):
-    suite = misbehaving(tmp_path, budget={"seconds": 0.3}, count=3, deeds={1: "hang"}, tell=str(late))
-    run_local(suite, tmp_path / "out", workers=1)
+    suite = misbehaving(tmp_path, budget={"seconds": 0.3}, count=3, deeds={1: "hang"}, tell=str(late.path))
+    run_local(suite, tmp_path / "out", workers=1, clock=late)
     shown = subprocess.run(
         ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=False
     )

@@ -10,7 +10,6 @@ import subprocess
 import pytest
 from suites import misbehaving, records, run_local
 
-from flowverify.bench import store as module
 from flowverify.bench.store import Store, read_folder
 from flowverify.errors import DataError, InvalidInputError
 
@@ -82,7 +81,7 @@ def test_damage_in_the_middle_is_not_passed_over(suite, tmp_path):
     path = tmp_path / "out" / "records.jsonl"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"index": 1', b'"index" 1'))
-    with pytest.raises(DataError, match=r"records\.jsonl: line 2 is damaged"):
+    with pytest.raises(DataError, match=r"records\.jsonl: line 2 is no record"):
         Store(tmp_path / "out", suite)
     assert path.read_bytes().count(b"\n") == 3
 
@@ -124,7 +123,7 @@ def test_a_full_disk(suite, tmp_path, monkeypatch, taken):
 
     with Store(tmp_path / "out", suite) as store:
         store.append([record(0)])
-        monkeypatch.setattr(module.os, "write", full)
+        monkeypatch.setattr(os, "write", full)
         with pytest.raises(DataError, match=r"\(No space left on device\); the 1 records before are kept"):
             store.append([record(1)])
         monkeypatch.undo()
@@ -165,3 +164,18 @@ def test_a_killed_run_holds_no_lock(suite, tmp_path):
     assert process.exitcode == -signal.SIGKILL
     run_local(suite, tmp_path / "out")
     assert len(records(tmp_path / "out")) == 20
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(suite, tmp_path):
+    """It had a file for the lock, and left errors beside what superseded them."""
+    out = tmp_path / "out"
+    with Store(out, suite) as store:
+        store.append([record(0)])
+    (out / "lock").touch()
+    old = json.loads((out / "suite.json").read_text())
+    assert list(old) == ["fingerprint", "name", "description", "context", "budget", "tasks", "comparisons"]
+    assert old["budget"] == {"seconds": 300.0, "preparation": 600.0, "memory": None}
+    with (out / "records.jsonl").open("a") as file:
+        file.write(f"{json.dumps(record(1, 'error'))}\n{json.dumps(record(1))}\n")
+    run_local(suite, out)
+    assert len(records(out)) == 20

@@ -75,33 +75,38 @@ class TestExpansion:
         )
         assert len({plain, *(read(tmp_path, **change).fingerprint for change in changes)}) == 5
 
+    def test_results_of_earlier_versions_belong_to_their_suites(self):
+        """Of a suite without paths; what its tasks are made of may not change by accident."""
+        path = next(path for path in SUITES if path.stem == "quick")
+        assert read_suite(path).fingerprint == "c62728952b604c84206e40a51c092e9cc7ba884278b58b156b07aacea54f1133"
+
 
 WRONG = [
-    ({"runs": [{"bonds": "crown"}]}, r"runs\[0\]\.bonds: unknown key, expected one of kind, label, models"),
-    ({"budgets": {}}, "budgets: unknown key"),
-    ({"budget": {"minutes": 3}}, r"budget\.minutes: unknown key, expected one of memory, seconds, preparation"),
+    ({"runs": [{"bonds": "crown"}]}, r"unknown key 'runs\[0\]\.bonds': expected one of bounds, cap, chunk"),
+    ({"budgets": {}}, "unknown key 'budgets': expected one of budget"),
+    ({"budget": {"minutes": 3}}, r"unknown key 'budget\.minutes': expected one of memory, preparation, seconds"),
     ({"budget": {"seconds": 0}}, r"budget\.seconds: given 0, expected a number > 0"),
     ({"budget": {"memory": "much"}}, r"budget\.memory: given 'much', expected a number > 0"),
     ({"budget": 3}, "budget: given 3, expected keys with values"),
-    ({"models": ["nonsense"]}, r"models: given 'nonsense', expected one of .*digits-fc3.* or a path that ends"),
+    ({"models": ["nonsense"]}, r"models\[0\]: given 'nonsense', expected one of .*digits-fc3.* or a path that ends"),
     ({"models": "gone.onnx"}, "models: given 'gone.onnx', expected an ONNX file that exists"),
-    ({"models": ["digits-fc3", "digits-fc3"]}, "models: given .* expected names that differ"),
-    ({"data": {"name": "nonsense"}}, r"runs\[0\]\.data\.name: given 'nonsense', expected one of digits, mnist"),
+    ({"models": ["digits-fc3", "digits-fc3"]}, "models: given .* expected values that differ"),
+    ({"data": {"name": "nonsense"}}, r"suite\.yaml: data\.name: given 'nonsense', expected one of digits, mnist"),
     ({"data": {"name": "gone.npz"}}, r"suite\.yaml: runs\[0\]\.data: .*gone\.npz: no such file"),
     ({"data": {"name": "digits", "index": "0:99999"}}, r"runs\[0\]\.data: index '0:99999': ends at 99999"),
     ({"data": {"name": "digits", "index": "1,1"}}, "selects an image twice"),
-    ({"data": {"name": "digits", "split": "both"}}, r"data\.split: given 'both', expected one of train, test"),
-    ({"runs": [{"methods": ["vanila"]}]}, r"runs\[0\]\.methods: given 'vanila', expected one of vanilla, fine-tuned"),
-    ({"runs": [{"bounds": "tight"}]}, r"runs\[0\]\.bounds: given 'tight', expected one of ibp"),
+    ({"data": {"name": "digits", "split": "both"}}, r"unknown data\.split 'both': expected one of test, train"),
+    ({"runs": [{"methods": ["vanila"]}]}, r"unknown runs\[0\]\.methods\[0\] 'vanila': expected one of .*fine-tuned"),
+    ({"runs": [{"bounds": "tight"}]}, r"unknown runs\[0\]\.bounds 'tight': expected one of .*ibp"),
     ({"runs": [{"grounds": "l3"}]}, r"runs\[0\]\.grounds: given 'l3'"),
-    ({"runs": [{"radii": [-1]}]}, r"runs\[0\]\.radii: given -1, expected a number >= 0"),
-    ({"runs": [{"radii": [0.1, 0.1]}]}, "expected radii that differ"),
-    ({"runs": [{"radii": []}]}, "expected search, a radius or a list of radii"),
+    ({"runs": [{"radii": [-1]}]}, r"runs\[0\]\.radii\[0\]: given -1, expected a number >= 0"),
+    ({"runs": [{"radii": [0.1, 0.1]}]}, "radii: given .*, expected values that differ"),
+    ({"runs": [{"radii": []}]}, r"radii: given \[\], expected one or more"),
     ({"runs": [{"references": -1}]}, r"references: given -1, expected an integer >= 0"),
     ({"runs": [{"methods": "linear", "references": 3}]}, "expected none for methods that are exact"),
     ({"runs": [{"kind": "dance"}]}, r"runs\[0\]: unknown kind 'dance': expected one of .*attack, certify"),
     ({"runs": [{"kind": "misbehaving:Gone"}]}, "has no attribute 'Gone', expected a class MODULE:CLASS"),
-    ({"runs": [{"kind": "attack", "attacks": "nonsense"}]}, r"runs\[0\]\.attacks: given 'nonsense'"),
+    ({"runs": [{"kind": "attack", "attacks": "nonsense"}]}, r"unknown runs\[0\]\.attacks 'nonsense': "),
     ({"runs": [{"kind": "attack", "attacks": "minimal", "options": {"ten": 10}}]}, r"runs\[0\]\.options: .*ten"),
     ({"runs": [{"kind": "script", "module": "gone"}]}, r"runs\[0\]\.module: given 'gone', expected a module in"),
     ({"runs": [{"kind": "instances", "file": "gone.csv", "command": ["a"]}]}, r"gone\.csv: cannot be read"),
@@ -109,6 +114,13 @@ WRONG = [
     ({"runs": [{"bounds": "ibp"}, {"bounds": "ibp"}]}, "is there twice, expected runs that differ, or a label"),
     ({"runs": []}, r"runs: given \[\], expected at least one"),
     ({"runs": 3}, "runs: given 3, expected a list"),
+    ({"runs": [3]}, r"runs\[0\]: given 3, expected keys with values"),
+    ({"runs": [{"kind": [3]}]}, r"runs\[0\]: unknown kind '\[3\]': expected one of .*certify"),
+    ({"runs": [{"kind": "misbehaving:Misbehaving", "deed": 1}]}, r"key 'runs\[0\]\.deed': expected one of .*deeds"),
+    ({"runs": [{"kind": "script", "module": "a", "arguments": [[1]]}]}, "expected a list of text and numbers"),
+    ({"runs": [{"radii": "wide"}]}, r"runs\[0\]\.radii: given 'wide', expected a number >= 0"),
+    ({"models": None}, r"runs\[0\]\.models: given \[\], expected one or more, here or in the suite"),
+    ({"data": None}, r"runs\[0\]\.data: missing, expected this key here or in the suite"),
     ({"seed": -1}, "seed: given -1, expected an integer >= 0"),
     ({"seed": True}, "seed: given True, expected an integer >= 0"),
     ({"device": "tpu"}, "device: given 'tpu', expected cpu, cuda or cuda:N"),
@@ -130,9 +142,12 @@ COMPARISON = {"claim": "c", "source": "s", "paper": 1, "measure": "ratio of seco
     ("change", "message"),
     [
         ({"of": "*linear*"}, r"comparisons\[0\]\.of: given '\*linear\*', expected the name of one task, it fits 0"),
-        ({"measure": "beauty"}, r"comparisons\[0\]\.measure: given 'beauty', expected one of median radius"),
-        ({"measure": "median radius"}, r"comparisons\[0\]\.over: unknown key"),
-        ({"measure": "median radius over number", "over": 0}, r"over: given 0, expected a number > 0"),
+        ({"measure": "beauty"}, r"unknown comparisons\[0\]\.measure 'beauty': expected one of .*median radius"),
+        (
+            {"measure": "median radius"},
+            r"comparisons\[0\]\.over: given '\*', expected nothing for the measure 'median radius'",
+        ),
+        ({"measure": "median radius over number", "over": 0}, r"over: given 0.0, expected a number > 0"),
     ],
 )
 def test_errors_of_comparisons(tmp_path, change, message):
@@ -143,7 +158,7 @@ def test_errors_of_comparisons(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: [", "line 1.* expected YAML"),
+        ("name: [", "line 1.* expected YAML or JSON"),
         ("name: a\nname: b\n", "line 2 key 'name' is given twice"),
         ("- 1\n- 2\n", r"suite: given \[1, 2\], expected keys with values"),
         ("", "suite: given None, expected keys with values"),

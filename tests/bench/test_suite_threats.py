@@ -33,8 +33,8 @@ def test_a_task_for_every_ground_cost(tmp_path: Path) -> None:
     ("run", "message"),
     [
         ({"grounds": "l2^0.5"}, r"runs\[0\]\.grounds: given 'l2\^0.5', .*the power 0.5, expected"),
-        ({"grounds": ["l2", "local:4"]}, r"runs\[0\]\.grounds: given 'local:4', .*an odd number >= 1"),
-        ({"grounds": ["l2", "l2^1"]}, r"runs\[0\]\.grounds: given .*, expected ground costs that differ"),
+        ({"grounds": ["l2", "local:4"]}, r"runs\[0\]\.grounds\[1\]: given 'local:4', .*an odd number >= 1"),
+        ({"grounds": ["l2", "l2^1"]}, r"runs\[0\]\.grounds: given .*, expected values that differ"),
         ({"cap": 0}, r"runs\[0\]\.cap: given 0, expected a number > 0"),
         ({"cap": "none"}, r"runs\[0\]\.cap: given 'none', expected a number > 0"),
     ],

@@ -8,6 +8,7 @@ from contracts import largest_gain, random_network, sparse_images
 from plans import COSTS, plan_gain
 from torch import nn
 
+from flowverify.ball import Threat
 from flowverify.bounds.first_layer import AffineValue
 from flowverify.network import ScaleShift
 
@@ -25,7 +26,9 @@ def test_both_ends_are_attained(layers: list[nn.Module], feasible: bool) -> None
     network = random_network((2, 5, 5), layers, 1)
     images = sparse_images((2, 5, 5), 2, 3, 0.15)  # few pixels hold mass, so that up and down differ
     budget = torch.tensor([0.1, 0.6], dtype=torch.float64) * images.flatten(1).sum(1)
-    lower, upper = AffineValue(network, network.output, torch.float64).bounds(images, budget, feasible, None, None)
+    threat = Threat(positive=feasible)
+    value = AffineValue(network, network.output, torch.float64, threat)
+    lower, upper = value.bounds(threat.ball(images, budget))
     values = network(images)
     assert lower.shape == upper.shape == values.shape
     basis = torch.eye(50, dtype=torch.float64).reshape(50, 2, 5, 5)
@@ -52,18 +55,20 @@ def test_exact_for_every_ground_cost(ground: str) -> None:
     images = sparse_images((2, 5, 5), 1, 6, 0.4)
     rows = network.nodes[-1].operation.get_parameter("weight").detach().reshape(-1, 2, 5, 5)
     centre = network(images).detach()[0]
-    value = AffineValue(network, network.output, torch.float64, ground)
+    threat, loose = Threat(ground), Threat(ground, positive=False)
+    value = AffineValue(network, network.output, torch.float64, threat)
+    vanilla = AffineValue(network, network.output, torch.float64, loose)
     for radius in (0.05, 0.6, 4.0):
         budget = radius * images.flatten(1).sum(1)
-        lower, upper = value.bounds(images, budget, True, None, None)
-        free = value.bounds(images, budget, False, None, None)
+        lower, upper = value.bounds(threat.ball(images, budget))
+        free = vanilla.bounds(loose.ball(images, budget))
         for index, row in enumerate(rows):
             above, below = (plan_gain(sign * row, images[0], float(budget), ground) for sign in (1, -1))
             assert float(upper[0, index]) == pytest.approx(float(centre[index]) + above, rel=1e-7, abs=1e-9)
             assert float(lower[0, index]) == pytest.approx(float(centre[index]) - below, rel=1e-7, abs=1e-9)
         assert (free[0] <= lower + 1e-9).all() and (free[1] >= upper - 1e-9).all()
         label = torch.eye(3, dtype=torch.float64)[None, :2] - torch.eye(3, dtype=torch.float64)[None, 2:]
-        margins = value.margins(label, images, budget, True, None)
+        margins = value.margins(label, threat.ball(images, budget))
         for index in range(2):
             gain = plan_gain(rows[2] - rows[index], images[0], float(budget), ground)
             exact = float(centre[index] - centre[2]) - gain
@@ -76,8 +81,8 @@ def test_a_cap_tightens_the_first_layer() -> None:
     rows = network.nodes[-1].operation.get_parameter("weight").detach().reshape(-1, 1, 6, 6)
     budget, centre = 0.3 * images.flatten(1).sum(1), network(images).detach()[0]
     free, capped = (
-        AffineValue(network, network.output, torch.float64, "l2", cap).bounds(images, budget, True, None, None)
-        for cap in (None, 1.0)
+        AffineValue(network, network.output, torch.float64, threat).bounds(threat.ball(images, budget))
+        for threat in (Threat("l2"), Threat("l2", 1.0))
     )
     for index, row in enumerate(rows):
         above, below = (plan_gain(sign * row, images[0], float(budget), "l2", 1.0) for sign in (1, -1))

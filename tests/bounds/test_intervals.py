@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowverify.bounds.crown.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
 from flowverify.bounds.intervals import intersect, propagate
 from flowverify.errors import UnsupportedOperationError
-from flowverify.lirpa.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
 from flowverify.network import ScaleShift
 from flowverify.network.operations import CANONICAL, Add, Concatenate, Index, Pad, Permute, Reshape, Subtract
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from flowverify.ball import Threat
+from flowverify.bounds.crown.bounded import BoundedNetwork
 from flowverify.bounds.margins import MarginBounds
-from flowverify.certifiers.verify import Certifier
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import BoundError, UnsupportedOperationError
-from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network
 
 
@@ -29,19 +30,20 @@ def test_what_the_host_cannot_take_is_refused_or_bounded_by_intervals(
     def refuse(*arguments: object, **options: object) -> None:
         raise BoundError("auto_LiRPA's backward failed: for the test")
 
-    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
-    expected = MarginBounds(pooled(3, 2), bound="ibp").lower_bounds(images, labels, budget)
+    labels = torch.tensor([0, 1])
+    ball = Threat().ball(torch.rand(2, 1, 6, 6), torch.tensor([0.1, 0.2]))
+    expected = MarginBounds(pooled(3, 2), bound="ibp").margins(ball, labels)
     for method in ("__init__", "crown"):
         with monkeypatch.context() as patch:
             engine = MarginBounds(pooled(3, 2), bound=bound) if method == "crown" else None
             patch.setattr(BoundedNetwork, method, refuse)
             if bound == "crown":
                 with pytest.raises(BoundError, match="for the test; the bounds ibp and best take this network"):
-                    (engine or MarginBounds(pooled(3, 2), bound=bound)).lower_bounds(images, labels, budget)
+                    (engine or MarginBounds(pooled(3, 2), bound=bound)).margins(ball, labels)
                 continue
             engine = engine or MarginBounds(pooled(3, 2), bound=bound)
-            assert torch.equal(engine.lower_bounds(images, labels, budget), expected)
-            assert engine.notes == ["bounded by intervals alone: auto_LiRPA's backward failed: for the test"]
+            assert torch.equal(engine.margins(ball, labels), expected)
+            assert engine.notes == ["bounded without crown: auto_LiRPA's backward failed: for the test"]
 
 
 def test_slopes_that_the_host_cannot_optimise_are_those_of_crown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,12 +51,13 @@ def test_slopes_that_the_host_cannot_optimise_are_those_of_crown(monkeypatch: py
         raise BoundError("for the test")
 
     network = Network.sequential((1, 6, 6), [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)])
-    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    labels = torch.tensor([0, 1])
+    ball = Threat().ball(torch.rand(2, 1, 6, 6), torch.tensor([0.1, 0.2]))
     engine = MarginBounds(network, bound="alpha-crown")
     monkeypatch.setattr(BoundedNetwork, "alpha_crown", refuse)
-    expected = MarginBounds(network, bound="crown").lower_bounds(images, labels, budget)
+    expected = MarginBounds(network, bound="crown").margins(ball, labels)
     for _ in range(2):
-        assert torch.equal(engine.lower_bounds(images, labels, budget), expected)
+        assert torch.equal(engine.margins(ball, labels), expected)
     assert engine.notes == ["slopes are not optimised: for the test"]
 
 
@@ -66,13 +69,14 @@ def test_operations_that_are_not_handed_over_are_named() -> None:
 
 
 def test_alpha_crown_through_a_pool_is_crown_and_says_so() -> None:
-    images, labels, budget = torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), torch.tensor([0.1, 0.2])
+    labels = torch.tensor([0, 1])
+    ball = Threat().ball(torch.rand(2, 1, 6, 6), torch.tensor([0.1, 0.2]))
     optimised, plain = (MarginBounds(pooled(2, 2), bound=bound) for bound in ("alpha-crown", "crown"))
-    assert torch.equal(optimised.lower_bounds(images, labels, budget), plain.lower_bounds(images, labels, budget))
+    assert torch.equal(optimised.margins(ball, labels), plain.margins(ball, labels))
     assert "cannot optimise slopes through MaxPool2d" in optimised.notes[0]
     certifier = Certifier(pooled(2, 2), "fine-tuned", "alpha-crown")
-    predicted = pooled(2, 2)(images[:1]).argmax(1)
-    assert "MaxPool2d" in certifier.search(images[:1], predicted)[0].note
+    predicted = pooled(2, 2)(ball.images[:1]).argmax(1)
+    assert "MaxPool2d" in certifier.search(ball.images[:1], predicted)[0].note
 
 
 @pytest.mark.parametrize("bound", ["crown", "best"])
@@ -82,11 +86,12 @@ def test_bounds_of_an_image_do_not_depend_on_its_batch(bound: str) -> None:
     network = Network.sequential((1, 6, 6), layers).double()
     images = torch.rand(8, 1, 6, 6, dtype=torch.float64)
     labels = network(images).argmax(1)
-    budget = torch.linspace(0, 2, 8, dtype=torch.float64)
+    ball = Threat().ball(images, torch.linspace(0, 2, 8))
     engine = MarginBounds(network, bound=bound, dtype=torch.float64)
-    together = engine.lower_bounds(images, labels, budget)
+    together, neurons = engine.margins(ball, labels), engine.neurons(ball)
     for index in range(8):
         one = slice(index, index + 1)
-        torch.testing.assert_close(
-            engine.lower_bounds(images[one], labels[one], budget[one]), together[one], rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(engine.margins(ball[one], labels[one]), together[one], rtol=1e-9, atol=1e-9)
+        for alone, among in zip(engine.neurons(ball[one]), neurons, strict=True):
+            for end, same in zip(alone, among, strict=True):
+                torch.testing.assert_close(end, same[one], rtol=1e-9, atol=1e-9)

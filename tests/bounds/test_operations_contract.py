@@ -17,14 +17,19 @@ import torch
 from contracts import margins_at, samples, sparse_images
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
+from flowverify.bounds.crown.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
+from flowverify.bounds.crown.bounded import handed_over, host_call, with_batch_axes
+from flowverify.bounds.engine import DomainName, EngineOptions
 from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds
+from flowverify.bounds.recipes import BOUNDS, ENGINES, Bound
+from flowverify.bounds.relaxations import relaxable
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.single_ball import SingleBall
 from flowverify.errors import UnsupportedOperationError
-from flowverify.lirpa.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
-from flowverify.lirpa.bounded import handed_over, host_call, with_batch_axes
 from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.lowering import keeps_for_export, lower
 from flowverify.network.operations import OPERATIONS, RECORDS, operation_name, output_shape
@@ -165,12 +170,22 @@ def check_equals(found: Sequence[Interval], values: Sequence[Tensor], what: str)
 
 
 ALL = cases()
-ENGINES: dict[str, list[tuple[str, str, str]]] = {
-    "first": [("fine-tuned", "ibp", "image"), ("fine-tuned", "crown", "image"), ("vanilla", "crown-ibp", "auto")],
-    "between": [("fine-tuned", "ibp", "image"), ("vanilla", "crown", "image")],
-    "last": [("fine-tuned", "best", "image"), ("fine-tuned", "crown", "image")],
-    "far": [("fine-tuned", "crown", "image"), ("fine-tuned", "alpha-crown", "image")],
+Setting = tuple[str, Bound, bool, DomainName]  # with positivity or without, and the coordinates
+DOMAINS: dict[str, tuple[tuple[bool, DomainName], ...]] = {
+    "first": ((True, "image"), (False, "auto")),
+    "between": ((True, "image"), (False, "image")),
+    "last": ((True, "image"),),
+    "far": ((True, "image"),),
 }
+
+
+def settings(place: str) -> list[Setting]:
+    """Every engine by itself, for neurons and margins, over every kind of ball; and what is made of several."""
+    slow = {"alpha-crown"} if place != "far" else {"interval"}
+    alone = [(name, Bound(name, (name,), (name,))) for name in ENGINES if name not in slow]
+    found = [(name, bound, *domain) for name, bound in alone for domain in DOMAINS[place]]
+    several = {"first": "crown-ibp", "last": "best"}.get(place)
+    return [*found, *([(several, BOUNDS[several], *DOMAINS[place][-1])] if several else [])]
 
 
 def test_every_operation_and_option_is_tried() -> None:
@@ -185,21 +200,22 @@ def test_every_operation_and_option_is_tried() -> None:
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_bounds_hold(case: Case) -> None:
     network, truth = network_of(case), truth_of(case)
-    for method, bound, domain in ENGINES[case.place]:
-        what = f"{method} {bound}"
-        engine = MarginBounds(
-            network, method, bound, dtype=torch.float64, domain=domain, alpha_iterations=2  # type: ignore[arg-type]
-        )  # fmt: skip
-        zero = torch.zeros_like(truth.budget)
-        check_equals(engine.preactivation_bounds(truth.images, zero), truth.read, what)
-        margins = engine.lower_bounds(truth.images, truth.labels, zero)
+    for name, bound, positive, domain in settings(case.place):
+        threat = Threat(positive=positive)
+        what = f"{name} over {threat.name}"
+        options = EngineOptions(domain=domain, alpha_iterations=2)
+        engine = MarginBounds(network, threat, bound, dtype=torch.float64, options=options)
+        ball = threat.ball(truth.images, truth.budget)
+        points = ball.with_budget(0 * truth.budget)
+        check_equals(engine.neurons(points), truth.read, what)
+        margins = engine.margins(points, truth.labels)
         torch.testing.assert_close(
             margins, truth.clean, rtol=0, atol=1e3 * slack(truth.clean), msg=f"{what}: margins at radius 0"
         )
-        check_contains(engine.preactivation_bounds(truth.images, truth.budget), truth.reached, what)
-        margins = engine.lower_bounds(truth.images, truth.labels, truth.budget)
+        check_contains(engine.neurons(ball), truth.reached, what)
+        margins = engine.margins(ball, truth.labels)
         assert (margins <= truth.least + slack(truth.clean)).all(), f"{what}: a margin is above that of a point"
-        assert not any("alone" in note for note in engine.notes), engine.notes
+        assert not any("without" in note for note in engine.notes), engine.notes
 
 
 @pytest.mark.parametrize("side", [-1.0, 1.0])
@@ -225,7 +241,7 @@ def test_chords_of_saturated_activations_are_bounds(kind: type[nn.Module], bound
     for label in (0, 1):
         labels = torch.tensor([label])
         least = margins_at(network, points, labels).amin(1)
-        found = MarginBounds(network, bound=bound, dtype=torch.float64).lower_bounds(image, labels, budget)
+        found = MarginBounds(network, bound=bound, dtype=torch.float64).margins(Threat().ball(image, budget), labels)
         assert (found <= least + 1e-9).all(), (found, least)
 
 
@@ -245,7 +261,7 @@ def test_neuron_bounds_of_complete_methods_hold(kind: type[nn.Module]) -> None:
         maps = affine_maps(network)
         for index, (image, budget) in enumerate(zip(truth.images, truth.budget.tolist(), strict=True)):
             for amount in (0.0, budget):
-                found = neuron_bounds(maps, Polytope(image, amount), iterations=2)
+                found = neuron_bounds(Problem.outputs(maps, SingleBall(Threat().ball(image, amount))), iterations=2)
                 bounds = list(zip(found.lower, found.upper, strict=True))
                 if amount:
                     own = [(least[index].flatten(), most[index].flatten()) for least, most in truth.reached]
@@ -260,7 +276,8 @@ def test_bounds_of_training_hold(kind: type[nn.Module]) -> None:
         network, truth = network_of(case), truth_of(case)
         if network.is_affine:
             continue
-        for targets in (0, 1) if relu_only(network) else (0,):
+        lines = all(relaxable(node.operation) for node in network.activations)
+        for targets in (0, 1) if lines else (0,):
             for budget, least in ((torch.zeros_like(truth.budget), truth.clean), (truth.budget, truth.least)):
                 _, worst = TrainableBounds(network, targets).bound(truth.images, truth.labels, budget)
                 others = torch.ones_like(worst, dtype=torch.bool).scatter(1, truth.labels[:, None], False)

@@ -9,14 +9,20 @@ import torch
 from contracts import descend, exact_margins, largest_gain, margins_at, random_network, samples, sparse_images
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
+from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
-from flowverify.bounds.recipes import BOUNDS, METHODS
+from flowverify.bounds.recipes import BOUNDS
 from flowverify.errors import FoldError
 from flowverify.network import Network, ScaleShift, from_torch
+from flowverify.registry import INCOMPLETE
+from flowverify.registry import METHODS as NAMES
 from flowverify.transport.reference import REFERENCES, make_reference
 
 SHAPE = (1, 6, 6)
 RADII = (0.02, 0.2, 1.0)
+
+METHODS = NAMES.family(INCOMPLETE)
 
 
 class ResidualNetwork(nn.Module):
@@ -83,11 +89,14 @@ def reached(kind: str, radius: float) -> Tensor:
     return margins_at(network, points, labels).amin(1).detach()
 
 
+def threat_of(method: str) -> Threat:
+    return Threat(positive=method == "fine-tuned")
+
+
 @cache
 def engine(kind: str, method: str, bound: str, dtype: torch.dtype, domain: str) -> MarginBounds:
-    return MarginBounds(
-        network_of(kind), method, bound, dtype=dtype, domain=domain, alpha_iterations=3  # type: ignore[arg-type]
-    )  # fmt: skip
+    options = EngineOptions(domain=domain, alpha_iterations=3)  # type: ignore[arg-type]
+    return MarginBounds(network_of(kind), threat_of(method), bound, dtype=dtype, options=options)
 
 
 @cache
@@ -96,7 +105,7 @@ def lower_bounds(
 ) -> Tensor:
     images, labels = images_of(kind)
     budget = radius * images.flatten(1).sum(1)
-    found = engine(kind, method, bound, dtype, domain).lower_bounds(images, labels, budget)
+    found = engine(kind, method, bound, dtype, domain).margins(threat_of(method).ball(images, budget), labels)
     assert found.dtype == dtype
     assert found.shape == (3, network_of(kind).num_classes - 1)
     return found.double()
@@ -246,7 +255,7 @@ def test_references_do_not_matter(kind: str, method: str, dtype: torch.dtype, to
     for name in REFERENCES:
         reference = make_reference(name, network.grid, mass, seed=2, images=other)
         bounds = engine(kind, method, "crown", dtype, "flow")
-        found = bounds.lower_bounds(single, labels, budget, references=reference).double()
+        found = bounds.margins(bounds.threat.ball(single, budget), labels, references=reference).double()
         scale = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale, msg=name)
 
@@ -269,5 +278,7 @@ def test_below_the_exact_optimum_of_tiny_networks(seed: int) -> None:
         assert (exact <= least + 1e-7).all()
         for method in METHODS:
             for bound in BOUNDS:
-                bounds = MarginBounds(network, method, bound, dtype=torch.float64, alpha_iterations=3)
-                assert (bounds.lower_bounds(images, labels, budget) <= exact + 1e-7).all(), (method, bound)
+                threat, options = threat_of(method), EngineOptions(alpha_iterations=3)
+                bounds = MarginBounds(network, threat, bound, dtype=torch.float64, options=options)
+                found = bounds.margins(threat.ball(images, budget), labels)
+                assert (found <= exact + 1e-7).all(), (method, bound)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify.attack import make_attack
-from flowverify.certifiers.verify import Certifier
+from flowverify.ball import Threat
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.transport.distance import wasserstein_distance
 
 HERE = os.environ.get("FLOWVERIFY_DATA")
@@ -37,7 +38,7 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
 def test_certified_below_attacked(problem: tuple[nn.Module, Tensor, Tensor], ground: str, cap: float | None) -> None:
     network, images, labels = problem
     certifier = Certifier(network, bound="crown-ibp" if cap else "best", input_shape=(3, 32, 32))
-    found = certifier.search(images, labels, ground, cap)
+    found = certifier.search(images, labels, Threat(ground, cap))
     radii = torch.tensor([one.radius for one in found])
     assert (radii > 0).all() and {(one.ground, one.cap) for one in found} == {(ground, cap)}
     attacked = make_attack("minimal", network, effort="fast").minimise(images, labels, ground, cap)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contracts import random_network, samples, sparse_images
@@ -9,14 +11,17 @@ from test_certify_contract import images_of, network_of
 from torch import Tensor, nn
 
 from flowverify import Network
-from flowverify.certifiers.complete.affine_maps import AffineMaps, affine_maps
+from flowverify.ball import Threat
+from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.ascent import ascend
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
 from flowverify.certifiers.complete.branching import branch
-from flowverify.certifiers.complete.leaf import LeafProgram
+from flowverify.certifiers.complete.leaf_program import LeafProgram
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine, tighten
-from flowverify.certifiers.complete.nodes import roots
-from flowverify.certifiers.complete.relaxation import initial_multipliers, lower_bound
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.relaxation import Relaxation, initial_multipliers, lower_bound
+from flowverify.certifiers.complete.settings import NeuronBoundSettings, SearchSettings
+from flowverify.certifiers.complete.single_ball import SingleBall
+from flowverify.certifiers.complete.tree_nodes import roots
 from flowverify.errors import UnsupportedOperationError
 
 KINDS = ("linear", "mlp", "cnn", "colour", "normalised", "logits after relu", "residual")
@@ -27,6 +32,11 @@ def preactivations(network: Network, points: Tensor) -> list[Tensor]:
     values = network.double().values(points)
     names = [node.inputs[0] for node in network.nodes if isinstance(node.operation, nn.ReLU)]
     return [values[name].flatten(1) for name in [*names, network.output]]
+
+
+def single_ball(image: Tensor, budget: float, positive: bool = True) -> SingleBall:
+    """The ball of a budget around one image (C, H, W), or the L1 ball of flows."""
+    return SingleBall(Threat("l1", positive=positive).ball(image, budget))
 
 
 def reached(kind: str, radius: float, count: int = 400) -> tuple[Tensor, float, Tensor]:
@@ -62,9 +72,9 @@ def test_bounds_hold_for_any_multipliers_and_any_splits(kind: str, feasible: boo
     network = network_of(kind)
     maps = affine_maps(network)
     image, budget, points = reached(kind, 0.4)
-    ball = Polytope(image, budget) if feasible else FlowBall(image, budget)
+    ball = single_ball(image, budget, feasible)
     values = preactivations(network, points)
-    bounds = neuron_bounds(maps, ball, iterations=3)
+    bounds = neuron_bounds(Problem.outputs(maps, ball), iterations=3)
     for low, high, value in zip(bounds.lower, bounds.upper, values, strict=False):
         assert (low <= value).all()
         assert (value <= high).all()
@@ -86,37 +96,38 @@ def test_bounds_hold_for_any_multipliers_and_any_splits(kind: str, feasible: boo
         gamma = torch.randn(draw.shape, generator=generator, dtype=torch.float64)
         nodes.multipliers.gamma[layer] = gamma * 10.0 ** torch.randint(-2, 2, (count, 1), generator=generator)
     least = (specification @ values[-1].T).masked_fill(~inside, torch.inf).amin(1)
-    found = lower_bound(maps, ball, stage, specification, nodes.lower, nodes.upper, nodes.multipliers)
+    relaxation = nodes.relaxation(Problem(maps, ball, stage, specification))
+    found = lower_bound(relaxation, nodes.multipliers)
     assert (found.value <= least + 1e-9).all()
-    better = ascend(maps, ball, stage, specification, nodes.lower, nodes.upper, nodes.signs, nodes.multipliers, 10)
+    better = ascend(relaxation, nodes.multipliers, 10)
     assert (better.value <= least + 1e-9).all()
     assert (better.value >= found.value - 1e-5 * (1 + found.value.abs())).all()
     assert kind == "linear" or float((better.value - found.value).median()) > 0
     assert inside.any(1).all()
 
 
-def with_extremes(kind: str, radius: float) -> tuple[AffineMaps, Polytope, NeuronBounds, list[Tensor]]:
-    """Maps, ball and first bounds; and preactivations at samples and on the way to the extremes of CROWN."""
+def with_extremes(kind: str, radius: float) -> tuple[Problem, NeuronBounds, list[Tensor]]:
+    """The outputs over a ball, first bounds; and preactivations at samples and on the way to the extremes of CROWN."""
     network = network_of(kind)
     maps = affine_maps(network)
     image, budget, points = reached(kind, radius, 2000)
-    ball = Polytope(image, budget)
-    bounds = neuron_bounds(maps, ball)
+    problem = Problem.outputs(maps, single_ball(image, budget))
+    bounds = neuron_bounds(problem)
     width = maps.widths[1]
     rows = torch.cat([torch.eye(width), -torch.eye(width)]).double()
     lower, upper = bounds.lower[:1], bounds.upper[:1]
     start = initial_multipliers(lower, upper, 2 * width)
-    extreme = lower_bound(maps, ball, 1, rows, lower, upper, start, point=True).point
+    extreme = lower_bound(Relaxation.of(problem.at(1, rows), lower, upper), start, point=True).point
     assert extreme is not None
     way = torch.linspace(0, 1, 20, dtype=torch.float64)[:, None, None]
     extremes = (image.flatten() + way * (extreme - image.flatten())).reshape(-1, *image.shape)
-    return maps, ball, bounds, preactivations(network, torch.cat([points, extremes]))
+    return problem, bounds, preactivations(network, torch.cat([points, extremes]))
 
 
 @pytest.mark.parametrize(("radius", "share"), [(0.1, 1.0), (1.0, 0.97)])
 def test_refined_bounds_hold_and_are_tighter(radius: float, share: float) -> None:
-    maps, ball, first, values = with_extremes("mlp", radius)
-    second = refine(maps, ball, first, 10, lambda: False)
+    problem, first, values = with_extremes("mlp", radius)
+    second = refine(replace(problem, settings=SearchSettings(neurons=NeuronBoundSettings(rounds=10))), first)
     for low, high, value in zip(second.lower, second.upper, values, strict=False):
         assert (low <= value).all()
         assert (value <= high).all()
@@ -126,12 +137,11 @@ def test_refined_bounds_hold_and_are_tighter(radius: float, share: float) -> Non
 
 @pytest.mark.parametrize("radius", [0.05, 0.3])
 def test_bounds_after_a_split_hold(radius: float) -> None:
-    maps, ball, first, values = with_extremes("mlp", radius)
-    specification = torch.eye(3, dtype=torch.float64)
+    problem, first, values = with_extremes("mlp", radius)
     nodes = roots(torch.arange(3), first.lower, first.upper)
     assert bool(torch.cat(nodes.unstable(), 1).any())
-    children, neuron = branch(maps, ball, 2, specification, nodes)
-    children = tighten(maps, ball, children, [None, torch.arange(8).expand(6, -1)])
+    children, neuron = branch(problem, nodes)
+    children = tighten(problem, children, [None, torch.arange(8).expand(6, -1)])
     for child, place in enumerate(neuron.repeat(2).tolist()):
         layer, own = (0, place) if place < 12 else (1, place - 12)
         inside = (values[layer][:, own] >= 0) == (child < 3)
@@ -145,9 +155,10 @@ def test_leaf_is_exact_without_trusting_the_solver(seed: int) -> None:
     network = random_network((1, 4, 4), [nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 2)], seed)
     image = sparse_images((1, 4, 4), 1, seed)[0]
     maps, budget = affine_maps(network), 0.8 * float(image.sum())
-    ball = Polytope(image, budget)
-    bounds = neuron_bounds(maps, ball)
+    ball = single_ball(image, budget)
     specification = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    problem = Problem(maps, ball, 1, specification[None])
+    bounds = neuron_bounds(problem)
     points = samples(image[None], torch.tensor([budget]), 3000, seed)[0]
     hidden, output = preactivations(network, points)
     seen = 0
@@ -158,7 +169,7 @@ def test_leaf_is_exact_without_trusting_the_solver(seed: int) -> None:
         node.lower[0][0, sign > 0] = 0.0
         node.upper[0][0, sign < 0] = 0.0
         node.signs[0][0] = sign.to(torch.int8)
-        bound, point = LeafProgram(maps, image, True).bound(ball, 1, specification, node)
+        bound, point = LeafProgram(problem).bound(node)
         own = ((sign * hidden) >= 0).all(1)
         if point is None:
             assert bound == torch.inf or not own.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -10,8 +11,9 @@ from contracts import exact_margins, random_network, sparse_images
 from torch import Tensor, nn
 
 from flowverify import Network, WassersteinBall
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.milp import MilpCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 
 COUNT = int(os.environ.get("FLOWVERIFY_TINY_NETWORKS", "16"))
 
@@ -112,7 +114,7 @@ def test_brackets_close_to_a_percent_around_the_radius_where_the_margin_ends(par
         if not bool(certifier.clean(image, labels)[1]):
             continue
         search = certifier.start(image[0], label)
-        search.run(certifier.options.budget)
+        search.run(certifier.options.deadline())
         end = min(search.upper_radius, search.undecided, search.limit)
         assert search.radius <= end <= max(search.radius * 1.0101, 1e-9), seed
         assert min(exact_margins(network, image[0], label, search.radius * mass)) > 0, seed
@@ -154,3 +156,46 @@ def test_one_pixel_whose_leaf_ties() -> None:
     for method in ("complete", "vanilla-complete"):
         found = CompleteCertifier(network, method).certify(image, torch.tensor([0]), WassersteinBall(0.5))[0]
         assert found.verdict in ("unknown", "certified")
+
+
+def test_where_float32_rounds_the_first_counterexamples_away_a_bracket_says_so() -> None:
+    """Logits of 3000 differ by less than their units in the last place on 2% of the way beyond the exact radius."""
+    values = {
+        (1, "weight"): [
+            [-0.0026188523042947054, 0.0014530082698911428, -0.0027957463171333075, 0.0012962513137608767,
+             -0.002620912389829755, 0.0009071563254110515, 0.005620327312499285, 0.0013673815410584211,
+             0.002590437885373831],
+            [-0.0014524407451972365, -0.0003017006965819746, 0.0017001595115289092, -0.002395031740888953,
+             0.002529437653720379, 0.00280523463152349, 0.0006056806305423379, -4.2312942241551355e-05,
+             0.002228493569418788],
+            [-0.002093883929774165, 0.0006063100881874561, -0.00011653624096652493, 0.002885404508560896,
+             -0.0015311789466068149, 0.001140278996899724, -0.0003520358877722174, 0.0006737062940374017,
+             0.0016813918482512236],
+        ],
+        (1, "bias"): [0.00040066707879304886, 0.0022494143340736628, -0.0009004423627629876],
+        (3, "weight"): [
+            [1048576.5, 1048571.6875, 1048577.25], [1048586.125, 1048590.75, 1048572.6875],
+            [1048550.4375, 1048571.5, 1048581.25],
+        ],
+        (3, "bias"): [4.444112300872803, 4.20331335067749, 4.436844825744629],
+    }  # fmt: skip
+    layers = [nn.Flatten(), nn.Linear(9, 3), nn.ReLU(), nn.Linear(3, 3)]
+    with torch.no_grad():
+        for (index, name), numbers in values.items():
+            layers[index].get_parameter(name).copy_(torch.tensor(numbers))
+    network = Network.sequential((1, 3, 3), layers)
+    image = torch.tensor([[[0.625, 0.375, 0.3125], [1.0, 0.5625, 0.125], [0.25, 0.625, 0.125]]], dtype=torch.float64)
+    certifier = CompleteCertifier(network, options=CompleteOptions(timeout=None, nodes=2000))
+    search = certifier.start(image, 0)
+    search.run(certifier.options.deadline())
+    assert search.tie and search.radius < search.undecided <= search.radius * 1.0101
+    assert search.undecided * 1.0101 < search.upper_radius < 0.0945
+    assert search.radius < search.nearest.disputed < search.upper_radius
+    before, at, beyond = (
+        min(exact_margins(copy.deepcopy(network).double(), image, 0, radius * float(image.sum())))
+        for radius in (search.radius, search.undecided, search.upper_radius / 1.01)
+    )
+    assert before > -1e-6 and abs(at) < 1e-5 and -2e-4 < beyond < 0
+    found = certifier.search(image[None], torch.tensor([0]))[0]
+    assert found.note.endswith(f"from radius {search.undecided:.6g} on, a tie to within rounding of torch.float32")
+    assert found.witness is not None and int(network(found.witness[None].float()).argmax()) != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.api import make_certifier
 from flowverify.attack import make_attack
+from flowverify.ball import Threat
 from flowverify.certifiers.complete import certifier as certifier_module
 from flowverify.certifiers.complete import radius_search as search_module
-from flowverify.certifiers.complete import schedule as schedule_module
 from flowverify.certifiers.complete import tree as tree_module
-from flowverify.certifiers.complete.budget import Budget
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.milp import MilpCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.complete.references import ReferenceCompleteCertifier
-from flowverify.certifiers.make import make_certifier
+from flowverify.certifiers.complete.settings import ScheduleSettings, SearchSettings
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.results import Interrupted, Verdict
@@ -87,7 +90,7 @@ class TestBracket:
         search = CompleteCertifier(network, options=CompleteOptions(tolerance=1e-4)).start(images[2], int(labels[2]))
         gaps = []
         for nodes in (1, 4, 100_000):
-            search.run(Budget(nodes=nodes))
+            search.run(Deadline(nodes=nodes))
             gaps.append(search.upper_radius / search.radius)
         assert not gaps[0] <= 1.0001
         assert gaps[0] >= gaps[1] >= gaps[2]
@@ -107,8 +110,8 @@ class TestBracket:
         options = CompleteOptions(timeout=600, clock=count(step=1e-3).__next__)  # a millisecond whenever it is asked
         patient = CompleteCertifier(network, options=options).search(images[:1], labels[:1])[0]
         before = len(trials)
-        monkeypatch.setattr(schedule_module, "LATE", (1e-9, 1e-9, 1e-9))
-        monkeypatch.setattr(search_module, "EASY", 1)
+        schedule = ScheduleSettings(late=(1e-9, 1e-9, 1e-9), easy_nodes=1)
+        options = replace(options, settings=SearchSettings(schedule=schedule))
         hasty = CompleteCertifier(network, options=options).search(images[:1], labels[:1])[0]
         assert len(trials) > before, "no tree went on at a smaller radius"
         assert all(new < old for old, new in trials)
@@ -143,7 +146,7 @@ def test_counterexamples_of_the_covering_ball_count_where_they_lie_in_the_ball(g
         images = sparse_images((1, 3, 4), 1, seed, 1.0)
         labels = network(images).argmax(1)
         certifier = CompleteCertifier(network, "vanilla-complete", options=CompleteOptions(nodes=200, timeout=None))
-        found = certifier.search(images, labels, ground, cap)[0]
+        found = certifier.search(images, labels, Threat(ground, cap))[0]
         for one in (
             found,
             certifier.certify(images, labels, fv.WassersteinBall(4 * found.radius + 0.1, ground, cap))[0],
@@ -189,7 +192,7 @@ def test_no_point_of_a_certified_ball_is_misclassified(method: str, ground: str,
     network, (images, labels) = network_of(kind), images_of(kind)
     images, labels = images[:1], labels[:1]
     options = CompleteOptions(nodes=30, timeout=None)
-    found = CompleteCertifier(network, method, options=options).search(images, labels, ground)[0]
+    found = CompleteCertifier(network, method, options=options).search(images, labels, Threat(ground))[0]
     assert found.radius > 0
     # An l1 ball of the same number lies in the l2 ball.
     least = least_margins(network, images, labels, torch.tensor([found.radius], dtype=torch.float64))
@@ -206,8 +209,8 @@ def test_a_counterexample_overrules_a_proof() -> None:
     network, images, labels = digits()
     certifier = CompleteCertifier(network)
     search = certifier.start(images[0], int(labels[0]))
-    search.run(Budget(nodes=0))
-    search.hunt.descend()
+    search.run(Deadline(nodes=0))
+    search.nearest.descend()
     assert math.isfinite(search.upper_radius)
     search.radius = search.upper_radius * 1.001
     verdict, radius, _, note = certifier_module._found(search)
@@ -218,7 +221,7 @@ def test_a_counterexample_overrules_a_proof() -> None:
 def test_with_a_cap() -> None:
     network, (images, labels) = network_of("mlp"), images_of("mlp")
     options = CompleteOptions(nodes=8, timeout=None)
-    capped = CompleteCertifier(network, options=options).search(images[:1], labels[:1], "l1", 1.01)[0]
+    capped = CompleteCertifier(network, options=options).search(images[:1], labels[:1], Threat(cap=1.01))[0]
     assert capped.radius > 0
     points = samples(images[:1], capped.radius * images[:1].flatten(1).sum(1), 3000)
     points = points[:, (points <= 1.01).flatten(2).all(2)[0]]
@@ -282,11 +285,11 @@ class TestBadInput:
         network, images, labels = digits()
         real, sizes = tree_module.branch, []
 
-        def failing(maps, ball, stage, specification, nodes, enough):  # type: ignore[no-untyped-def]
+        def failing(problem, nodes, enough):  # type: ignore[no-untyped-def]
             sizes.append(len(nodes))
             if len(nodes) > 1:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-            return real(maps, ball, stage, specification, nodes, enough)
+            return real(problem, nodes, enough)
 
         expected = CompleteCertifier(network).search(images[2:], labels[2:])[0]
         monkeypatch.setattr(tree_module, "branch", failing)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowverify.certifiers.complete.certifier import TOLERANCE
 from flowverify.certifiers.ends import (
     CLOSED,
+    TOLERANCE,
     Ends,
     bracketed,
     count_closed,

@@ -1,22 +1,22 @@
-"""The gradient of a bound: both implementations, against differences of the bound itself; Adam; the sketch."""
+"""The gradient of a bound: both implementations, against differences of the bound itself; Adam; reduced problems."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_complete_bounds import reached
+from test_complete_bounds import reached, single_ball
 from test_joint_limits import limited
 
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
-from flowverify.certifiers.complete.gradients import Adam, Problems
-from flowverify.certifiers.complete.nodes import Nodes
-from flowverify.certifiers.complete.relaxation import Multipliers, lower_bound
-from flowverify.certifiers.complete.sketch import sketch_of
+from flowverify.certifiers.complete.ascent import Adam
+from flowverify.certifiers.complete.gradients import compiled_slope, slope, traced_slope, values
+from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, lower_bound
+from flowverify.certifiers.complete.settings import AscentSettings
+from flowverify.certifiers.complete.tree_nodes import TreeNodes
 
 KINDS = ("mlp", "cnn", "colour", "residual")
 
 
-def split_at_random(nodes: Nodes, inside: bool) -> Nodes:
+def split_at_random(nodes: TreeNodes, inside: bool) -> TreeNodes:
     """Some unstable neurons split; multipliers inside their ranges, or at the ends where gradients are one-sided."""
     generator = torch.Generator().manual_seed(2)
     for layer, unstable in enumerate(nodes.unstable()):
@@ -35,49 +35,46 @@ def split_at_random(nodes: Nodes, inside: bool) -> Nodes:
     return nodes
 
 
-def problems_of(kind: str, feasible: bool = True, inside: bool = True) -> tuple[Problems, Multipliers]:
-    maps, ball, specification, nodes, _ = limited(kind, 0.4, feasible=feasible)
+def relaxation_of(kind: str, feasible: bool = True, inside: bool = True) -> tuple[Relaxation, Multipliers]:
+    problem, nodes, _ = limited(kind, 0.4, feasible=feasible)
     nodes = split_at_random(nodes, inside)
-    joint = [limits.closed() for limits in nodes.joint]
-    problems = Problems(maps, ball, maps.layers, specification[nodes.row], nodes.lower, nodes.upper, nodes.signs, joint)
-    return problems, nodes.multipliers
+    nodes.joint = [limits.closed() for limits in nodes.joint]
+    return nodes.relaxation(problem), nodes.multipliers
 
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("feasible", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_equals_traced(kind: str, feasible: bool, inside: bool) -> None:
-    problems, multipliers = problems_of(kind, feasible, inside)
-    compiled, traced = (
-        getattr(problems, way)(multipliers, 1e-9) for way in ("_compiled", "_traced")
-    )  # the same on a CPU, whichever is chosen there
+    relaxation, multipliers = relaxation_of(kind, feasible, inside)
+    compiled, traced = (way(relaxation, multipliers, 1e-9) for way in (compiled_slope, traced_slope))
     torch.testing.assert_close(compiled.value, traced.value)
     torch.testing.assert_close(compiled.point, traced.point)
     for own, other in zip(compiled.gradients, traced.gradients, strict=True):
         torch.testing.assert_close(own, other, atol=1e-9, rtol=1e-7)
-    torch.testing.assert_close(problems.values(multipliers, 1e-9), traced.value)
+    torch.testing.assert_close(values(relaxation, multipliers, 1e-9), traced.value)
     assert any(float(own.abs().max()) > 0 for own in compiled.gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_change_of_the_bound(kind: str) -> None:
-    problems, multipliers = problems_of(kind)
-    found = problems.slope(multipliers, 1e-12)
+    relaxation, multipliers = relaxation_of(kind)
+    found = slope(relaxation, multipliers, 1e-12)
     generator = torch.Generator().manual_seed(5)
-    layers = problems.stage
+    layers = relaxation.problem.stage
     moved = []
     for index, value in enumerate(multipliers.variables):
         direction = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         # Gamma of neurons that are not split has no say in a search.
-        moved.append(direction * (problems.signs[index - layers] != 0) if layers <= index < 2 * layers else direction)
+        moved.append(direction * (relaxation.signs[index - layers] != 0) if layers <= index < 2 * layers else direction)
     step, slopes = (
         1e-7,
         sum((gradient * direction).sum(1) for gradient, direction in zip(found.gradients, moved, strict=True)),
     )
     ends = []
     for sign in (1, -1):
-        values = [v + sign * step * d for v, d in zip(multipliers.variables, moved, strict=True)]
-        ends.append(problems.values(Multipliers.of(values, multipliers.guess), 1e-12))
+        at = [v + sign * step * d for v, d in zip(multipliers.variables, moved, strict=True)]
+        ends.append(values(relaxation, Multipliers.of(at, multipliers.guess), 1e-12))
     difference = (ends[0] - ends[1]) / (2 * step)
     close = torch.isclose(difference, torch.as_tensor(slopes), rtol=1e-3, atol=1e-4)
     assert float(close.double().mean()) >= 0.8  # the others have a kink within the step
@@ -85,10 +82,10 @@ def test_is_the_change_of_the_bound(kind: str) -> None:
 
 def test_adam_is_that_of_torch_within_the_ranges() -> None:
     generator = torch.Generator().manual_seed(0)
-    values = [torch.rand(3, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+    start = [torch.rand(3, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
     sign = torch.tensor([1, -1, 0, 1, -1], dtype=torch.int8).expand(3, 5).contiguous()
-    multipliers = Multipliers([values[0]], [torch.zeros(3, 5, dtype=torch.float64)], [values[2]], torch.zeros(3))
-    ways = [Adam(multipliers, (0.03, 0.2, 0.05), 1.0) for _ in range(2)]
+    multipliers = Multipliers([start[0]], [torch.zeros(3, 5, dtype=torch.float64)], [start[2]], torch.zeros(3))
+    ways = [Adam(multipliers, AscentSettings(decay=1.0)) for _ in range(2)]
     free = [v.clone().requires_grad_(True) for v in multipliers.variables]
     torch_adam = torch.optim.Adam(
         [{"params": [v], "lr": rate} for v, rate in zip(free, (0.03, 0.2, 0.05), strict=True)], betas=(0.9, 0.99),
@@ -112,18 +109,13 @@ def test_adam_is_that_of_torch_within_the_ranges() -> None:
 
 
 @pytest.mark.parametrize("feasible", [True, False])
-def test_sketch_is_near_the_whole(feasible: bool) -> None:
-    maps, ball, specification, nodes, _ = limited("mlp", 0.3, feasible=feasible)
-    small = sketch_of(maps, ball)
-    assert sketch_of(maps, ball) is small
-    assert small.maps.pixels <= maps.pixels
-    problems = Problems.sketched(
-        maps, ball, maps.layers, specification, nodes.lower, nodes.upper, nodes.signs, nodes.joint
-    )
-    found = problems.values(nodes.multipliers.to(torch.float32), 1e-6)
-    whole = lower_bound(
-        maps, ball, maps.layers, specification, nodes.lower, nodes.upper, nodes.multipliers, nodes.joint
-    ).value
+def test_the_reduced_problem_is_near_the_whole(feasible: bool) -> None:
+    problem, nodes, _ = limited("mlp", 0.3, feasible=feasible)
+    small, relaxation = problem.reduced(), nodes.relaxation(problem)
+    assert problem.rows(nodes.row).reduced().maps is small.maps, "reduced once"
+    assert small.maps.pixels <= problem.maps.pixels
+    found = values(relaxation.reduced(), nodes.multipliers.to(torch.float32), 1e-6)
+    whole = lower_bound(relaxation, nodes.multipliers).value
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
 
 
@@ -131,7 +123,7 @@ def test_sketch_is_near_the_whole(feasible: bool) -> None:
 @pytest.mark.parametrize("feasible", [True, False])
 def test_maxima_in_single_precision_are_upper_bounds(feasible: bool, tolerance: float) -> None:
     image, budget, _ = reached("mlp", 0.3)
-    ball = Polytope(image, budget) if feasible else FlowBall(image, budget)
+    ball = single_ball(image, budget, feasible)
     generator = torch.Generator().manual_seed(1)
     functions = torch.randn(300, image.numel(), generator=generator, dtype=torch.float64)
     functions += 1e4 * torch.rand(300, 1, generator=generator, dtype=torch.float64)  # much that cancels
@@ -145,16 +137,13 @@ def test_maxima_in_single_precision_are_upper_bounds(feasible: bool, tolerance: 
 
 @pytest.mark.parametrize("end", ["lower", "upper"])
 def test_a_neuron_without_bounds_proves_nothing(end: str) -> None:
-    problems, multipliers = problems_of("mlp")
-    getattr(problems, end)[0][2, 1] = torch.nan
+    relaxation, multipliers = relaxation_of("mlp")
+    getattr(relaxation, end)[0][2, 1] = torch.nan
     for value in (
-        problems.values(multipliers, 1e-9),
-        problems._traced(multipliers, 1e-9).value,
-        lower_bound(
-            problems.maps, problems.ball, problems.stage, problems.specification, problems.lower, problems.upper,
-            multipliers, problems.joint,
-        ).value,
-    ):  # fmt: skip
+        values(relaxation, multipliers, 1e-9),
+        traced_slope(relaxation, multipliers, 1e-9).value,
+        lower_bound(relaxation, multipliers).value,
+    ):
         assert value.isnan().tolist() == [row == 2 for row in range(len(value))]
 
 
@@ -164,4 +153,4 @@ def test_functions_that_are_not_finite_have_no_minimum(what: float, everywhere: 
     image, budget, _ = reached("mlp", 0.3)
     functions = torch.randn(3, image.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     functions[1, slice(None) if everywhere else 0] = what
-    assert Polytope(image, budget).minimum(functions).value.isnan().tolist() == [False, True, False]
+    assert single_ball(image, budget).minimum(functions).value.isnan().tolist() == [False, True, False]

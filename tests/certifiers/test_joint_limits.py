@@ -5,41 +5,41 @@ from __future__ import annotations
 import pytest
 import torch
 from test_certify_contract import network_of
-from test_complete_bounds import preactivations, reached
+from test_complete_bounds import preactivations, reached, single_ball
 from torch import Tensor
 
-from flowverify.certifiers.complete.affine_maps import AffineMaps, affine_maps
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
-from flowverify.certifiers.complete.joint import JointLimits
-from flowverify.certifiers.complete.joint_search import limit_jointly, spent
+from flowverify.certifiers.complete.affine_maps import affine_maps
+from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.certifiers.complete.joint_limit_search import limit_jointly, spent
+from flowverify.certifiers.complete.joint_limits import JointLimits
 from flowverify.certifiers.complete.neuron_bounds import improve, neuron_bounds
-from flowverify.certifiers.complete.nodes import Nodes, roots
+from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.relaxation import lower_bound
+from flowverify.certifiers.complete.tree_nodes import TreeNodes, roots
 
 KINDS = ("mlp", "cnn", "colour", "residual")
 
 
-def limited(
-    kind: str, radius: float, size: int = 4, feasible: bool = True
-) -> tuple[AffineMaps, Polytope, Tensor, Nodes, list[Tensor]]:
-    """Maps, ball, specifications, roots with limits on all layers, and preactivations at points of the ball."""
+def limited(kind: str, radius: float, size: int = 4, feasible: bool = True) -> tuple[Problem, TreeNodes, list[Tensor]]:
+    """Six functions of the outputs, roots with limits on all layers, and preactivations at points of the ball."""
     network = network_of(kind)
     maps = affine_maps(network)
     image, budget, points = reached(kind, radius, 1000)
-    ball = Polytope(image, budget) if feasible else FlowBall(image, budget)
+    ball = single_ball(image, budget, feasible)
     generator = torch.Generator().manual_seed(3)
     specification = torch.randn(6, len(maps.stages[-1].bias), generator=generator, dtype=torch.float64)
-    bounds = neuron_bounds(maps, ball, iterations=3)
+    problem = Problem(maps, ball, maps.layers, specification)
+    bounds = neuron_bounds(problem, iterations=3)
     nodes = roots(torch.arange(6), bounds.lower, bounds.upper)
-    nodes, _ = improve(maps, ball, maps.layers, specification, nodes, 3, torch.inf)
+    nodes, _ = improve(problem, nodes, 3, torch.inf)
     functions = torch.randn(200, maps.pixels, generator=generator, dtype=torch.float64)
     extremes = ball.minimum(functions, point=True).point
     assert extremes is not None
     if feasible:
         points = torch.cat([points, extremes.reshape(-1, *image.shape)])
     for layer in range(maps.layers):
-        limit_jointly(maps, ball, layer, maps.layers, specification, nodes, 2, size)
-    return maps, ball, specification, nodes, preactivations(network, points)
+        limit_jointly(problem, layer, nodes, (2, size))
+    return problem, nodes, preactivations(network, points)
 
 
 def sums(limits: JointLimits, values: Tensor) -> Tensor:
@@ -51,16 +51,17 @@ def sums(limits: JointLimits, values: Tensor) -> Tensor:
 @pytest.mark.parametrize("feasible", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_limits_hold_on_the_ball(kind: str, feasible: bool) -> None:
-    maps, _, _, nodes, values = limited(kind, 0.4, feasible=feasible)
+    problem, nodes, values = limited(kind, 0.4, feasible=feasible)
     for layer, limits in enumerate(nodes.joint):
         assert limits.groups
         assert (sums(limits, values[layer]) <= limits.limit + 1e-9).all()
-    assert maps.layers == len(nodes.joint)
+    assert problem.maps.layers == len(nodes.joint)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "colour"])
 def test_limits_of_the_first_layer_are_attained_to_the_tolerance(kind: str) -> None:
-    maps, ball, _, nodes, _ = limited(kind, 0.4)
+    problem, nodes, _ = limited(kind, 0.4)
+    maps, ball = problem.maps, problem.ball
     limits = nodes.joint[0]
     best = limits.largest.argmax(-1)
     size = limits.members.shape[-1]
@@ -84,7 +85,7 @@ def test_limits_of_the_first_layer_are_attained_to_the_tolerance(kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_splits_lower_limits_and_they_still_hold(kind: str) -> None:
-    _, _, _, nodes, values = limited(kind, 0.4)
+    _, nodes, values = limited(kind, 0.4)
     fell = 0
     for layer, limits in enumerate(nodes.joint):
         for active in (True, False):
@@ -102,9 +103,9 @@ def test_splits_lower_limits_and_they_still_hold(kind: str) -> None:
 @pytest.mark.parametrize("feasible", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bounds_hold_for_any_multipliers_of_limits(kind: str, feasible: bool) -> None:
-    maps, ball, specification, nodes, values = limited(kind, 0.4, feasible=feasible)
+    problem, nodes, values = limited(kind, 0.4, feasible=feasible)
     generator = torch.Generator().manual_seed(4)
-    least = (specification @ values[-1].T).amin(1)
+    least = (problem.specification @ values[-1].T).amin(1)
     for scale in (0.1, 1.0, 10.0):
         multipliers = nodes.multipliers
         multipliers.theta = [
@@ -114,16 +115,16 @@ def test_bounds_hold_for_any_multipliers_of_limits(kind: str, feasible: bool) ->
         multipliers.gamma = [
             0.1 * scale * torch.randn(g.shape, generator=generator, dtype=torch.float64) for g in multipliers.gamma
         ]
-        found = lower_bound(maps, ball, maps.layers, specification, nodes.lower, nodes.upper, multipliers, nodes.joint)
+        found = lower_bound(nodes.relaxation(problem), multipliers)
         assert (found.value <= least + 1e-9).all()
 
 
 def test_limits_raise_bounds_that_single_neurons_cannot() -> None:
-    maps, ball, specification, nodes, values = limited("mlp", 0.4, size=6)
+    problem, nodes, values = limited("mlp", 0.4, size=6)
     alone = roots(nodes.row, [v[0] for v in nodes.lower], [v[0] for v in nodes.upper])
-    alone, _ = improve(maps, ball, maps.layers, specification, alone, 200, torch.inf)
-    together, _ = improve(maps, ball, maps.layers, specification, nodes, 200, torch.inf)
-    least = (specification @ values[-1].T).amin(1)
+    alone, _ = improve(problem, alone, 200, torch.inf)
+    together, _ = improve(problem, nodes, 200, torch.inf)
+    least = (problem.specification @ values[-1].T).amin(1)
     saved = (together.bound - alone.bound) / (least - alone.bound).clamp(min=1e-12)
     assert (together.bound >= alone.bound - 1e-3).all()
     assert float(saved.max()) > 0.1
@@ -131,17 +132,17 @@ def test_limits_raise_bounds_that_single_neurons_cannot() -> None:
 
 
 def test_limits_are_spent_when_their_members_are_split() -> None:
-    maps, _, specification, nodes, _ = limited("mlp", 0.4)
-    fresh = spent(maps, 0, maps.layers, specification, nodes)
+    problem, nodes, _ = limited("mlp", 0.4)
+    fresh = spent(problem, 0, nodes)
     assert not fresh.all()
     for member in range(nodes.joint[0].members.shape[-1]):
         nodes = nodes.decide(nodes.joint[0].members[:, 0, member], True)
-    assert int(spent(maps, 0, maps.layers, specification, nodes).sum()) > int(fresh.sum())
+    assert int(spent(problem, 0, nodes).sum()) > int(fresh.sum())
 
 
 def test_a_search_that_is_out_of_time_keeps_what_bounds_alone_say() -> None:
-    maps, ball, specification, nodes, values = limited("mlp", 0.4)
-    limit_jointly(maps, ball, 0, maps.layers, specification, nodes, 2, 4, stop=lambda: True)
+    problem, nodes, values = limited("mlp", 0.4)
+    limit_jointly(problem, 0, nodes, (2, 4), Deadline(nodes=0))
     limits = nodes.joint[0]
     own = limits.up * nodes.upper[0].gather(1, limits.members.flatten(1)).reshape(limits.up.shape)
     torch.testing.assert_close(limits.limit, own.sum(-1), atol=1e-8, rtol=1e-8)

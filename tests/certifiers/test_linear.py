@@ -10,16 +10,15 @@ import torch
 from contracts import random_network, sparse_images
 from torch import nn
 
+from flowverify.ball import Threat, WassersteinBall
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.certifiers.linear import exact_radius, half_spaces, l2_radius, vanilla_radius
 from flowverify.certifiers.linear_certifier import LinearCertifier
 from flowverify.certifiers.linear_program import LinearProgram, program_radius
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError, UnsupportedOperationError
 from flowverify.grid import Grid
 from flowverify.network import Network
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import wasserstein_distance
 
 
@@ -151,7 +150,7 @@ def test_certified_inside_and_falsified_outside_of_the_exact_radius(method: str)
         inside = certifier.certify(one, label, WassersteinBall(0.999 * found.radius))[0]
         outside = certifier.certify(one, label, WassersteinBall(1.001 * found.radius))[0]
         assert (inside.verdict, outside.verdict) == (Verdict.CERTIFIED, Verdict.FALSIFIED)
-        witness, wrong = certifier.witness(one, label, torch.tensor([1.001 * found.radius], dtype=torch.float64))
+        witness, wrong = certifier.witness(WassersteinBall(1.001 * found.radius).around(one), label)
         assert bool(wrong)
         assert int(certifier.precise(witness).argmax()) != int(label)
         assert float(wasserstein_distance(one, witness)) <= 1.001 * found.radius * (1 + 1e-8)
@@ -192,9 +191,9 @@ def test_margins_within_rounding_are_not_proven(method: str) -> None:
 def test_l2_ground_lies_between_the_converted_radius_and_the_l1_radius() -> None:
     network, images, labels = random_problem(3)
     certifier, by_program = LinearCertifier(network), LinearCertifier(network, "linear-lp")
-    for l1, l2 in zip(certifier.search(images, labels), certifier.search(images, labels, "l2"), strict=True):
+    for l1, l2 in zip(certifier.search(images, labels), certifier.search(images, labels, Threat("l2")), strict=True):
         assert l1.radius / 2**0.5 * (1 - 1e-9) <= l2.radius <= l1.radius
-    for l1, l2 in zip(by_program.search(images, labels), by_program.search(images, labels, "l2"), strict=True):
+    for l1, l2 in zip(by_program.search(images, labels), by_program.search(images, labels, Threat("l2")), strict=True):
         assert l2.radius == pytest.approx(l1.radius / 2**0.5)
         assert l2.upper_radius is None
     with pytest.raises(InvalidInputError, match="method linear-lp with ground cost 'l2': expected l1"):
@@ -206,7 +205,7 @@ def test_a_cap_raises_linear_radii() -> None:
     images = images.clamp(max=1)
     labels = network(images).argmax(1)
     certifier = LinearCertifier(network)
-    free, capped = certifier.search(images, labels), certifier.search(images, labels, cap=1.0)
+    free, capped = certifier.search(images, labels), certifier.search(images, labels, Threat(cap=1.0))
     for index, (without, within) in enumerate(zip(free, capped, strict=True)):
         assert within.radius >= without.radius and within.cap == 1.0 and within.upper_radius is None
         one, own = images[index : index + 1], labels[index : index + 1]
@@ -230,7 +229,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedOperationError, match=r"layer '2_ReLU' \(ReLU\) is not affine"):
         LinearCertifier(deep)
     network, images, labels = random_problem(5)
-    with pytest.raises(UnknownNameError, match="unknown linear method 'crown': expected one of linear, linear-lp"):
+    with pytest.raises(UnknownNameError, match="unknown method 'crown': expected one of linear, linear-lp"):
         LinearCertifier(network, "crown")
     with pytest.raises(InvalidInputError, match="label 9"):
         LinearCertifier(network).search(images, labels * 0 + 9)

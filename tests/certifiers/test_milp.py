@@ -20,6 +20,7 @@ import flowverify as fv
 from flowverify import Network, WassersteinBall
 from flowverify.certifiers.complete import dual_proof as proof_module
 from flowverify.certifiers.complete import program as program_module
+from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.dual_proof import DualProof
 from flowverify.certifiers.complete.milp import MilpCertifier
 from flowverify.certifiers.complete.program import NetworkProgram, Objective
@@ -75,7 +76,7 @@ def posed(seed: int, radius: float) -> tuple[NetworkProgram, Objective, float]:
 @given(seed=st.integers(0, 1), radius=st.sampled_from([0.02, 0.5]), draw=st.integers(0, 2**32 - 1))
 def test_any_multipliers_give_a_bound(seed: int, radius: float, draw: int) -> None:
     program, objective, exact = posed(seed, radius)
-    proof = DualProof(program, radius * float(case(seed)[1].sum()), lambda: None)
+    proof = DualProof(program, radius * float(case(seed)[1].sum()), Deadline())
     generator = np.random.default_rng(draw)
     prices = generator.exponential(size=len(program.right)) * (generator.random(len(program.right)) < 0.3)
     root = proof_module._Node(np.zeros(len(program.upper)), program.upper, prices)
@@ -87,13 +88,13 @@ def test_the_tree_comes_within_any_gap_of_the_optimum(seed: int) -> None:
     network, image, label = case(seed)
     budget = 0.5 * float(image.sum())
     program = MilpCertifier(network).program(image[0], 0.5)
-    proof, others = DualProof(program, budget, lambda: None), [t for t in range(3) if t != label]
+    proof, others = DualProof(program, budget, Deadline()), [t for t in range(3) if t != label]
     for other, exact in zip(others, exact_margins(network, image[0], label, budget), strict=True):
         gap, objective = 1e-6 * (1 + abs(exact)), program.margin(label, other)
         assert exact - gap < proof.least(objective, exact - gap) <= exact + gap
         assert not proof.least(objective, exact + gap) > exact + gap
     assert proof.least(program.margin(label, others[0]), -1e9) > -1e9
-    late = DualProof(program, budget, lambda: 0.0)
+    late = DualProof(program, budget, Deadline(seconds=0.0))
     assert late.least(program.margin(label, others[0]), 1e9) == -math.inf
 
 

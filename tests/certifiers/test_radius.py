@@ -11,16 +11,22 @@ from contracts import descend, least_radius, margins_at, random_network, samples
 from torch import Tensor, nn
 
 import flowverify as fv
+from flowverify.ball import Ball, Threat
+from flowverify.bounds.crown.bounded import BoundedNetwork
+from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds, margin_specification
-from flowverify.bounds.recipes import BOUNDS, METHODS
-from flowverify.certifiers.verify import Certifier
+from flowverify.bounds.recipes import BOUNDS
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.lirpa.bounded import BoundedNetwork
 from flowverify.network import Network
+from flowverify.registry import INCOMPLETE
+from flowverify.registry import METHODS as NAMES
 from flowverify.results import Verdict
 
 MLP = [nn.Flatten(), nn.Linear(25, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)]
 CNN = [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+
+METHODS = NAMES.family(INCOMPLETE)
 
 
 def problem(layers: list[nn.Module], seed: int = 0, count: int = 6) -> tuple[Network, Tensor, Tensor]:
@@ -126,18 +132,20 @@ def test_optimistic_single_precision_is_caught(monkeypatch: pytest.MonkeyPatch) 
     """The search in float32 is told margins that are far too good; what comes out must hold all the same."""
     network, images, labels = problem(MLP, 1)
     honest = radii(network, images, labels)
-    genuine = MarginBounds.lower_bounds
+    genuine = MarginBounds.margins
 
     def optimistic(self: MarginBounds, *args: Any, **options: Any) -> Tensor:
         bounds = genuine(self, *args, **options)
         return bounds + 0.5 * bounds.abs().max() if self.dtype == torch.float32 else bounds
 
-    monkeypatch.setattr(MarginBounds, "lower_bounds", optimistic)
+    monkeypatch.setattr(MarginBounds, "margins", optimistic)
     found = radii(network, images, labels)
     monkeypatch.undo()
     budget = found * images.flatten(1).sum(1)
-    exact = MarginBounds(network, "fine-tuned", "best", dtype=torch.float64).lower_bounds(images, labels, budget)
-    vanilla = MarginBounds(network, "vanilla", "best", dtype=torch.float64).lower_bounds(images, labels, budget)
+    exact, vanilla = (
+        MarginBounds(network, threat, dtype=torch.float64).margins(threat.ball(images, budget), labels)
+        for threat in (Threat(), Threat(positive=False))
+    )
     assert (torch.maximum(exact.amin(1), vanilla.amin(1)) > 0).all()
     assert (found <= honest * 1.03).all()
 
@@ -145,12 +153,12 @@ def test_optimistic_single_precision_is_caught(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("method", METHODS)
 def test_small_chunks_change_nothing(method: str) -> None:
     network, images, labels = problem(CNN)
-    budget = 0.2 * images.flatten(1).sum(1)
-    bounds = MarginBounds(network, method, "best", dtype=torch.float64)
-    whole = bounds.lower_bounds(images, labels, budget)
+    threat = Threat(positive=method == "fine-tuned")
+    ball = threat.ball(images, 0.2 * images.flatten(1).sum(1))
+    whole = MarginBounds(network, threat, dtype=torch.float64).margins(ball, labels)
     for entries in (1, 1000, 50_000):
-        bounds.chunk_entries = entries
-        torch.testing.assert_close(bounds.lower_bounds(images, labels, budget), whole, rtol=1e-9, atol=1e-9)
+        bounds = MarginBounds(network, threat, dtype=torch.float64, options=EngineOptions(chunk_entries=entries))
+        torch.testing.assert_close(bounds.margins(ball, labels), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_out_of_memory_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +190,10 @@ def test_margins_in_ascending_order_of_class() -> None:
 def test_nan_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     network, images, labels = problem(MLP)
 
-    def overflow(self: MarginBounds, images: Tensor, *args: Any, **options: Any) -> Tensor:
-        return images.new_full((len(images), 2), math.nan)
+    def overflow(self: MarginBounds, ball: Ball, *args: Any, **options: Any) -> Tensor:
+        return ball.images.new_full((len(ball), 2), math.nan)
 
-    monkeypatch.setattr(MarginBounds, "lower_bounds", overflow)
+    monkeypatch.setattr(MarginBounds, "margins", overflow)
     ball = fv.WassersteinBall(0.01)
     assert {c.verdict for c in fv.certify_batch(network, images, labels, ball)} == {Verdict.UNKNOWN}
     assert (radii(network, images, labels) == 0).all()
@@ -218,7 +226,7 @@ def test_bad_names_and_options() -> None:
     network, images, labels = problem(MLP, 0, 3)
     with pytest.raises(UnknownNameError, match="unknown method 'exact': expected one of fine-tuned"):
         Certifier(network, "exact")
-    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of alpha-crown, best"):
+    with pytest.raises(UnknownNameError, match="unknown bound 'magic': expected one of MODULE:CLASS, alpha-crown"):
         Certifier(network, "vanilla", "magic")
     with pytest.raises(UnknownNameError, match="unknown ground cost 'l3'"):
         fv.search_radius(Certifier(network), images, labels, "l3")

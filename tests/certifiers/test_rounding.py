@@ -17,19 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_complete_bounds import single_ball
 from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
-from flowverify.certifiers.complete.joint_search import _maximum
+from flowverify.certifiers.complete.joint_limit_search import upper_bounds
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
-from flowverify.certifiers.complete.nodes import roots
+from flowverify.certifiers.complete.problem import Problem as Bounding
 from flowverify.certifiers.complete.relaxation import lower_bound
+from flowverify.certifiers.complete.tree_nodes import roots
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.linear import HalfSpaces
 from flowverify.certifiers.linear_certifier import LinearCertifier
-from flowverify.certifiers.verify import Certifier
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Index, Network, Pad, Permute, Reshape, RoundingBound, ScaleShift, from_torch
 from flowverify.network.operations import CANONICAL, RECORDS
@@ -343,9 +344,9 @@ def outward(value: Array, direction: float) -> Tensor:
     return torch.tensor(result, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", [Polytope, FlowBall])
+@pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize("at_the_image", [False, True])
-def test_lower_bounds_with_any_multipliers_are_below_exact_margins(kind: type[Polytope], at_the_image: bool) -> None:
+def test_lower_bounds_with_any_multipliers_are_below_exact_margins(positive: bool, at_the_image: bool) -> None:
     """No multiplier that a search may come to makes a bound that exceeds a margin in the ball, not by one ulp.
 
     At the image alone with the best bounds of neurons that there are, so that nothing else makes up for rounding.
@@ -357,9 +358,9 @@ def test_lower_bounds_with_any_multipliers_are_below_exact_margins(kind: type[Po
         network, own = converted(given).double(), exact(given.image[0])
         maps = affine_maps(network)
         budget = 0.0 if at_the_image else 2.0 ** -(1 + seed % 50) * float(given.image.sum())
-        ball = kind(given.image[0], budget)
+        ball = single_ball(given.image[0], budget, positive)
         label = int(network(given.image).argmax())
-        bounds = neuron_bounds(maps, ball, iterations=1)
+        bounds = neuron_bounds(Bounding.outputs(maps, ball), iterations=1)
         if at_the_image:
             read = read_by_relus(given.module, own)
             bounds.lower, bounds.upper = ([outward(value, side) for value in read] for side in (-1, 1))
@@ -370,7 +371,8 @@ def test_lower_bounds_with_any_multipliers_are_below_exact_margins(kind: type[Po
                 layer.copy_(torch.rand(layer.shape, generator=generator, dtype=torch.float64))
         for layer in nodes.multipliers.gamma:
             layer.sub_(0.5).mul_(10.0 ** float(12 * torch.rand((), generator=generator) - 3) * (seed % 4))
-        found = lower_bound(maps, ball, maps.layers, specification, nodes.lower, nodes.upper, nodes.multipliers).value
+        relaxation = nodes.relaxation(Bounding(maps, ball, maps.layers, specification))
+        found = lower_bound(relaxation, nodes.multipliers).value
         others = [t for t in range(3) if t != label]
         for point in [own] if at_the_image else moved(own, Fraction(budget)):
             values = logits(given.module, point)
@@ -385,8 +387,8 @@ def test_neuron_bounds_contain_exact_values() -> None:
         given = problem(seed)
         network = converted(given).double()
         maps = affine_maps(network)
-        ball = Polytope(given.image[0], 1e-3 * float(given.image.sum()))
-        bounds = neuron_bounds(maps, ball, iterations=1)
+        ball = single_ball(given.image[0], 1e-3 * float(given.image.sum()))
+        bounds = neuron_bounds(Bounding.outputs(maps, ball), iterations=1)
         for point in moved(exact(given.image[0]), Fraction(ball.budget)):
             read = read_by_relus(given.module, point)
             for layer_value, low, high in zip(read, bounds.lower, bounds.upper, strict=True):
@@ -401,13 +403,14 @@ def test_joint_limits_are_not_below_exact_sums() -> None:
         generator = torch.Generator().manual_seed(seed)
         given = problem(seed)
         maps = affine_maps(converted(given).double())
-        ball = Polytope(given.image[0], 0.0)
-        bounds = neuron_bounds(maps, ball, iterations=1)
+        ball = single_ball(given.image[0], 0.0)
+        bounding = Bounding.outputs(maps, ball)
+        bounds = neuron_bounds(bounding, iterations=1)
         nodes = roots(torch.arange(1), bounds.lower, bounds.upper)
         # Terms whose sum is zero: the offset cancels among the neurons.
         members, terms = torch.arange(4)[None], torch.randint(-8, 9, (1, 6, 4), generator=generator).double()
         terms[..., 3] = -terms[..., :3].sum(-1)
-        found = _maximum(maps, ball, 0, nodes, torch.zeros(1, dtype=torch.int64), terms, members)[0]
+        found = upper_bounds(bounding, 0, nodes, torch.zeros(1, dtype=torch.int64), terms, members)[0]
         value = read_by_relus(given.module, exact(given.image[0]))[0]
         for row, limit in zip(exact(terms[0]), found.tolist(), strict=True):
             assert Fraction(limit) >= row.dot(value), seed

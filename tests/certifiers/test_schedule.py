@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from flowverify.certifiers.complete.schedule import FIRST, GROWTH, LATE, MIDDLE, NEAR, SAFE, Schedule
+from flowverify.certifiers.complete.schedule import Schedule
+from flowverify.certifiers.complete.settings import DEFAULTS
 
 UPPER, LAST = 1.0, 0.99
+OWN = DEFAULTS.schedule
 
 
 def test_without_a_limit_the_bracket_is_closed_at_once() -> None:
@@ -16,7 +18,7 @@ def test_without_a_limit_the_bracket_is_closed_at_once() -> None:
 
 
 def test_begins_at_a_smaller_radius_unless_it_is_proven() -> None:
-    assert Schedule(60.0).target(0.5, UPPER, LAST, 60.0) == 0.5 + FIRST * 0.5
+    assert Schedule(60.0).target(0.5, UPPER, LAST, 60.0) == 0.5 + OWN.first * 0.5
     assert Schedule(60.0).target(0.2, UPPER, LAST, 60.0) < Schedule(60.0).target(0.5, UPPER, LAST, 60.0)
     assert Schedule(60.0).target(0.95, UPPER, LAST, 60.0) == LAST
 
@@ -27,10 +29,10 @@ def test_goes_as_far_as_the_forecast_allows(cost: float) -> None:
     schedule.tell(0.85, cost, 1000)
     left = 60.0 - cost
     found = schedule.target(0.85, UPPER, LAST, left)
-    forecast = cost * math.exp(GROWTH * (found - 0.85))
+    forecast = cost * math.exp(OWN.growth * (found - 0.85))
     assert 0.85 < found <= LAST
-    assert forecast <= MIDDLE * left * (1 + 1e-9) or found == pytest.approx((0.85 + NEAR) / 2)
-    if cost * math.exp(GROWTH * (LAST - 0.85)) <= SAFE * left:
+    assert forecast <= OWN.middle * left * (1 + 1e-9) or found == pytest.approx((0.85 + OWN.near) / 2)
+    if cost * math.exp(OWN.growth * (LAST - 0.85)) <= OWN.safe * left:
         assert found == LAST
 
 
@@ -45,9 +47,9 @@ def test_learns_how_trees_grow() -> None:
 def test_a_bracket_of_five_percent_comes_first() -> None:
     schedule = Schedule(60.0)
     schedule.tell(0.85, 3.0, 3000)
-    assert schedule.target(0.85, UPPER, LAST, 57.0) == NEAR
-    schedule.tell(NEAR, 20.0, 30000)
-    assert schedule.target(NEAR, UPPER, LAST, 30.0) == LAST
+    assert schedule.target(0.85, UPPER, LAST, 57.0) == OWN.near
+    schedule.tell(OWN.near, 20.0, 30000)
+    assert schedule.target(OWN.near, UPPER, LAST, 30.0) == LAST
 
 
 def test_lowers_what_is_late() -> None:
@@ -59,7 +61,7 @@ def test_lowers_what_is_late() -> None:
             assert 0.5 < lowered < radius
             radius = lowered
             fell.append(100 - left)
-    assert fell == pytest.approx([100 * share for share in LATE], abs=1)
+    assert fell == pytest.approx([100 * share for share in OWN.late], abs=1)
     assert Schedule().lowered(0.5, 0.9, math.inf) is None
 
 

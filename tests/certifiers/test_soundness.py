@@ -11,6 +11,7 @@ from contracts import descend, margins_at, random_network, samples, sparse_image
 from torch import Tensor, nn
 
 import flowverify as fv
+from flowverify.ball import Threat
 from flowverify.bounds.margins import MarginBounds
 from flowverify.network import Network
 
@@ -56,8 +57,9 @@ def violations(
     found = []
     for method in ("vanilla", "fine-tuned"):
         for bound in bounds:
-            engine = MarginBounds(network, method, bound, dtype=torch.float64)
-            excess = float((engine.lower_bounds(images, labels, budget) - least).max())
+            threat = Threat(positive=method == "fine-tuned")
+            engine = MarginBounds(network, threat, bound, dtype=torch.float64)
+            excess = float((engine.margins(threat.ball(images, budget), labels) - least).max())
             if not excess <= 1e-9:
                 found.append(f"{method} {bound} at radius {radius}: {excess}")
     return found, points.shape[0] * points.shape[1]

@@ -11,14 +11,15 @@ from plans import COSTS, frank_wolfe, least_margins, plan_cost, plan_samples, po
 from torch import Tensor, nn
 
 from flowverify.api import certify_batch
+from flowverify.ball import Threat, WassersteinBall
+from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
-from flowverify.bounds.recipes import METHODS
+from flowverify.certifiers.incomplete import Certifier, search_radius
 from flowverify.certifiers.linear_certifier import LinearCertifier
-from flowverify.certifiers.radius import search_radius
-from flowverify.certifiers.verify import Certifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
-from flowverify.threat import WassersteinBall
+from flowverify.registry import INCOMPLETE
+from flowverify.registry import METHODS as NAMES
 from flowverify.transport.distance import wasserstein_distance
 
 DOUBLE = torch.float64
@@ -29,6 +30,8 @@ NETWORKS: dict[str, tuple[tuple[int, int, int], list[nn.Module]]] = {
     "colour cnn": ((3, 6, 6), [nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)]),
     "linear": ((2, 5, 5), [nn.Flatten(), nn.Linear(50, 3)]),
 }
+
+METHODS = NAMES.family(INCOMPLETE)
 
 
 @cache
@@ -46,7 +49,7 @@ def images_of(kind: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def engine(kind: str, method: str, bound: str, ground: str, cap: float | None, dtype: torch.dtype) -> MarginBounds:
-    return MarginBounds(network_of(kind), method, bound, dtype=dtype, ground=ground, cap=cap)
+    return MarginBounds(network_of(kind), Threat(ground, cap, method == "fine-tuned"), bound, dtype=dtype)
 
 
 def budget_of(images: Tensor, radius: float, ground: str) -> Tensor:
@@ -65,7 +68,8 @@ def bounds_of(
 ) -> Tensor:
     images, labels = images_of(kind)
     budget = budget_of(images, radius, ground)
-    return engine(kind, method, bound, ground, cap, dtype).lower_bounds(images, labels, budget).double()
+    bounds = engine(kind, method, bound, ground, cap, dtype)
+    return bounds.margins(bounds.threat.ball(images, budget), labels).double()
 
 
 @cache
@@ -110,8 +114,8 @@ class TestEveryCost:
         images, labels = images_of(kind)
         for radius in RADII:
             around = WassersteinBall(radius, ground).l1_radius
-            budget = around * images.flatten(1).sum(1)
-            converted = engine(kind, "fine-tuned", "ibp", "l1", None, DOUBLE).lower_bounds(images, labels, budget)
+            l1_ball = Threat().ball(images, around * images.flatten(1).sum(1))
+            converted = engine(kind, "fine-tuned", "ibp", "l1", None, DOUBLE).margins(l1_ball, labels)
             assert (bounds_of(kind, "fine-tuned", "ibp", ground, radius) >= converted - 1e-9).all()
 
     def test_single_precision_rounds_only(self, ground: str, kind: str) -> None:
@@ -146,8 +150,9 @@ def test_below_the_exact_optimum_of_a_tiny_network(ground: str) -> None:
         assert (exact.double() <= margins_at(network, points, labels).amin(1) + 1e-6).all()
         for method in METHODS:
             for bound in BOUNDS:
-                found = MarginBounds(network, method, bound, dtype=DOUBLE, ground=small, cap=cap)
-                assert (found.lower_bounds(images, labels, budget) <= exact + 1e-6).all(), (method, bound)
+                threat = Threat(small, cap if method == "fine-tuned" else None, method == "fine-tuned")
+                found = MarginBounds(network, threat, bound, dtype=DOUBLE).margins(threat.ball(images, budget), labels)
+                assert (found <= exact + 1e-6).all(), (method, bound)
 
 
 @pytest.mark.parametrize("ground", COSTS)
@@ -156,7 +161,7 @@ def test_linear_networks_exactly(ground: str) -> None:
     certifier = LinearCertifier(network)
     weight = network.nodes[-1].operation.get_parameter("weight").detach()
     engines = Certifier(network)
-    for index, found in enumerate(certifier.search(images, labels, ground)):
+    for index, found in enumerate(certifier.search(images, labels, Threat(ground))):
         label = int(labels[index])
         clean = margins_at(network, images[index : index + 1, None], labels[index : index + 1])[0, 0]
         others = [t for t in range(3) if t != label]
@@ -177,7 +182,7 @@ def test_linear_networks_exactly(ground: str) -> None:
         assert certifier.certify(one, own, beyond)[0].verdict == "falsified"
         assert engines.certify(one, own, inside)[0].verdict == "certified"
         assert engines.certify(one, own, beyond)[0].verdict == "unknown"
-        witness, wrong = certifier.witness(one, own, torch.tensor([beyond.radius]), ground)
+        witness, wrong = certifier.witness(beyond.around(one), own)
         assert bool(wrong) and bool(beyond.contains(one, witness))
 
 
@@ -203,11 +208,13 @@ def test_never_smaller_than_what_it_replaces(ground: str) -> None:
     for kind in ("mlp", "colour cnn"):
         network, (images, labels) = network_of(kind), images_of(kind)
         certifier = Certifier(network)
-        native = torch.tensor([one.radius for one in certifier.search(images, labels, ground)])
-        capped = torch.tensor([one.radius for one in certifier.search(images, labels, ground, 1.0)])
-        flat = Certifier(network, domain="flow").search(images, labels, ground)  # flows know l1 only: converted
+        native = torch.tensor([one.radius for one in certifier.search(images, labels, Threat(ground))])
+        capped = torch.tensor([one.radius for one in certifier.search(images, labels, Threat(ground, 1.0))])
+        flat = Certifier(network, domain="flow").search(images, labels, Threat(ground))  # flows know l1 only: converted
         converted = torch.tensor([one.radius for one in flat])
-        vanilla = torch.tensor([one.radius for one in Certifier(network, "vanilla").search(images, labels, ground)])
+        vanilla = torch.tensor(
+            [one.radius for one in Certifier(network, "vanilla").search(images, labels, Threat(ground))]
+        )
         for other in (converted, vanilla):
             assert (native >= other * (1 - 0.011)).all()
         assert (capped >= native * (1 - 1e-9)).all()
@@ -228,20 +235,20 @@ def test_bad_threat_models() -> None:
     network, (images, labels) = network_of("mlp"), images_of("mlp")
     certifier = Certifier(network)
     with pytest.raises(UnknownNameError, match="unknown ground cost 'l3'"):
-        certifier.search(images, labels, "l3")
+        certifier.search(images, labels, Threat("l3"))
     with pytest.raises(InvalidInputError, match="given the power 0.5, expected a finite number p >= 1"):
-        certifier.search(images, labels, "l2^0.5")
+        certifier.search(images, labels, Threat("l2^0.5"))
     with pytest.raises(InvalidInputError, match="given the window 4, expected an odd number >= 1"):
-        certifier.search(images, labels, "local:4")
+        certifier.search(images, labels, Threat("local:4"))
     for search in (certifier.search, LinearCertifier(network_of("linear")).search):
         own = images_of("mlp" if search == certifier.search else "linear")
         with pytest.raises(InvalidInputError, match="a window of 7 pixels on images of 5 x 5: expected at most 5"):
-            search(*own, "local:7")
+            search(*own, Threat("local:7"))
         with pytest.raises(InvalidInputError, match=r"cap: given -1, expected None or a finite number > 0"):
-            search(*own, "l1", -1)
+            search(*own, Threat(cap=-1))
         with pytest.raises(InvalidInputError, match=r"image 0 has a pixel of 1: expected at most the cap, 0\.9"):
-            search(*own, "l1", 0.9)
+            search(*own, Threat(cap=0.9))
     with pytest.raises(InvalidInputError, match=r"image 0 has a pixel of 1: expected at most the cap, 0\.9"):
         certifier.certify(images, labels, WassersteinBall(0.1, "l1", 0.9))
     with pytest.raises(InvalidInputError, match="domain flow with ground cost l2: expected l1, or the domain image"):
-        MarginBounds(network, domain="flow", ground="l2")
+        MarginBounds(network, Threat("l2"), options=EngineOptions(domain="flow"))

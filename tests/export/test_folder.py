@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError
 from flowverify.export import folder as folder_module
@@ -20,7 +21,6 @@ from flowverify.export.plan import Request, plan
 from flowverify.export.replay import repaired, replay
 from flowverify.export.results import collect, read_results, read_witness
 from flowverify.network import write_onnx
-from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_transport, flow_by_tree
 from tests.contracts import descend
 from tests.export.exact import small_image, small_network

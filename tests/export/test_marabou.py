@@ -2,20 +2,18 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
-from flowverify.export import marabou, marabou_process
 from flowverify.export.marabou import MarabouCertifier
 from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
 needs_marabou = pytest.mark.skipif(bool(marabou_missing()), reason=marabou_missing() or "Marabou is there")
@@ -35,9 +33,8 @@ def process():
 
 
 def certifier(network, process, method="fine-tuned", encoding="linear", timeout=3600.0):
-    found = MarabouCertifier(network, method, encoding=encoding, timeout=timeout)
+    found = MarabouCertifier(network, method, encoding=encoding, timeout=timeout, process=process)
     found.close = lambda: None  # the process is shared
-    found._process = process
     return found
 
 
@@ -120,23 +117,21 @@ class FakeProcess:
         (Outcome("unknown", 1.0), Verdict.UNKNOWN, "answered unknown"),
     ],
 )
-def test_what_is_no_proof_certifies_nothing(outcome, verdict, note, monkeypatch):
-    monkeypatch.setattr("flowverify.export.marabou.MarabouProcess", lambda: FakeProcess(outcome))
+def test_what_is_no_proof_certifies_nothing(outcome, verdict, note):
     network, image, label = case(1, "linear")
-    found = MarabouCertifier(network, encoding="linear").certify(
+    found = MarabouCertifier(network, encoding="linear", process=FakeProcess(outcome)).certify(
         image[None], torch.tensor([label]), WassersteinBall(0.01)
     )[0]
     assert found.verdict is verdict
     assert note in found.note
 
 
-def test_a_false_counterexample_is_unknown_even_if_no_clearer_one_exists(monkeypatch):
+def test_a_false_counterexample_is_unknown_even_if_no_clearer_one_exists():
     network, image, label = case(1, "linear")
     centre = torch.zeros(48, dtype=torch.float64).numpy()
     fake = FakeProcess(Outcome("sat", 1.0, centre), Outcome("unsat", 1.0), Outcome("sat", 1.0, centre))
-    monkeypatch.setattr("flowverify.export.marabou.MarabouProcess", lambda: fake)
     pytest.importorskip("onnxruntime")
-    found = MarabouCertifier(network, encoding="linear").certify(
+    found = MarabouCertifier(network, encoding="linear", process=fake).certify(
         image[None], torch.tensor([label]), WassersteinBall(1e-4)
     )[0]
     assert found.verdict is Verdict.UNKNOWN
@@ -168,20 +163,18 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("encoding", ["cuts", "linear"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_engine_that_breaks_down_is_an_outcome(name, encoding, monkeypatch, tmp_path):
+def test_an_engine_that_breaks_down_is_an_outcome(name, encoding, tmp_path):
     script, result, message = SCRIPTS[name]
-    worker = tmp_path / "worker.py"
-    worker.write_text(script)
-    late = tmp_path / "late"
+    worker, late = tmp_path / "worker.py", tmp_path / "late"
+    worker.write_text(script.replace('"late"', repr(str(late))))
     late.touch()
-    monkeypatch.chdir(tmp_path)
-    clock = SimpleNamespace(perf_counter=lambda: 3600.0 * late.stat().st_size)
-    monkeypatch.setattr(marabou, "time", clock)
-    monkeypatch.setattr(marabou_process, "time", clock)
-    monkeypatch.setattr(marabou_process, "_WORKER", worker)
-    monkeypatch.setattr(marabou_process, "marabou_missing", lambda: "")
+
+    def clock():
+        return 3600.0 * late.stat().st_size
+
     network, image, label = case(1, "linear")
-    engine = MarabouCertifier(network, encoding=encoding, timeout=600.0)
+    process = MarabouProcess(worker, clock)
+    engine = MarabouCertifier(network, encoding=encoding, timeout=600.0, process=process, clock=clock)
     found = engine.certify(image[None], torch.tensor([label]), WassersteinBall(0.01))[0]
     engine.close()
     assert found.verdict == result

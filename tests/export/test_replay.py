@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.export.folder import Layout, Source, write_folder
 from flowverify.export.marabou import MarabouCertifier
@@ -13,7 +14,6 @@ from flowverify.export.plan import Request
 from flowverify.export.replay import descend, repaired
 from flowverify.export.results import collect
 from flowverify.results import Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import l1_over_ground
 from flowverify.transport.inverse import flow_by_transport
@@ -46,7 +46,7 @@ def exact(ground):
     network, image, label = case()
     if ground == "l1":
         return (least_misclassifying_budget(network, image, label) / float(image.sum()),) * 2
-    found = CompleteCertifier(network).search(image[None], torch.tensor([label]), ground)[0]
+    found = CompleteCertifier(network).search(image[None], torch.tensor([label]), Threat(ground))[0]
     return found.radius, found.upper_radius
 
 

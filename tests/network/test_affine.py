@@ -4,6 +4,8 @@ from torch import nn
 
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network, ScaleShift, affine_rows, from_torch
+from flowverify.network.affine import linear_part, operation_matrices
+from flowverify.network.operations import OPERATIONS
 
 SHAPE = (2, 4, 5)
 
@@ -53,3 +55,41 @@ def test_value_that_is_not_affine_is_refused():
         affine_rows(network, "2_Linear")
     with pytest.raises(InvalidInputError, match=r"value 'nothing': expected one that is affine"):
         affine_rows(network, "nothing")
+
+
+AFFINE = [record for record in OPERATIONS if record.affine]
+
+
+@pytest.mark.parametrize("record", AFFINE, ids=lambda record: record.name)
+@pytest.mark.parametrize("chunk_entries", [1 << 23, 70])
+def test_matrices_of_an_operation_are_its_derivatives(record, chunk_entries, monkeypatch):
+    monkeypatch.setattr("flowverify.network.affine.CHUNK_ENTRIES", chunk_entries)
+    torch.manual_seed(0)
+    tried = 0
+    for operation in record.variants(SHAPE):
+        operation = operation.double()
+        shapes = [SHAPE] * (record.arity or 3)
+        parts, constant = operation_matrices(operation, shapes, torch.zeros(0, dtype=torch.float64))
+        points = [torch.randn(1, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        value = operation(*points)
+        total = constant.clone()
+        for position, part in enumerate(parts):
+            rows = torch.cat(list(part)).T
+            total = total + rows @ points[position].detach().flatten()
+            entry = min(3, rows.shape[0] - 1)
+            (slope,) = torch.autograd.grad(value.flatten()[entry], points[position], retain_graph=True)
+            torch.testing.assert_close(rows[entry], slope.flatten(), rtol=0, atol=1e-13)
+        torch.testing.assert_close(total, value.flatten().detach(), rtol=0, atol=1e-12)
+        tried += 1
+    assert tried
+
+
+def test_no_constant_cancels_in_a_matrix():
+    """f(e) - f(0) would lose the small entries beside a large constant."""
+    layer = nn.Linear(2, 1, dtype=torch.float64)
+    layer.load_state_dict({"weight": torch.tensor([[1e-9, 3.0]]), "bias": torch.tensor([1e9])})
+    (part,), constant = operation_matrices(layer, [(2,)], torch.zeros(0, dtype=torch.float64))
+    assert torch.equal(torch.cat(list(part)).T, layer.weight.detach())
+    assert torch.equal(constant, layer.bias.detach())
+    assert float(linear_part(layer)(torch.zeros(1, 2, dtype=torch.float64))) == 0.0
+    assert float(layer.bias.detach()) == 1e9  # the layer keeps its own

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat
 from flowverify.bounds.margins import MarginBounds
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network
@@ -47,9 +48,8 @@ def neighbours(images: Tensor, budget: Tensor, count: int) -> Tensor:
     return moved.transpose(0, 1)
 
 
-@pytest.mark.parametrize(  # crown-ibp, which has targets, trains ReLU networks only
-    ("targets", "name"), [(targets, name) for targets in (0, 2) for name in NETWORKS if not targets or name != "smooth"]
-)
+@pytest.mark.parametrize("targets", [0, 2])
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("radius", [0.0, 0.1, 0.5])
 def test_no_image_of_the_ball_exceeds_the_bound(name, radius, targets, batch):
     images, labels = batch
@@ -76,7 +76,7 @@ def test_is_never_tighter_than_certification_and_near_it(name, targets, bound, b
     for _ in range(60):
         _, worst = bounds.bound(images, labels, budget)
     frozen = copy.deepcopy(model).requires_grad_(False)
-    exact = -MarginBounds(frozen, bound=bound, dtype=torch.float64).lower_bounds(images, labels, budget)
+    exact = -MarginBounds(frozen, bound=bound, dtype=torch.float64).margins(Threat().ball(images, budget), labels)
     others = torch.arange(4) != labels[:, None]
     trained = worst.detach()[others].reshape(6, 3)
     if not targets:  # CROWN's relaxations may turn out better for looser intervals
@@ -93,7 +93,7 @@ def test_at_radius_0_intervals_are_points(batch):
     torch.testing.assert_close(worst, logits - logits.gather(1, labels[:, None]))
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "pooled"])
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("targets", [0, 2])
 def test_gradient_is_that_of_differences(name, targets, batch, monkeypatch):
     images, labels = batch
@@ -170,6 +170,7 @@ def test_affine_network_is_refused():
         TrainableBounds(Network.sequential(SHAPE, [nn.Flatten(), nn.Linear(42, 3)]))
 
 
-def test_crown_needs_relus():
-    with pytest.raises(UnsupportedOperationError, match="crown-ibp trains ReLU networks only, given"):
-        TrainableBounds(network("smooth"), targets=1)
+def test_crown_needs_lines_around_activations():
+    model = Network.sequential(SHAPE, [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)])
+    with pytest.raises(UnsupportedOperationError, match=r"ReLU, LeakyReLU, Sigmoid and Tanh, given MaxPool2d \(the"):
+        TrainableBounds(model, targets=1)

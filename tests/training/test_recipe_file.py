@@ -52,7 +52,7 @@ def test_base_gives_what_the_file_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ("epoch: 3", UnknownNameError, "unknown recipe key 'epoch': expected one of .*epochs"),
+        ("epoch: 3", UnknownNameError, "unknown key 'epoch': expected one of .*epochs"),
         ("architecture: resnet", UnknownNameError, "unknown architecture 'resnet': expected one of .*mlp"),
         ("loss: certain", UnknownNameError, "unknown loss 'certain': expected one of .*certified"),
         (
@@ -80,9 +80,9 @@ def test_base_gives_what_the_file_does_not(tmp_path: Path) -> None:
         ("schedule: step", InvalidInputError, "expected ascending numbers of epochs with step"),
         ("milestones: [3]", InvalidInputError, "expected ascending numbers of epochs with step, none with another"),
         ("hidden: 8", InvalidInputError, "hidden: given 8, expected integers >= 1"),
-        ("hidden: [0]", InvalidInputError, r"hidden: given \(0,\), expected integers >= 1"),
+        ("hidden: [0]", InvalidInputError, r"hidden\[0\]: given 0, expected an integer >= 1"),
         ("epochs: many", InvalidInputError, "epochs: given 'many', expected an integer >= 1"),
-        ("name: 7", InvalidInputError, "name: given 7, expected a name"),
+        ("name: 7", InvalidInputError, "name: given 7, expected text"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_right(

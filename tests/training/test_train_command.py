@@ -38,8 +38,8 @@ def test_writes_model_card_and_metrics(tmp_path: Path) -> None:
     ("recipe", "message"),
     [
         ("digits-fc4", "unknown recipe 'digits-fc4': expected one of digits-certified"),
-        ("absent.yaml", "absent.yaml: cannot be read as a recipe"),
-        ("wrong.yaml", "wrong.yaml: unknown recipe key 'epoch': expected one of architecture"),
+        ("absent.yaml", "absent.yaml: cannot be read (No such file"),
+        ("wrong.yaml", "wrong.yaml: unknown key 'epoch': expected one of architecture"),
     ],
 )
 def test_what_is_wrong_is_one_line(recipe: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError
 from flowverify.grid import Grid
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, transport_plan, wasserstein_distance
-from flowverify.transport.ground import GROUNDS, ground_cost
+from flowverify.transport.ground import ground_cost
 
 ROOT2 = math.sqrt(2)
 grids = st.builds(Grid, st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
@@ -78,7 +78,7 @@ def test_l1_distance_is_the_least_flow(grid: Grid, seed: int, sparse: bool) -> N
     assert distance.item() == pytest.approx(least_flow(source, target), abs=1e-9)
 
 
-@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("ground", ["l1", "l2"])
 @given(grids, seeds)
 @settings(max_examples=20, deadline=None)
 def test_distance_is_the_least_coupling(ground: str, grid: Grid, seed: int) -> None:
@@ -118,7 +118,7 @@ def test_hand_derived_values(source: Tensor, target: Tensor, l1: float, l2: floa
 @settings(max_examples=30, deadline=None)
 def test_metric_axioms_and_order_of_the_ground_costs(grid: Grid, seed: int) -> None:
     a, b, c = random_measures(grid, seed, 3, sparse=True)
-    for ground in GROUNDS:
+    for ground in ("l1", "l2"):
         ab, ba, bc, ac, aa = wasserstein_distance(
             torch.stack([a, b, b, a, a]), torch.stack([b, a, c, c, a]), ground
         ).tolist()
@@ -148,7 +148,7 @@ def test_a_channel_without_mass_is_allowed() -> None:
     assert wasserstein_distance(source, source.flip(-1, -2)).item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("ground", ["l1", "l2"])
 @given(grids, seeds, st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_plan_has_the_marginals_and_the_cost(ground: str, grid: Grid, seed: int, sparse: bool) -> None:

@@ -8,7 +8,6 @@ from scipy.sparse import coo_array, vstack
 
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.transport.distance import wasserstein_distance
-from flowverify.transport.ground import GROUNDS
 from flowverify.transport.least_budget import least_budget
 from flowverify.transport.moves import best_moves, offsets_by_cost
 from flowverify.transport.support import support
@@ -52,7 +51,7 @@ def gain_by_program(coefficients, image, budget, ground, cap=None):
 
 
 class TestWithoutCap:
-    @pytest.mark.parametrize("ground", GROUNDS)
+    @pytest.mark.parametrize("ground", ["l1", "l2"])
     @pytest.mark.parametrize("radius", [0.02, 0.3, 1.1, 50.0])
     def test_equals_the_linear_program(self, ground, radius):
         coefficients, images = problems(3)
@@ -77,7 +76,7 @@ class TestWithoutCap:
         torch.testing.assert_close(found.cost, expected, rtol=1e-9, atol=0)
         torch.testing.assert_close(found.gain, target, rtol=1e-9, atol=0)
 
-    @pytest.mark.parametrize("ground", GROUNDS)
+    @pytest.mark.parametrize("ground", ["l1", "l2"])
     def test_the_image_has_what_is_claimed(self, ground):
         coefficients, images = problems(10, (2, 6, 7), seed=3)
         budget = 0.3 * images.flatten(1).sum(1)
@@ -118,7 +117,7 @@ class TestWithoutCap:
 
 
 class TestWithCap:
-    @pytest.mark.parametrize("ground", GROUNDS)
+    @pytest.mark.parametrize("ground", ["l1", "l2"])
     @pytest.mark.parametrize("radius", [0.05, 0.4])
     def test_close_to_the_linear_program_and_feasible(self, ground, radius):
         coefficients, images = problems(4, (1, 6, 6), seed=6)

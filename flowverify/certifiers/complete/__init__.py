@@ -7,11 +7,20 @@ For a network of affine layers and ReLUs, an image mu of label y and a radius, t
 On the polytope of images (``complete``) the answer is exact, on the L1 ball of flows (``vanilla-complete``) it is
 exact for that larger set: framework paper (2021), Section 3.2 and Table 1.
 
-From below: the network as matrices (``affine_maps``) and the ball (``balls``); bounds by a Lagrangian dual
-(``relaxation``), raised by steps (``ascent``) along their ``gradients`` on a small copy of the problem (``sketch``); of
-many neurons at once where the budget is small (``joint``, ``joint_search``); the branches of a tree (``nodes``,
-``branching``, ``neuron_bounds``, ``leaf``, ``tree``) and the threads that grow it (``workers``); counterexamples
-(``hunt``); the radius of one image (``schedule``, ``budget``, ``radius_search``) and certificates (``certifier``,
-``references``). ``program``, ``program_values``, ``dual_proof`` and ``milp`` are the second method, which shares the
-replay of counterexamples and none of the bounds.
+Whose question it is, and until when: certificates (``certifier``, ``references``) and the radius of one image
+(``radius_search``, with its ``schedule``), to a ``deadline``, by ``settings`` that are passed along. A search has a
+*problem* (``problem``): margins over one ball (``single_ball``) of the network as matrices (``affine_maps``).
+
+From below, bounds: a Lagrangian dual that any multipliers make sound (``relaxation``, theory section 16), whose
+multipliers Adam raises (``ascent``) along their gradients (``gradients``, compiled in ``relaxation_kernel``) in single
+precision. Where the budget is small, several neurons cannot all reach their extremes: joint limits (``joint_limits``,
+``joint_limit_search``, theory section 17). What that leaves open is a tree (``tree``) of nodes (``tree_nodes``), each
+with the phases of some ReLUs decided (``branching``), new bounds of the others (``neuron_bounds``), and a linear
+program where all are decided (``leaf_program``); threads share out the rows of a batch (``workers``).
+
+From above: the minimisers of all these bounds, and descents, as starts for the nearest counterexample
+(``counterexamples``); every one is replayed exactly.
+
+``least_margin`` asks for the value itself. ``program``, ``program_values``, ``dual_proof`` and ``milp`` are the second
+method, which shares the replay of counterexamples and none of the bounds.
 """

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowverify.certifiers.complete.settings import DEFAULTS, AffineMapSettings
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
 from flowverify.network.affine import drop_biases
-from flowverify.network.graph import INPUT, Node
+from flowverify.network.graph import INPUT
 from flowverify.network.rounding import gamma, magnitudes
-
-MAX_ENTRIES = 1 << 26
-CHUNK_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,11 @@ class AffineMaps:
         return [len(stage.bias) for stage in self.stages[:-1]]
 
 
-def affine_maps(network: Network) -> AffineMaps:
+def affine_maps(network: Network, settings: AffineMapSettings = DEFAULTS.maps) -> AffineMaps:
     """The affine maps of a network whose only activations are ReLUs, on its device.
 
     Raises:
-        UnsupportedOperationError: another activation, named; or maps of more than ``MAX_ENTRIES`` numbers.
+        UnsupportedOperationError: another activation, named; or maps of more than ``settings.most_entries`` numbers.
     """
     for node in network.nodes:
         if not is_affine(node.operation) and not isinstance(node.operation, nn.ReLU):
@@ -105,10 +103,10 @@ def affine_maps(network: Network) -> AffineMaps:
         for source in range(len(sources))
         if name in reached[source]
     )
-    if entries > MAX_ENTRIES:
+    if entries > settings.most_entries:
         raise UnsupportedOperationError(
             f"complete certification: the network's affine maps have {entries:,} entries, expected at most "
-            f"{MAX_ENTRIES:,}"
+            f"{settings.most_entries:,}"
         )
     zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
     with torch.no_grad():
@@ -116,7 +114,9 @@ def affine_maps(network: Network) -> AffineMaps:
         blocks: dict[tuple[str, int], Tensor] = {}
         for index, (source, shape, size) in enumerate(zip(sources, shapes, sizes, strict=True)):
             wanted = sorted(reached[index] & set(names))
-            for name, rows in _columns(linear, sources, zeros, source, shape, size, wanted).items():
+            for name, rows in _columns(
+                linear, sources, zeros, source, shape, size, wanted, settings.chunk_entries
+            ).items():
                 blocks[name, index] = rows.to(device)
     stages = tuple(
         Stage(
@@ -159,10 +159,11 @@ def _columns(
     shape: tuple[int, ...],
     size: int,
     wanted: list[str],
+    entries: int,
 ) -> dict[str, Tensor]:
     """The matrices from one source: images of its unit vectors under the maps without biases."""
-    widest = max(math.prod(node.shape) for node in _nodes(linear))
-    chunk = max(1, CHUNK_ENTRIES // max(widest, size))
+    widest = max(math.prod(node.shape) for node in linear.nodes)
+    chunk = max(1, entries // max(widest, size))
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     if not wanted:
         return {}
@@ -175,7 +176,3 @@ def _columns(
         for name in wanted:
             parts[name].append(values[name].flatten(1).T)
     return {name: torch.cat(columns, 1).contiguous() for name, columns in parts.items()}
-
-
-def _nodes(network: Network) -> tuple[Node, ...]:
-    return network.nodes

@@ -10,33 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.affine_maps import AffineMaps
-from flowverify.certifiers.complete.balls import Polytope
-from flowverify.certifiers.complete.gradients import Problems
-from flowverify.certifiers.complete.nodes import Nodes, join
-from flowverify.certifiers.complete.relaxation import Multipliers, lower_bound
-
-CANDIDATES = 3  # of each layer
-MANY, FEW = 10, 32  # of so few nodes, near the roots of a tree
-BETTER_CHILD = 1.0  # its weight beside the worse one
-ROUGH = 1e-2
+from flowverify.certifiers.complete.gradients import coefficients, values
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.relaxation import Relaxation, lower_bound
+from flowverify.certifiers.complete.tree_nodes import TreeNodes, join
 
 
-def branch(
-    maps: AffineMaps, ball: Polytope, stage: int, specification: Tensor, nodes: Nodes, enough: float = 0.0
-) -> tuple[Nodes, Tensor]:
+def branch(problem: Problem, nodes: TreeNodes, enough: float = 0.0) -> tuple[TreeNodes, Tensor]:
     """Both children of every node (active ones first, then inactive), and the split neuron of each node.
 
     A bound beyond ``enough`` is worth no more than that. Every node must have an unstable ReLU below the stage. The
     children have their parents' multipliers and bounds, or better ones where they are easily done.
     """
-    problems, multipliers = sketched(maps, ball, stage, specification, nodes)
-    many = MANY if len(nodes) <= FEW else CANDIDATES
+    settings = problem.settings.branching
+    relaxation, multipliers = nodes.relaxation(problem).reduced(), nodes.multipliers.to(torch.float32)
+    many = settings.root_candidates if len(nodes) <= settings.few_nodes else settings.candidates
     choices, valid, start = [], [], 0
     for index, (own, unstable) in enumerate(
-        zip(problems.coefficients(multipliers), nodes.unstable()[:stage], strict=True)
+        zip(coefficients(relaxation, multipliers), nodes.unstable()[: problem.stage], strict=True)
     ):
-        score = _score(own, problems.lower[index], problems.upper[index], unstable)
+        score = _score(own, relaxation.lower[index], relaxation.upper[index], unstable)
         best = score.topk(min(many, score.shape[1]), dim=1)
         choices.append(best.indices + start)
         valid.append(torch.isfinite(best.values))
@@ -48,12 +41,12 @@ def branch(
     inherited = multipliers[parents]
     sides = []
     for active in (True, False):
-        bound = _split(problems, nodes, parents, tried, active).values(inherited, ROUGH)
+        bound = values(_split(relaxation, nodes, parents, tried, active), inherited, settings.tolerance)
         full = bound.new_full((count * width,), -torch.inf)
         full[able] = bound
         sides.append(full.reshape(count, width))
     gains = [side.clamp(max=enough) for side in sides]
-    quality = torch.minimum(*gains) + BETTER_CHILD * torch.maximum(*gains)
+    quality = torch.minimum(*gains) + settings.better_child * torch.maximum(*gains)
     quality = torch.where(usable, quality, -torch.inf)
     pick = quality.argmax(1, keepdim=True)
     neuron = candidates.gather(1, pick).squeeze(1)
@@ -61,26 +54,14 @@ def branch(
     easy = (torch.cat([side.gather(1, pick) for side in sides]).squeeze(1) > enough).nonzero().flatten()
     if len(easy):
         done = children[easy]
-        found = lower_bound(
-            maps, ball, stage, specification[done.row], done.lower, done.upper, done.multipliers, done.joint,
-            tolerance=ROUGH,
-        ).value  # fmt: skip
+        found = lower_bound(done.relaxation(problem), done.multipliers, tolerance=settings.tolerance).value
         children.bound[easy] = torch.maximum(done.bound, found)
     return children, neuron
 
 
-def sketched(
-    maps: AffineMaps, ball: Polytope, stage: int, specification: Tensor, nodes: Nodes
-) -> tuple[Problems, Multipliers]:
-    """The bounds of nodes as problems on the sketch, with their multipliers."""
-    rows = specification[nodes.row]
-    problems = Problems.sketched(maps, ball, stage, rows, nodes.lower, nodes.upper, nodes.signs, nodes.joint)
-    return problems, nodes.multipliers.to(torch.float32)
-
-
-def _split(problems: Problems, nodes: Nodes, parents: Tensor, neuron: Tensor, active: bool) -> Problems:
+def _split(relaxation: Relaxation, nodes: TreeNodes, parents: Tensor, neuron: Tensor, active: bool) -> Relaxation:
     """The problems of these ``parents`` (K,), with ``neuron`` (K,), counted through all layers, on one side."""
-    result, start = problems[parents], 0
+    result, start = relaxation[parents], 0
     for layer, lower in enumerate(result.lower):
         here = ((neuron >= start) & (neuron < start + lower.shape[1])).nonzero().flatten()
         own = neuron[here] - start
@@ -92,16 +73,14 @@ def _split(problems: Problems, nodes: Nodes, parents: Tensor, neuron: Tensor, ac
     return result
 
 
-def most_relaxed(
-    maps: AffineMaps, ball: Polytope, specification: Tensor, nodes: Nodes, count: int
-) -> list[Tensor | None]:
+def most_relaxed(problem: Problem, nodes: TreeNodes, count: int) -> list[Tensor | None]:
     """The neurons whose relaxation costs most, (N, ``count``) at most for each layer above the first."""
-    problems, multipliers = sketched(maps, ball, len(maps.stages) - 1, specification, nodes)
-    coefficients = problems.coefficients(multipliers)
+    relaxation = nodes.relaxation(problem).reduced()
+    weights = coefficients(relaxation, nodes.multipliers.to(torch.float32))
     chosen: list[Tensor | None] = [None]
     for layer, unstable in enumerate(nodes.unstable()):
         if layer > 0:
-            score = _score(coefficients[layer], problems.lower[layer], problems.upper[layer], unstable)
+            score = _score(weights[layer], relaxation.lower[layer], relaxation.upper[layer], unstable)
             chosen.append(score.topk(min(count, score.shape[1]), dim=1).indices)
     return chosen
 

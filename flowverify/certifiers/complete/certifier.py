@@ -3,69 +3,26 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.budget import Budget, Progress
-from flowverify.certifiers.complete.hunt import Adversary, Hunt
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.least_margin import LeastMargin, least_margin
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.complete.radius_search import RadiusSearch
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.threat import WassersteinBall
-from flowverify.transport.ground import parse_ground
 from flowverify.witness import replay
 
 BRANCH_AND_BOUND = ("complete", "vanilla-complete")
-TIMEOUT = 60.0  # seconds an image
-TOLERANCE = 0.01
 OUTSIDE = "what changes the class in the l1 ball of flows that covers the ball lies outside of the ball itself"
 NO_IMAGE = "what changes the class in the L1 ball is no image: it has negative pixels"
-
-
-@dataclass(frozen=True)
-class CompleteOptions:
-    """How far a complete method goes.
-
-    Attributes:
-        timeout: seconds for each image (and radius); None for no limit.
-        nodes: of the search trees of each image; None for no limit.
-        tolerance: of the bracket that a radius search closes, relative.
-        adversary: gives first counterexamples, such as :class:`flowverify.attack.minimal.MinimalRadius`; without
-            one the search finds its own.
-        progress: told what is known, now and then.
-        clock: what seconds are counted by.
-
-    Raises:
-        InvalidInputError: a timeout or a number of nodes that is not positive, a tolerance outside (0, 1).
-    """
-
-    timeout: float | None = TIMEOUT
-    nodes: int | None = None
-    tolerance: float = TOLERANCE
-    adversary: Adversary | None = None
-    progress: Callable[[Progress], None] | None = None
-    clock: Callable[[], float] = time.perf_counter
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise InvalidInputError(f"timeout: given {self.timeout!r}, expected seconds > 0")
-        if self.nodes is not None and self.nodes < 1:
-            raise InvalidInputError(f"nodes: given {self.nodes!r}, expected at least 1")
-        if not 0 < self.tolerance < 1:
-            raise InvalidInputError(f"tolerance: given {self.tolerance!r}, expected a number between 0 and 1")
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.timeout, self.nodes, self.clock)
 
 
 class CompleteCertifier(BaseCertifier):
@@ -85,6 +42,8 @@ class CompleteCertifier(BaseCertifier):
         UnsupportedOperationError: an activation other than ReLU, named; a network that is too large.
     """
 
+    batched = False
+
     def __init__(
         self,
         model: str | Path | nn.Module,
@@ -97,18 +56,18 @@ class CompleteCertifier(BaseCertifier):
             raise UnknownNameError("complete method", method, BRANCH_AND_BOUND)
         super().__init__(model, method, "branch-and-bound", input_shape)
         self.options = CompleteOptions() if options is None else options
-        self.maps = affine_maps(self.network)
+        self.maps = affine_maps(self.network, self.options.settings.maps)
 
     def start(self, image: Tensor, label: int, ground: str = "l1", cap: float | None = None) -> RadiusSearch:
-        """The search for one image (C, H, W), not yet run; ``run`` it with one budget after the other.
+        """The search for one image (C, H, W), not yet run; ``run`` it with one deadline after the other.
 
         Raises:
             InvalidInputError: as :meth:`check`; or the image is misclassified.
         """
-        images, labels = self.check(image, torch.as_tensor(label), ground, cap)
+        images, labels = self.check(image, torch.as_tensor(label), Threat(ground, cap))
         if not bool(self.clean(images, labels)[1]):
             raise InvalidInputError(f"image of label {label}: misclassified, so there is no radius to search")
-        return self._search_of(images[0].double(), int(label), ground, cap)
+        return self._search_of(images[0].double(), int(label), Threat(ground, cap))
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``, one after the other.
@@ -116,11 +75,11 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             Interrupted: at Ctrl-C, with what is known until then.
         """
-        return self._each(images, labels, ball, searching=False)
+        return self._each(images, labels, ball.threat, ball.radius)
 
-    def search(self, images: Tensor, labels: Tensor, ground: str = "l1", cap: float | None = None) -> list[Certificate]:
+    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """Both ends of the radius of each image, one after the other; raises as :meth:`certify`."""
-        return self._each(images, labels, WassersteinBall(0.0, ground, cap), searching=True)
+        return self._each(images, labels, threat or Threat(), None)
 
     def least_margin(self, image: Tensor, label: int, ball: WassersteinBall, tolerance: float = 1e-7) -> LeastMargin:
         """min over t of the least f_y - f_t over the ball around one image (C, H, W), from both sides.
@@ -132,84 +91,84 @@ class CompleteCertifier(BaseCertifier):
         Raises:
             InvalidInputError: as :meth:`check`.
         """
-        images, labels = self.check(image, torch.as_tensor(label), ball.ground, ball.cap)
-        search = self._search_of(images[0].double(), int(labels[0]), ball.ground, ball.cap)
+        images, labels = self.check(image, torch.as_tensor(label), ball.threat)
+        search = self._search_of(images[0].double(), int(labels[0]), ball.threat)
         with torch.no_grad():
-            largest = max(float(value.abs().max()) for value in self.precise.values(search.hunt.image[None]).values())
-        budget = search.ball(ball.radius).budget
-        gap = max(tolerance * largest, 2 * float(self.allowance(search.hunt.image[None], budget)))
-        return least_margin(
-            self.maps, search.ball(ball.radius), search.specification, search.hunt, gap, self.options.budget
-        )
+            largest = max(
+                float(value.abs().max()) for value in self.precise.values(search.nearest.image[None]).values()
+            )
+        problem = search.problem(ball.radius)
+        gap = max(tolerance * largest, 2 * float(self.allowance(search.nearest.image[None], problem.ball.budget)))
+        return least_margin(problem, search.nearest, gap, self.options.deadline())
 
-    def _each(self, images: Tensor, labels: Tensor, ball: WassersteinBall, *, searching: bool) -> list[Certificate]:
+    def _each(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> list[Certificate]:
         return self.one_by_one(
             images,
             labels,
-            ball,
-            searching,
-            lambda image, label, prediction: self._one(image, label, prediction, ball, searching),
+            threat,
+            radius,
+            lambda image, label, prediction: self._one(image, label, prediction, threat, radius),
         )
 
     def _one(
-        self, image: Tensor, label: Tensor, prediction: Tensor, ball: WassersteinBall, searching: bool
+        self, image: Tensor, label: Tensor, prediction: Tensor, threat: Threat, asked: float | None
     ) -> Certificate:
         begin = self.options.clock()
-        search = self._search_of(image, int(label), ball.ground, ball.cap)
+        search = self._search_of(image, int(label), threat)
 
         def report(decided: bool | None) -> Certificate:
-            verdict, radius, margin, note = _found(search) if searching else _decided(search, decided, ball)
-            if searching and not search.limit > 0 and not decided:
+            verdict, radius, margin, note = _found(search) if asked is None else _decided(search, decided, asked)
+            if asked is None and not search.limit > 0 and not decided:
                 verdict, note = Verdict.UNKNOWN, "a tie to within rounding at the image itself"
-            witness = search.hunt.witness
+            witness = search.nearest.witness
             if witness is not None and not bool((witness >= 0).all()):
                 witness, note = None, "; ".join(filter(None, [note, NO_IMAGE]))
                 verdict = Verdict.UNKNOWN if verdict is Verdict.FALSIFIED else verdict
             upper = search.upper_radius if math.isfinite(search.upper_radius) else None
-            if not search.hunt.feasible and (ball.ground != "l1" or ball.cap is not None):
+            if not search.nearest.positive and (threat.ground != "l1" or threat.cap is not None):
                 # What was searched is an l1 ball of flows around the ball: the witness may lie outside of that.
-                upper = self._distance(search, witness, ball)
+                upper = self._distance(search, witness, threat)
                 witness = None if upper is None else witness
                 if verdict is Verdict.FALSIFIED and not (upper is not None and upper <= radius):
                     verdict, note = Verdict.UNKNOWN, "; ".join(filter(None, [note, OUTSIDE]))
             notes = "; ".join(filter(None, [note, search.notes]))
-            found = self.certificate(
-                label, prediction, verdict, ball.ground, radius, self.options.clock() - begin, cap=ball.cap,
-                margin=margin, upper_radius=upper, note=notes,
+            return self.certificate(
+                label, prediction, verdict, threat, radius, self.options.clock() - begin, margin=margin,
+                upper_radius=upper, note=notes, witness=witness,
             )  # fmt: skip
-            return replace(found, witness=witness)
 
         decided: bool | None = None
         try:
-            if searching and search.limit > 0:
-                search.run(self.options.budget)
+            if asked is None and search.limit > 0:
+                search.run(self.options.deadline())
             else:
-                decided = search.decide(0.0 if searching else ball.radius, self.options.budget)
+                decided = search.decide(asked or 0.0, self.options.deadline())
         except KeyboardInterrupt:
             raise Interrupted([report(None)]) from None
         return report(decided)
 
-    def _distance(self, search: RadiusSearch, witness: Tensor | None, ball: WassersteinBall) -> float | None:
-        """The radius at which a witness is a counterexample of the threat model of ``ball``; None if it is none."""
+    def _distance(self, search: RadiusSearch, witness: Tensor | None, threat: Threat) -> float | None:
+        """The radius at which a witness is a counterexample of the threat; None if it is none."""
         if witness is None:
             return None
-        hunt, label = search.hunt, torch.tensor([search.hunt.label], device=witness.device)
-        found = float(replay(self.subject, hunt.image[None], label, witness[None], ball.ground, ball.cap))
+        label = torch.tensor([search.nearest.label], device=witness.device)
+        found = float(replay(self.subject, threat.unlimited(search.nearest.image[None]), label, witness[None]))
         return found if math.isfinite(found) else None
 
-    def _search_of(self, centre: Tensor, label: int, ground: str, cap: float | None) -> RadiusSearch:
+    def _search_of(self, centre: Tensor, label: int, threat: Threat) -> RadiusSearch:
+        options = self.options
         specification = margin_specification(
             torch.tensor([label], device=centre.device), self.network.num_classes, torch.float64
         )[0]
+        nearest = NearestCounterexample(
+            self.subject, centre, label, threat, positive=self.method == "complete",
+            settings=options.settings.counterexamples,
+        )  # fmt: skip
         return RadiusSearch(
-            self.maps,
-            Hunt(self, centre, label, self.method == "complete", ground, cap),
-            specification,
-            limit=parse_ground(ground).largest_distance(*centre.shape[-2:]),
-            tolerance=self.options.tolerance,
-            adversary=self.options.adversary,
-            progress=self.options.progress,
-        )
+            self.maps, nearest, specification, limit=threat.largest_radius(self.network.grid),
+            tolerance=options.tolerance, adversary=options.adversary, progress=options.progress,
+            settings=options.settings,
+        )  # fmt: skip
 
 
 Finding = tuple[Verdict, float, float | None, str]  # verdict, radius, margin, note
@@ -232,14 +191,15 @@ def _undecided(search: RadiusSearch) -> str:
     if not math.isfinite(search.undecided):
         return "a tie to within rounding at the image itself"
     if search.tie:
-        return f"from radius {search.undecided:.6g} on, a tie to within rounding"
+        precision = f" of {search.nearest.dtype}" if search.nearest.disputed < search.upper_radius else ""
+        return f"from radius {search.undecided:.6g} on, a tie to within rounding{precision}"
     return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"
 
 
-def _decided(search: RadiusSearch, decided: bool | None, ball: WassersteinBall) -> Finding:
-    """What is known about the radius of ``ball``."""
+def _decided(search: RadiusSearch, decided: bool | None, radius: float) -> Finding:
+    """What is known about a radius."""
     if decided:
-        return Verdict.CERTIFIED, ball.radius, search.margin, ""
+        return Verdict.CERTIFIED, radius, search.margin, ""
     if decided is None:
-        return Verdict.UNKNOWN if search.exhausted else Verdict.TIMEOUT, ball.radius, search.worst, ""
-    return Verdict.FALSIFIED, ball.radius, None, ""
+        return Verdict.UNKNOWN if search.exhausted else Verdict.TIMEOUT, radius, search.worst, ""
+    return Verdict.FALSIFIED, radius, None, ""

@@ -12,7 +12,6 @@ positive for c = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,13 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
+from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.program import NetworkProgram, Objective
 from flowverify.certifiers.complete.program_values import Array, gamma
+from flowverify.certifiers.complete.settings import DEFAULTS, ProgramSettings
 from flowverify.network.rounding import TINY
 from flowverify.quiet import quiet
 
-TOLERANCE = 1e-10
-APART = 1e-9  # of an open neuron's bound: nearer to a ReLU than this, fixing its binary gains nothing
 _OPTIMAL, _INFEASIBLE = 0, 2  # SciPy's codes
 
 
@@ -44,11 +43,13 @@ class DualProof:
 
     Args:
         budget: mass times pixels, at most that of the program's bounds.
-        left: the seconds left; None for no limit.
+        deadline: where no proof came out until then, there is none.
     """
 
-    def __init__(self, program: NetworkProgram, budget: float, left: Callable[[], float | None]) -> None:
-        self._program, self._left = program, left
+    def __init__(
+        self, program: NetworkProgram, budget: float, deadline: Deadline, settings: ProgramSettings = DEFAULTS.program
+    ) -> None:
+        self._program, self._deadline, self._settings = program, deadline, settings
         self._total = budget / program.unit
         self._system, self._right = program.system, program.right
         self._transposed = program.system.T.tocsr()
@@ -67,10 +68,9 @@ class DualProof:
             node = open_.pop()
             bound = self._bound(objective, node.prices, node)
             if not bound > enough:
-                left = self._left()
-                if left is not None and left <= 0:
+                if self._deadline.stop():
                     return -np.inf
-                bound, prices, point = self._solve(objective, node, left)
+                bound, prices, point = self._solve(objective, node)
                 if not bound > enough:
                     neuron = None if point is None else self._choose(node, prices, point)
                     if neuron is None:
@@ -80,7 +80,7 @@ class DualProof:
             least = min(least, bound)
         return float(least)
 
-    def _solve(self, objective: Objective, node: _Node, left: float | None) -> tuple[float, Array, Array | None]:
+    def _solve(self, objective: Objective, node: _Node) -> tuple[float, Array, Array | None]:
         """The best bound of a node, its multipliers, and the optimum of its relaxation; infinite if it is empty."""
         columns, rows = len(self._program.upper), len(self._right)
         if not columns:
@@ -90,16 +90,16 @@ class DualProof:
         system = sparse.vstack([self._system, sparse.csr_array(spent)]).tocsr()
         right = np.append(self._right, self._total)
         bounds = np.stack([node.lower, node.upper], 1)
-        solution = _linear_program(objective.cost, system, right, bounds, left)
+        solution = self._linear_program(objective.cost, system, right, bounds)
         if solution.status == _OPTIMAL:
             prices = np.maximum(0.0, -solution.ineqlin.marginals[:rows])
             return self._bound(objective, prices, node), prices, solution.x
         if solution.status == _INFEASIBLE:
             # How far the rows are from holding together: the multipliers of that prove the node empty.
             slack = np.append(np.full(rows, -1.0), 0.0)[:, None]
-            apart = _linear_program(
+            apart = self._linear_program(
                 np.append(np.zeros(columns), 1.0), sparse.hstack([system, sparse.csr_array(slack)]).tocsr(), right,
-                np.concatenate([bounds, [[0.0, np.inf]]]), left,
+                np.concatenate([bounds, [[0.0, np.inf]]]),
             )  # fmt: skip
             if apart.status == _OPTIMAL:
                 prices = np.maximum(0.0, -apart.ineqlin.marginals[:rows])
@@ -131,7 +131,7 @@ class DualProof:
         rows, scales = program.rows, program.scales
         above = (self._right - self._system @ point)[rows[:, 0]] * scales[:, 1] / scales[:, 0]  # a - z
         gap = np.where(free, np.minimum(output, above), 0.0)
-        gap = np.where(gap > APART, gap, 0.0)
+        gap = np.where(gap > self._settings.apart, gap, 0.0)
         if not gap.any():
             return None
         weight = (prices[rows[:, 1:]] / scales[:, 2:]).sum(1) * scales[:, 0]
@@ -146,10 +146,10 @@ class DualProof:
         lowered[[phase, output]] = 0.0
         return [_Node(raised, node.upper, prices), _Node(node.lower, lowered, prices)]
 
-
-def _linear_program(cost: Array, system: Any, right: Array, bounds: Array, left: float | None) -> Any:
-    options: dict[str, Any] = {"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE}
-    if left is not None:
-        options["time_limit"] = max(0.01, left)
-    with quiet():
-        return linprog(cost, A_ub=system, b_ub=right, bounds=bounds, method="highs", options=options)
+    def _linear_program(self, cost: Array, system: Any, right: Array, bounds: Array) -> Any:
+        tolerance, left = self._settings.solver_tolerance, self._deadline.seconds_left
+        options = {"primal_feasibility_tolerance": tolerance, "dual_feasibility_tolerance": tolerance}
+        if left < np.inf:
+            options["time_limit"] = max(0.01, left)
+        with quiet():
+            return linprog(cost, A_ub=system, b_ub=right, bounds=bounds, method="highs", options=options)

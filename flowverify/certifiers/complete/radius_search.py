@@ -12,32 +12,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from flowverify.ball import Ball, Threat
 from flowverify.certifiers.complete.affine_maps import AffineMaps
-from flowverify.certifiers.complete.balls import FlowBall, Polytope
-from flowverify.certifiers.complete.budget import Budget, Progress
-from flowverify.certifiers.complete.hunt import Adversary, Hunt
+from flowverify.certifiers.complete.counterexamples import Adversary, NearestCounterexample
+from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
+from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.schedule import Schedule
+from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
+from flowverify.certifiers.complete.single_ball import SingleBall
 from flowverify.certifiers.complete.tree import Counts, Tree
-from flowverify.certifiers.complete.workers import workers
-from flowverify.transport.ground import parse_ground
+from flowverify.certifiers.complete.workers import Workers
 
-CLOSING = 0.95  # the last stage leaves this share of the tolerance to use
-BISECTIONS = 10
-FIRST_RADIUS = 0.05
-EASY = 400  # nodes after which a tree is worth better bounds of the neurons
-ROUNDS = 24  # splits for each side of each unstable neuron
-MAX_REFINED = 512  # unstable neurons; beyond, their trees cost more than they give
-REFINING_SHARE = 0.15  # of the time left
-LEAST_RADIUS = 1e-9  # pixels: a search that has proven nothing at this radius ends
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known while a search runs: the bracket, the radius of the present tree, its open nodes."""
+
+    radius: float
+    upper_radius: float
+    trial: float
+    open_nodes: int
+    done: float
+    nodes: int
 
 
 class RadiusSearch:
-    """One image's search; :meth:`run` may be called again with a larger budget and goes on where it stopped.
+    """One image's search; :meth:`run` may be called again with another deadline and goes on where it stopped.
 
     Attributes:
         radius: the largest radius proven; upper_radius: the smallest with a counterexample, infinite without.
@@ -45,27 +50,28 @@ class RadiusSearch:
             infinite without.
         tie: whether that is for margins of 0 to within rounding.
         exhausted: whether the search has ended there.
-        hunt: has the counterexample.
+        nearest: has the counterexample.
     """
 
     def __init__(
         self,
         maps: AffineMaps,
-        hunt: Hunt,
+        nearest: NearestCounterexample,
         specification: Tensor,
         *,
         limit: float,
         tolerance: float,
         adversary: Adversary | None = None,
         progress: Callable[[Progress], None] | None = None,
+        settings: SearchSettings = DEFAULTS,
     ) -> None:
-        self.maps, self.hunt, self.specification = maps, hunt, specification
+        self.maps, self.nearest, self.specification, self.settings = maps, nearest, specification, settings
         self.limit, self.tolerance = limit, tolerance
         self.radius, self.margin = 0.0, 0.0
-        self.counts, self.seconds, self.exhausted = Counts(), 0.0, False
+        self.counts, self.exhausted = Counts(), False
         self.undecided, self.tie = math.inf, False
-        self._left: Callable[[], float] = lambda: math.inf  # of the budget, in its unit
-        self._schedule = Schedule()
+        self._deadline, self._schedule = Deadline(), Schedule(settings=settings.schedule)
+        self._workers = Workers(nearest.image.device)
         self._adversary, self._progress = adversary, progress
         self._tree: Tree | None = None
         self._trial = 0.0
@@ -74,7 +80,7 @@ class RadiusSearch:
 
     @property
     def upper_radius(self) -> float:
-        return self.hunt.radius
+        return self.nearest.radius
 
     @property
     def finished(self) -> bool:
@@ -90,84 +96,69 @@ class RadiusSearch:
         """The least bound among open nodes; None without a tree."""
         return None if self._tree is None else self._tree.worst
 
-    def ball(self, radius: float) -> Polytope:
+    def ball(self, radius: float) -> SingleBall:
         """The ball of this radius; without positivity, the l1 ball of flows around it."""
-        hunt, ground = self.hunt, parse_ground(self.hunt.ground)
-        if not hunt.feasible:
-            return FlowBall(hunt.image, ground.to_l1(radius) * hunt.mass)
-        budget = float(ground.budget(torch.tensor(radius, dtype=torch.float64))) * hunt.mass
-        return Polytope(hunt.image, budget, hunt.ground, hunt.cap)
+        threat, images = self.nearest.threat, self.nearest.image[None]
+        ball = Ball(threat, images, threat.budget(radius, images))
+        return SingleBall(ball if self.nearest.positive else ball.within(Threat("l1", positive=False)))
 
-    def run(self, budget: Budget) -> None:
-        """Narrows the bracket until it is closed or the budget is spent."""
-        begin, stop = budget.clock(), self._begin(budget)
-        try:
-            with workers(self.hunt.image.device):
-                if not self._started:
-                    self._start(stop)
-                while not self.finished and not self.exhausted and not stop():
-                    self._stage(stop)
-        finally:
-            self.seconds += budget.clock() - begin
+    def problem(self, radius: float) -> Problem:
+        """The margins over the ball of this radius."""
+        ball = self.ball(radius)
+        return Problem(self.maps, ball, self.maps.layers, self.specification, self.settings, self._workers)
 
-    def decide(self, radius: float, budget: Budget) -> bool | None:
+    def run(self, deadline: Deadline) -> None:
+        """Narrows the bracket until it is closed or time is up."""
+        self._begin(deadline)
+        with self._workers:
+            if not self._started:
+                self._start(deadline)
+            while not self.finished and not self.exhausted and not deadline.stop():
+                self._stage(deadline)
+
+    def decide(self, radius: float, deadline: Deadline) -> bool | None:
         """Whether the radius is proven (True), has a counterexample within (False), or neither yet (None)."""
-        begin, spent = budget.clock(), self._begin(budget)
-
-        def stop() -> bool:
-            return spent() or self.hunt.radius <= radius
-
-        try:
+        self._begin(deadline)
+        own = deadline.child(until=lambda: self.nearest.radius <= radius)
+        if self._tree is None or self._trial != radius:
+            if self._adversary is not None:
+                self.nearest.ask(self._adversary)
+            self.nearest.descend()
+            if self.nearest.radius <= radius:
+                return False
+        if not self._provable:
+            self.exhausted = True
+            return None
+        with self._workers:
             if self._tree is None or self._trial != radius:
-                if self._adversary is not None:
-                    self.hunt.ask(self._adversary)
-                self.hunt.descend()
-                if self.hunt.radius <= radius:
-                    return False
-            if not self._provable:
-                self.exhausted = True
-                return None
-            with workers(self.hunt.image.device):
-                if self._tree is None or self._trial != radius:
-                    self._plant(radius, stop)
-                assert self._tree is not None
-                self._tree.grow(self._watched(stop))
-                self.exhausted = self._tree.finished and bool(self._tree.stuck)
-                self.tie = self.exhausted and self._tree.tied
-        finally:
-            self.seconds += budget.clock() - begin
-        if self.hunt.radius <= radius:
+                self._plant(radius, own)
+            assert self._tree is not None
+            self._tree.grow(self._watched(own))
+            self.exhausted = self._tree.finished and bool(self._tree.stuck)
+            self.tie = self.exhausted and self._tree.tied
+        if self.nearest.radius <= radius:
             return False
         if self._tree.proven:
             self.radius, self.margin = radius, self._margin()
             return True
         return None
 
-    def _begin(self, budget: Budget) -> Callable[[], bool]:
-        """What tells whether this budget is spent, from now on."""
-        begin, before = budget.clock(), self.counts.nodes
+    def _begin(self, deadline: Deadline) -> None:
+        self._deadline, self._begun = deadline, deadline.left
+        self._schedule = Schedule(deadline.left, self.settings.schedule)
 
-        def left() -> float:
-            seconds, nodes = budget.seconds, budget.nodes
-            if seconds is not None:
-                return seconds - (budget.clock() - begin)
-            return math.inf if nodes is None else nodes - (self.counts.nodes - before)
-
-        self._left, self._begun, self._schedule = left, left(), Schedule(left())
-        return lambda: left() <= 0 or (budget.nodes is not None and self.counts.nodes - before >= budget.nodes)
-
-    def _start(self, stop: Callable[[], bool]) -> None:
+    def _start(self, deadline: Deadline) -> None:
         """Counterexamples without a tree, and the largest radius that its root proves."""
         if self._adversary is not None:
-            self.hunt.ask(self._adversary)
-        self.hunt.descend()
+            self.nearest.ask(self._adversary)
+        self.nearest.descend()
         if not self._provable:
             self._started = self.exhausted = True
             return
-        low, high = 0.0, min(self.limit, self.hunt.radius)
-        trial = min(FIRST_RADIUS, high / 2)
-        for _ in range(BISECTIONS):
-            if stop() or high <= low * 1.02:
+        low, high = 0.0, min(self.limit, self.nearest.radius)
+        trial = min(self.settings.schedule.first_radius, high / 2)
+        for _ in range(self.settings.schedule.bisections):
+            if deadline.stop() or high <= low * 1.02:
                 break
             margin = self._root_margin(trial)
             if margin > 0:
@@ -176,7 +167,7 @@ class RadiusSearch:
                 high = trial
             trial = (
                 min(2 * trial, (low + high) / 2)
-                if low == 0 or high == min(self.limit, self.hunt.radius)
+                if low == 0 or high == min(self.limit, self.nearest.radius)
                 else ((low + high) / 2)
             )
         self.radius, self._started = max(self.radius, low), True
@@ -184,16 +175,15 @@ class RadiusSearch:
     @property
     def _provable(self) -> bool:
         """Whether bounds can be positive at all: the margins of the image itself exceed their rounding."""
-        rounding, image = self.maps.rounding, self.hunt.image
+        rounding, image = self.maps.rounding, self.nearest.image
         if rounding is None or not len(self.specification):
             return True
         size = self.specification.abs() @ rounding.largest(-1, self.ball(0.0).reach)
-        return bool(self.hunt.margins(image[None]) > rounding.gamma * size.amin())
+        return bool(self.nearest.margins(image[None]) > rounding.gamma * size.amin())
 
     def _root_margin(self, radius: float) -> float:
-        ball = self.ball(radius)
-        bounds = neuron_bounds(self.maps, ball, iterations=1)
-        tree = Tree(self.maps, ball, bounds, self.specification, self.hunt, iterations=4)
+        problem = self.problem(radius)
+        tree = Tree(problem, neuron_bounds(problem, iterations=1), self.nearest, iterations=4)
         return float(tree.root_bounds.min()) if len(tree.root_bounds) else math.inf
 
     def _target(self) -> float:
@@ -201,26 +191,30 @@ class RadiusSearch:
         upper = min(self.upper_radius, self.limit)
         if self.undecided < upper:
             return (self.radius + self.undecided) / 2
-        last = upper if upper == self.limit else upper / (1 + CLOSING * self.tolerance)
-        return self._schedule.target(self.radius, upper, last, self._left())
+        last = upper if upper == self.limit else self._inside(upper)
+        return self._schedule.target(self.radius, upper, last, self._deadline.left)
 
-    def _stage(self, stop: Callable[[], bool]) -> None:
+    def _inside(self, radius: float) -> float:
+        """The radius of a ball just inside that of the nearest counterexample, whose proof closes the bracket."""
+        return radius / (1 + self.settings.schedule.closing * self.tolerance)
+
+    def _stage(self, deadline: Deadline) -> None:
         if self._tree is None:
-            self._plant(self._target(), stop)
+            self._plant(self._target(), deadline)
         tree = self._tree
         assert tree is not None
-        known = self.hunt.radius
+        known = self.nearest.radius
 
         def turn() -> bool:
-            return stop() or self.hunt.radius < min(known, self._trial) or self._lower(tree)
+            return self.nearest.radius < min(known, self._trial) or self._lower(tree)
 
-        tree.grow(self._watched(turn))
-        if tree.proven and self.radius < self._trial < self.hunt.radius:
+        tree.grow(self._watched(deadline.child(until=turn)))
+        if tree.proven and self.radius < self._trial < self.nearest.radius:
             self.radius, self.margin = self._trial, self._margin()
-            self._schedule.tell(self._trial, self._begun - self._left(), self.counts.nodes - self._before)
-        if self.hunt.radius <= self._trial:
+            self._schedule.tell(self._trial, self._begun - self._deadline.left, self.counts.nodes - self._before)
+        if self.nearest.radius <= self._trial:
             # The ball holds a counterexample: the tree goes on just inside of it.
-            self._shrink(tree, self.hunt.radius / (1 + CLOSING * self.tolerance))
+            self._shrink(tree, self._inside(self.nearest.radius))
             if self._trial <= self.radius:
                 self._tree = None
             return
@@ -228,7 +222,9 @@ class RadiusSearch:
             return
         if tree.stuck:
             self.undecided, self.tie = self._trial, tree.tied
-            self.exhausted = self.undecided <= max(self.radius * (1 + self.tolerance), LEAST_RADIUS)
+            self.exhausted = self.undecided <= max(
+                self.radius * (1 + self.tolerance), self.settings.schedule.least_radius
+            )
             if not self.exhausted:
                 self._shrink(tree, self._target())
                 return
@@ -236,62 +232,57 @@ class RadiusSearch:
 
     def _lower(self, tree: Tree) -> bool:
         """Late, the radius of a tree that is not done falls towards what is proven; False, to go on."""
-        if self.hunt.radius > self._trial:
-            radius = self._schedule.lowered(self.radius, self._trial, self._left())
+        if self.nearest.radius > self._trial:
+            radius = self._schedule.lowered(self.radius, self._trial, self._deadline.left)
             if radius is not None:
                 self._shrink(tree, radius)
         return False
 
     def _shrink(self, tree: Tree, radius: float) -> None:
         self._trial = radius
-        ball = self.ball(radius)
-        bounds = neuron_bounds(self.maps, ball, iterations=1)
-        tree.shrink(ball, neuron_bounds(self.maps, ball) if bounds.unstable_above <= MAX_REFINED else bounds)
+        problem = self.problem(radius)
+        bounds = neuron_bounds(problem, iterations=1)
+        small = bounds.unstable_above <= self.settings.neurons.most_refined
+        tree.shrink(problem, neuron_bounds(problem) if small else bounds)
 
-    def _plant(self, radius: float, stop: Callable[[], bool]) -> None:
+    def _plant(self, radius: float, deadline: Deadline) -> None:
         """A tree at this radius; one that is not done soon starts again from refined bounds of the neurons."""
-        self._begun, self._before = self._left(), self.counts.nodes
-        ball = self.ball(radius)
-        bounds = neuron_bounds(self.maps, ball, iterations=1)
-        tree = Tree(self.maps, ball, bounds, self.specification, self.hunt, counts=self.counts)
+        self._begun, self._before = self._deadline.left, self.counts.nodes
+        problem = self.problem(radius)
+        bounds = neuron_bounds(problem, iterations=1)
+        tree = Tree(problem, bounds, self.nearest, counts=self.counts)
         if len(tree.open):
-            self._tree, self._trial = tree, radius
-            enough, known = self.counts.nodes + EASY, self.hunt.radius
-            tree.grow(
-                self._watched(lambda: stop() or self.counts.nodes >= enough or self.hunt.radius < min(known, radius))
+            self._tree, self._trial, known = tree, radius, self.nearest.radius
+            easy = deadline.child(
+                nodes=self.settings.schedule.easy_nodes, until=lambda: self.nearest.radius < min(known, radius)
             )
-        if len(tree.open) and self.hunt.radius > radius and not stop():
-            tree = self._strengthened(ball, bounds, stop)
+            tree.grow(self._watched(easy))
+        if len(tree.open) and self.nearest.radius > radius and not deadline.stop():
+            tree = self._strengthened(problem, bounds, deadline)
         self._tree, self._trial = tree, radius
 
-    def _strengthened(self, ball: Polytope, bounds: NeuronBounds, stop: Callable[[], bool]) -> Tree:
+    def _strengthened(self, problem: Problem, bounds: NeuronBounds, deadline: Deadline) -> Tree:
         """A tree from better bounds of the neurons, where they pay, with joint limits."""
-        small = bounds.unstable_above <= MAX_REFINED
+        settings = self.settings.neurons
+        small = bounds.unstable_above <= settings.most_refined
         if small and self.maps.layers > 1:
-            left = self._left() * (1 - REFINING_SHARE)
-
-            def refined_enough() -> bool:
-                return stop() or self._left() < left
-
-            bounds = neuron_bounds(self.maps, ball, stop=refined_enough)
-            bounds = refine(self.maps, ball, bounds, ROUNDS, refined_enough)
-        tree = Tree(self.maps, ball, bounds, self.specification, self.hunt, counts=self.counts)
-        tree.limit(stop, None if small else 1)
+            part = deadline.child(share=settings.refining_share)
+            bounds = refine(problem, neuron_bounds(problem, deadline=part), part)
+        tree = Tree(problem, bounds, self.nearest, counts=self.counts)
+        tree.limit(deadline, None if small else 1)
         return tree
 
     def _margin(self) -> float:
         """The margin that the tree has proven."""
         return math.inf if self._tree is None else self._tree.least
 
-    def _watched(self, stop: Callable[[], bool]) -> Callable[[], bool]:
-        def watched() -> bool:
-            if self._progress is not None and self._tree is not None:
-                self._progress(
-                    Progress(
-                        self.radius, self.upper_radius, self._trial, len(self._tree.open), self._tree.done,
-                        self.counts.nodes,
-                    )
-                )  # fmt: skip
-            return stop()
+    def _watched(self, deadline: Deadline) -> Deadline:
+        """The same, telling what is known whenever it is asked."""
 
-        return watched
+        def tell() -> bool:
+            if self._progress is not None and self._tree is not None:
+                tree, nodes = self._tree, self.counts.nodes
+                self._progress(Progress(self.radius, self.upper_radius, self._trial, len(tree.open), tree.done, nodes))
+            return False
+
+        return deadline.child(until=tell)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from flowverify.certifiers.complete.certifier import CompleteCertifier, CompleteOptions
+from flowverify.ball import Threat
+from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.references import sample_references
 from flowverify.errors import InvalidInputError
 from flowverify.results import Certificate, Interrupted, Verdict
-from flowverify.threat import WassersteinBall
 from flowverify.transport.inverse import flow_by_tree
 
 IMPOSSIBLE = (
@@ -56,7 +57,7 @@ class ReferenceCompleteCertifier(CompleteCertifier):
         self._count, self._pool, self._seed = count, pool, seed
 
     def _one(
-        self, image: Tensor, label: Tensor, prediction: Tensor, ball: WassersteinBall, searching: bool
+        self, image: Tensor, label: Tensor, prediction: Tensor, threat: Threat, asked: float | None
     ) -> Certificate:
         found: list[Certificate] = []
         for reference in sample_references(self._count, image[None], seed=self._seed, pool=self._pool):
@@ -64,12 +65,12 @@ class ReferenceCompleteCertifier(CompleteCertifier):
             flow = flow_by_tree(reference.images.double(), image[None])
             centre = self.network.grid.apply(reference.images.double().to(image), flow)[0]
             try:
-                certificate = super()._one(centre.clamp(min=0), label, prediction, ball, searching)
+                certificate = super()._one(centre.clamp(min=0), label, prediction, threat, asked)
             except Interrupted as stopped:
                 raise Interrupted([_best([*found, *stopped.certificates])]) from None
             note = "; ".join(filter(None, [f"reference {reference.name}", certificate.note]))
             found.append(replace(certificate, note=note))
-            if not searching and certificate.verdict in (Verdict.CERTIFIED, Verdict.FALSIFIED):
+            if asked is not None and certificate.verdict in (Verdict.CERTIFIED, Verdict.FALSIFIED):
                 break
         return _best(found)
 

@@ -13,7 +13,7 @@ The coefficients of the stage below are then rho_k W_k. CROWN (Zhang et al. 2018
 are beta-CROWN's (Wang et al. 2021): rho = A - beta or beta. At its best it is the LP relaxation (Ehlers 2017; dual:
 Dvijotham et al. 2018). Proof: theory, section 16.
 
-Joint limits (:mod:`~flowverify.certifiers.complete.joint`) go beyond the relaxation of single neurons. To
+Joint limits (:mod:`~flowverify.certifiers.complete.joint_limits`) go beyond the relaxation of single neurons. To
 sum_i max(up_i z_i, -down_i z_i) <= limit belongs a theta >= 0: theta times the difference of both sides may be added,
 which makes neuron i steeper, with U = sum of theta up_i above 0 and D = sum of theta down_i below:
 
@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.affine_maps import AffineMaps
-from flowverify.certifiers.complete.balls import Polytope
-from flowverify.certifiers.complete.joint import JointLimits
+from flowverify.certifiers.complete.joint_limits import JointLimits
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.single_ball import SingleBall
 
 
 @dataclass
@@ -86,6 +86,58 @@ class Bound:
     value: Tensor
     multiplier: Tensor
     point: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """N problems in which each ReLU below the stage is replaced by the convex hull of its values.
+
+    Attributes:
+        problem: has one specification for each.
+        lower, upper: of the inputs of the ReLU layers below the stage, (N, n_k) each.
+        signs: int8, +1 where split active, -1 inactive.
+        joint: limits of each of these layers.
+    """
+
+    problem: Problem
+    lower: list[Tensor]
+    upper: list[Tensor]
+    signs: list[Tensor]
+    joint: list[JointLimits]
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        lower: Sequence[Tensor],  # (N, n_k), or (n_k,) for all
+        upper: Sequence[Tensor],
+        signs: Sequence[Tensor] | None = None,
+        joint: Sequence[JointLimits] = (),
+    ) -> Relaxation:
+        """Of the layers, those below the stage; nothing is split, and there are no joint limits, unless given."""
+        count, stage = len(problem.specification), problem.stage
+        lower, upper = ([v.expand(count, -1) for v in group[:stage]] for group in (lower, upper))
+        signs = [torch.zeros_like(v, dtype=torch.int8) for v in lower] if signs is None else list(signs[:stage])
+        limits = list(joint[:stage]) or [JointLimits.none(count, problem.specification.device)] * stage
+        return cls(problem, lower, upper, signs, limits)
+
+    def __len__(self) -> int:
+        return len(self.problem.specification)
+
+    def __getitem__(self, chosen: Tensor) -> Relaxation:
+        lower, upper, signs = ([v[chosen] for v in group] for group in (self.lower, self.upper, self.signs))
+        return Relaxation(self.problem.rows(chosen), lower, upper, signs, [limits[chosen] for limits in self.joint])
+
+    def reduced(self, kind: torch.dtype = torch.float32) -> Relaxation:
+        """The same of the reduced problem, in this precision."""
+        lower, upper = ([v.to(kind) for v in group] for group in (self.lower, self.upper))
+        limits = [own.closed().to(kind) for own in self.joint]
+        return Relaxation(self.problem.reduced(kind), lower, upper, self.signs, limits)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether kernels on the CPU do the work."""
+        return self.problem.settings.compiled and self.problem.specification.device.type == "cpu"
 
 
 def initial_multipliers(lower: Sequence[Tensor], upper: Sequence[Tensor], count: int) -> Multipliers:
@@ -135,21 +187,10 @@ class Linear:
     size: Tensor | None
 
 
-def linear_bound(
-    maps: AffineMaps,
-    stage: int,
-    specification: Tensor,  # (N, n_stage)
-    lower: Sequence[Tensor],
-    upper: Sequence[Tensor],
-    multipliers: Multipliers,
-    joint: Sequence[JointLimits] = (),
-) -> Linear:
-    """A linear function of the image below specification . z_stage, wherever the neurons' bounds hold.
-
-    Args:
-        lower, upper: of the inputs of the ReLU layers below the stage, (N, n_k) or (n_k,).
-        joint: limits of each of these layers; none if not given.
-    """
+def linear_bound(relaxation: Relaxation, multipliers: Multipliers) -> Linear:
+    """A linear function of the image below specification . z_stage, wherever the neurons' bounds hold."""
+    problem = relaxation.problem
+    maps, stage, specification = problem.maps, problem.stage, problem.specification
     constant = specification @ maps.stages[stage].bias
     carried = {source: specification @ weight for source, weight in maps.stages[stage].weights.items()}
     coefficients: list[Tensor] = [specification] * stage
@@ -160,8 +201,7 @@ def linear_bound(
         if own is None:
             own = torch.zeros_like(multipliers.alpha[index])
         coefficients[index] = own
-        limits = joint[index] if joint else None
-        rho, term, steepness, limited = _relax_layer(own, lower[index], upper[index], multipliers, index, limits)
+        rho, term, steepness, limited = _relax_layer(relaxation, own, multipliers, index)
         constant = constant + term + rho @ maps.stages[index].bias
         if size is not None and known is not None:
             size += (rho.detach().abs() + steepness.detach()) @ known[index]
@@ -176,16 +216,16 @@ def linear_bound(
 
 
 def _relax_layer(
-    coefficients: Tensor, lower: Tensor, upper: Tensor, multipliers: Multipliers, layer: int, limits: JointLimits | None
+    relaxation: Relaxation, coefficients: Tensor, multipliers: Multipliers, layer: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """rho (N, n), constants (N,), U + D (N, n) and sizes of joint limits (N,); compiled where no gradient is wanted."""
-    limits = JointLimits.none(len(coefficients), coefficients.device) if limits is None else limits
+    lower, upper, limits = relaxation.lower[layer], relaxation.upper[layer], relaxation.joint[layer]
     alpha, gamma, theta = (group[layer] for group in (multipliers.alpha, multipliers.gamma, multipliers.theta))
     theta = theta[:, : limits.groups]
     # A limit of -inf, which holds nowhere, makes an infinite bound, whatever is rounded.
     used = (theta > 0) & torch.isfinite(limits.limit)
     limited = torch.where(used, theta * limits.limit.abs(), 0.0).sum(1)
-    if not _compilable(coefficients, alpha, gamma, theta):
+    if not relaxation.compiled or any(value.requires_grad for value in (coefficients, alpha, gamma, theta)):
         slopes = limits.slopes(theta, coefficients.shape[1])
         rho, term = relax(coefficients, lower, upper, alpha, gamma, *slopes)
         return rho, term - torch.where(theta > 0, theta * limits.limit, 0.0).sum(1), slopes[0] + slopes[1], limited
@@ -202,30 +242,16 @@ def _relax_layer(
     return rho, term, steeper + flatter, limited
 
 
-def _compilable(*values: Tensor) -> bool:
-    """Whether the kernels take these: on the CPU, with no gradient wanted."""
-    return all(value.device.type == "cpu" and not value.requires_grad for value in values)
-
-
 def lower_bound(
-    maps: AffineMaps,
-    ball: Polytope,
-    stage: int,
-    specification: Tensor,
-    lower: Sequence[Tensor],
-    upper: Sequence[Tensor],
-    multipliers: Multipliers,
-    joint: Sequence[JointLimits] = (),
-    *,
-    tolerance: float = 1e-9,
-    point: bool = False,
+    relaxation: Relaxation, multipliers: Multipliers, *, tolerance: float = 1e-9, point: bool = False
 ) -> Bound:
     """Lower bounds of specification . z_stage over the ball, rounding included; differentiable in ``multipliers``.
 
     Args:
         tolerance: of the minimum over the ball; the bound is sound at any.
     """
-    linear = linear_bound(maps, stage, specification, lower, upper, multipliers, joint)
+    maps, ball = relaxation.problem.maps, relaxation.problem.ball
+    linear = linear_bound(relaxation, multipliers)
     constant = linear.constant
     if linear.size is not None and maps.rounding is not None:
         constant = constant - maps.rounding.gamma * (linear.size[:, 0] + ball.reach * linear.size[:, 1])
@@ -243,7 +269,7 @@ class _Concretise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, coefficients: Tensor, ball: Polytope, guess: Tensor, tolerance: float
+        ctx: Any, coefficients: Tensor, ball: SingleBall, guess: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         found = ball.minimum(coefficients, guess, tolerance, True)
         assert found.point is not None

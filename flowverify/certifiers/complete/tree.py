@@ -1,41 +1,26 @@
 """Branch and bound at one radius: proves that no class overtakes the label in the ball, or comes across one that does.
 
-A tree covers the ball for every other class whose bound is not positive at once. Nodes are taken from the end of a
+A tree covers the ball for every other class whose bound is not positive at once. TreeNodes are taken from the end of a
 stack, many at a time; a node whose bound is positive is done. Balls are nested, so a tree may go on when its radius
 becomes smaller: whatever is done stays done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.affine_maps import AffineMaps
-from flowverify.certifiers.complete.balls import Polytope
 from flowverify.certifiers.complete.branching import branch, most_relaxed
-from flowverify.certifiers.complete.hunt import Hunt
-from flowverify.certifiers.complete.joint_search import limit_jointly, spent
-from flowverify.certifiers.complete.leaf import LeafProgram
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
+from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.certifiers.complete.joint_limit_search import limit_jointly, spent
+from flowverify.certifiers.complete.leaf_program import LeafProgram
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, improve, tighten
-from flowverify.certifiers.complete.nodes import Nodes, join, roots
-from flowverify.certifiers.complete.workers import SMALL, count, each, parts
-
-ROOT_ITERATIONS = 30
-ITERATIONS = 10
-LEAF_ITERATIONS = 50
-LEAF_PACES = 0.15, 2.0, 20.0
-FEW = 24  # unstable neurons
-POLISHING, POLISHING_PACE = 40, 0.15
-BATCH = 128
-TIGHTENED = 6  # neurons of every layer that get new bounds after a split below them
-LIMITED_EVERY = 3  # splits
-FIRST_LIMITS, UPPER_LIMITS = (5, 6), (4, 8)  # joint limits of the first layer and of those above: groups, members
-DESCENT_EVERY = 16  # batches
-TIED = 1e-8  # of the largest logit at the image: a bound that is below zero by more is not zero to within rounding
+from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.tree_nodes import TreeNodes, join, roots
 
 
 @dataclass
@@ -51,12 +36,11 @@ class Tree:
     """The open nodes at one radius.
 
     Args:
-        maps: of the network.
-        ball: around the image.
+        problem: e_y - e_t for each other class, over the ball.
         bounds: of the neurons over the ball.
-        specification: e_y - e_t for each other class, (classes - 1, classes).
-        hunt: sees the minimiser of every bound.
+        nearest: sees the minimiser of every bound.
         enough: a node is done once its bound exceeds this.
+        iterations: for the bounds of the roots, where not those of the settings.
 
     Attributes:
         least: the least bound of what is done: what a tree without open nodes proves.
@@ -64,29 +48,27 @@ class Tree:
 
     def __init__(
         self,
-        maps: AffineMaps,
-        ball: Polytope,
+        problem: Problem,
         bounds: NeuronBounds,
-        specification: Tensor,
-        hunt: Hunt,
+        nearest: NearestCounterexample,
         *,
         enough: float = 0.0,
         counts: Counts | None = None,
-        iterations: int = ROOT_ITERATIONS,
+        iterations: int | None = None,
     ) -> None:
-        self.maps, self.ball, self.specification = maps, ball, specification
-        self.enough, self.hunt = enough, hunt
+        self.problem, self.settings = problem, problem.settings.tree
+        self.enough, self.nearest = enough, nearest
         self.counts = Counts() if counts is None else counts
-        self.batch_size, self.notes = BATCH, ""
+        self.batch_size, self.notes = self.settings.batch, ""
         self._limited = False
         self._leaf: LeafProgram | None = None
         self._batches, self._lock = 0, Lock()
-        self.stuck: list[Nodes] = []
+        self.stuck: list[TreeNodes] = []
         self.done = 0.0
-        rows = torch.arange(len(specification), device=specification.device)
+        rows = torch.arange(len(problem.specification), device=problem.specification.device)
         nodes = roots(rows, bounds.lower, bounds.upper)
         if len(nodes):
-            nodes = self._improve(nodes, iterations)
+            nodes = self._improve(nodes, self.settings.root_iterations if iterations is None else iterations)
         self.root_bounds = nodes.bound
         undone = self._undone(nodes)
         self.least = float(nodes.bound[~undone].min()) if bool((~undone).any()) else float("inf")
@@ -106,7 +88,7 @@ class Tree:
     @property
     def tied(self) -> bool:
         """Whether what is stuck is so for a margin of zero to within rounding."""
-        return all(float(node.bound.min()) >= -TIED * self.hunt.largest for node in self.stuck)
+        return all(float(node.bound.min()) >= -self.settings.tied * self.nearest.largest for node in self.stuck)
 
     @property
     def worst(self) -> float:
@@ -117,9 +99,9 @@ class Tree:
             else float("inf")
         )
 
-    def shrink(self, ball: Polytope, bounds: NeuronBounds) -> None:
+    def shrink(self, problem: Problem, bounds: NeuronBounds) -> None:
         """Goes on with a smaller ball around the same image; what was stuck is open again."""
-        self.ball = ball
+        self.problem, self._leaf = problem, None
         if self.stuck:
             self.open = join([*self.stuck, self.open])
             self.stuck = []
@@ -131,29 +113,33 @@ class Tree:
         if len(self.open):
             taken = self.open
             rows = torch.arange(len(taken), device=taken.row.device)
-            self.open = join(each(lambda own: self._improve(taken[own], ITERATIONS), parts(rows, self.batch_size)))
+            iterations, workers = self.settings.iterations, self.problem.workers
+            better = workers.each(
+                lambda own: self._improve(taken[own], iterations), workers.parts(rows, self.batch_size)
+            )
+            self.open = join(better)
             self.open = self.open[self._settle(self.open)]
 
-    def limit(self, stop: Callable[[], bool], layers: int | None = None) -> None:
+    def limit(self, deadline: Deadline, layers: int | None = None) -> None:
         """Joint limits for the open nodes and their descendants: of the first ``layers`` layers, by default of all."""
         self._limited = True
-        for layer in range(self.maps.layers if layers is None else layers):
-            if not len(self.open) or stop():
+        shapes = self.problem.settings.joint
+        for layer in range(self.problem.maps.layers if layers is None else layers):
+            if not len(self.open) or deadline.stop():
                 return
-            groups, size = FIRST_LIMITS if layer == 0 else UPPER_LIMITS
-            nodes = limit_jointly(
-                self.maps, self.ball, layer, self.maps.layers, self.specification, self.open, groups, size, stop
-            )
-            nodes = self._improve(nodes, ROOT_ITERATIONS)
+            shape = shapes.first_layer if layer == 0 else shapes.upper_layers
+            nodes = limit_jointly(self.problem, layer, self.open, shape, deadline)
+            nodes = self._improve(nodes, self.settings.root_iterations)
             self.open = nodes[self._settle(nodes)]
 
-    def grow(self, stop: Callable[[], bool]) -> None:
-        """Splits nodes until none is open or ``stop`` says so, which is asked after every batch."""
-        while len(self.open) and not stop() and len(self.open):  # a watcher may close nodes
-            size = min(self.batch_size * count(), len(self.open))
+    def grow(self, deadline: Deadline) -> None:
+        """Splits nodes until none is open or the deadline, which is asked after every batch."""
+        workers = self.problem.workers
+        while len(self.open) and not deadline.stop() and len(self.open):  # what ends it may close nodes
+            size = min(self.batch_size * workers.count, len(self.open))
             taken = self.open[slice(len(self.open) - size, None)]
             try:
-                grown = each(lambda rows: self._process(taken[rows], stop), _dealt(size))  # noqa: B023
+                grown = workers.each(lambda rows: self._process(taken[rows], deadline), workers.dealt(size))  # noqa: B023
             except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or self.batch_size == 1:
                     raise
@@ -164,32 +150,31 @@ class Tree:
             self.open = join([rest, *(one for one in grown if one is not None)])
             self._batches += 1
 
-    def _process(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
+    def _process(self, nodes: TreeNodes, deadline: Deadline) -> TreeNodes | None:
         """The children of these nodes that stay open, and decided nodes that wait; None if there are none."""
         can = nodes.open_neurons() > 0
-        waiting = self._solve_leaves(nodes[~can], stop) if not bool(can.all()) else None
+        waiting = self._solve_leaves(nodes[~can], deadline) if not bool(can.all()) else None
         if not bool(can.any()):
             return waiting
-        children, neuron = branch(
-            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes[can], self.enough
-        )
+        children, neuron = branch(self.problem, nodes[can], self.enough)
         undone = self._settle(children)
         with self._lock:
             self.counts.nodes += len(children)
+            deadline.spend(len(children))
         children, neuron = children[undone], neuron.repeat(2)[undone]
-        below = neuron < sum(self.maps.widths[:-1])  # splits of the last layer say nothing about a layer above
+        below = neuron < sum(self.problem.maps.widths[:-1])  # splits of the last layer say nothing about a layer above
         if bool(below.any()):
             affected = children[below]
-            chosen = most_relaxed(self.maps, self.ball, self.specification, affected, TIGHTENED)
-            affected = tighten(self.maps, self.ball, affected, chosen)
+            chosen = most_relaxed(self.problem, affected, self.problem.settings.branching.tightened)
+            affected = tighten(self.problem, affected, chosen)
             children = join([affected, children[~below]])
         if len(children):
-            children = self._polish(self._improve(self._limited_again(children), ITERATIONS))
+            children = self._polish(self._improve(self._limited_again(children), self.settings.iterations))
             children = children[self._settle(children)]
         kept = [part for part in (waiting, children) if part is not None and len(part)]
         return join(kept) if kept else None
 
-    def _settle(self, nodes: Nodes) -> Tensor:
+    def _settle(self, nodes: TreeNodes) -> Tensor:
         """Which nodes are not done, (N,); the others' share counts."""
         undone = self._undone(nodes)
         with self._lock:
@@ -198,58 +183,55 @@ class Tree:
                 self.least = min(self.least, float(nodes.bound[~undone].min()))
         return undone
 
-    def _limited_again(self, nodes: Nodes) -> Nodes:
+    def _limited_again(self, nodes: TreeNodes) -> TreeNodes:
         """New joint limits of the first layer for nodes, every few splits, that have split the members of theirs."""
         if not self._limited:
             return nodes
         depth = torch.stack([sign.ne(0).sum(1) for sign in nodes.signs]).sum(0)
-        again = (depth % LIMITED_EVERY == 0) & spent(self.maps, 0, self.maps.layers, self.specification, nodes)
+        settings = self.problem.settings.joint
+        again = (depth % settings.renewed_every == 0) & spent(self.problem, 0, nodes)
         if not bool(again.any()):
             return nodes
-        renewed = limit_jointly(
-            self.maps, self.ball, 0, self.maps.layers, self.specification, nodes[again], *FIRST_LIMITS
-        )
+        renewed = limit_jointly(self.problem, 0, nodes[again], settings.first_layer)
         return join([renewed, nodes[~again]])
 
-    def _undone(self, nodes: Nodes) -> Tensor:
+    def _undone(self, nodes: TreeNodes) -> Tensor:
         return ~(nodes.bound > self.enough)  # a NaN proves nothing
 
-    def _improve(self, nodes: Nodes, iterations: int, pace: float = 1.0, precise: bool = False) -> Nodes:
-        nodes, points = improve(
-            self.maps, self.ball, len(self.maps.stages) - 1, self.specification, nodes, iterations, self.enough,
-            pace, precise,
-        )  # fmt: skip
-        descend = self._batches % DESCENT_EVERY == 0
-        self.hunt.offer(points[self._undone(nodes)], descend=descend)
+    def _improve(self, nodes: TreeNodes, iterations: int, pace: float = 1.0, precise: bool = False) -> TreeNodes:
+        nodes, points = improve(self.problem, nodes, iterations, self.enough, pace, precise)
+        descend = self._batches % self.settings.descent_every == 0
+        self.nearest.offer(points[self._undone(nodes)], descend=descend)
         return nodes
 
-    def _polish(self, nodes: Nodes) -> Nodes:
+    def _polish(self, nodes: TreeNodes) -> TreeNodes:
         """More and smaller steps where few ReLUs are open: many splits, whose multipliers are worth more than new ones.
 
         Without it the search is slow where the margin is nearly zero, next to the nearest counterexample.
         """
-        few = nodes.open_neurons() <= FEW
+        few = nodes.open_neurons() <= self.settings.few_open
         last = (few & self._undone(nodes)).nonzero().flatten()
         if not len(last):
             return nodes
         rest = torch.ones(len(nodes), dtype=torch.bool, device=last.device)
         rest[last] = False
-        return join([nodes[rest], self._improve(nodes[last], POLISHING, POLISHING_PACE, True)])
+        iterations, pace = self.settings.polishing_iterations, self.settings.polishing_pace
+        return join([nodes[rest], self._improve(nodes[last], iterations, pace, True)])
 
-    def _solve_leaves(self, nodes: Nodes, stop: Callable[[], bool]) -> Nodes | None:
+    def _solve_leaves(self, nodes: TreeNodes, deadline: Deadline) -> TreeNodes | None:
         """Decides nodes without unstable neurons; what is left over when time is up, or None.
 
         Most need no linear program, only more steps on the multipliers of their splits: large ones where the splits
         contradict each other, for their prices are to grow without limit.
         """
         alone = nodes.unlimited()
-        for pace in LEAF_PACES:
+        for pace in self.settings.leaf_paces:
             if len(nodes):
-                alone = self._improve(alone, LEAF_ITERATIONS, pace, True)
+                alone = self._improve(alone, self.settings.leaf_iterations, pace, True)
                 undone = self._settle(alone)
                 alone, nodes = alone[undone], nodes[undone]
         for index in range(len(nodes)):
-            if stop():
+            if deadline.stop():
                 return nodes[slice(index, None)]
             one = slice(index, index + 1)
             leaf, kept = alone[one], nodes[one]
@@ -261,31 +243,21 @@ class Tree:
                     self.counts.stuck += 1
         return None
 
-    def _solve_leaf(self, node: Nodes) -> bool:
+    def _solve_leaf(self, node: TreeNodes) -> bool:
         """Whether the node is done."""
-        if not self.ball.is_program:
-            node, _ = improve(
-                self.maps, self.ball, len(self.maps.stages) - 1, self.specification, node, 10 * LEAF_ITERATIONS,
-                self.enough,
-            )  # fmt: skip
+        if not self.problem.ball.is_program:
+            node, _ = improve(self.problem, node, 10 * self.settings.leaf_iterations, self.enough)
             return not bool(self._settle(node).any())
         with self._lock:
             if self._leaf is None:
-                self._leaf = LeafProgram(self.maps, self.ball.image, self.ball.feasible)
+                self._leaf = LeafProgram(self.problem)
             self.counts.programs += 1
-        specification = self.specification[node.row[0]]
-        bound, point = self._leaf.bound(self.ball, len(self.maps.stages) - 1, specification, node)
+        bound, point = self._leaf.bound(node)
         node.bound = node.bound.new_tensor([bound])
         undone = bool(self._settle(node).any())
         if undone and point is not None:
-            self.hunt.offer(point)
+            self.nearest.offer(point)
         return not undone
-
-
-def _dealt(size: int) -> list[Tensor]:
-    """The rows of a batch, dealt to the threads in turn."""
-    hands = min(count(), max(1, size // SMALL))
-    return [torch.arange(first, size, hands) for first in range(hands)]
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -14,51 +13,56 @@ from torch import Tensor
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-SMALL = 8  # rows that are not worth a thread
-
-# A thread of the pool has a context of its own, so that what it does is not shared out again.
-_workers: ContextVar[tuple[int, ThreadPoolExecutor] | None] = ContextVar("workers", default=None)
+WORTH_A_THREAD = 8  # rows
 
 
-@contextmanager
-def workers(device: torch.device) -> Iterator[None]:
-    """Within it :func:`each` uses as many threads as torch had, and torch uses one in each of them; on the CPU."""
-    count = torch.get_num_threads()
-    if device.type != "cpu" or count < 2 or _workers.get() is not None:
-        yield
-        return
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count)
-    token = _workers.set((count, pool))
-    try:
-        yield
-    finally:
-        _workers.reset(token)
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(count)
+class Workers:
+    """Within ``with`` as many threads as torch had, and torch uses one in each of them; on the CPU.
 
+    Outside of it, and in a thread of its own, work is done one after the other.
+    """
 
-def each(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """``function`` of every part, in order; the first exception is raised once all have ended."""
-    own = _workers.get()
-    if own is None or len(parts) < 2:
-        return [function(part) for part in parts]
-    futures = [own[1].submit(function, part) for part in parts]
-    errors = [error for future in futures if (error := future.exception()) is not None]
-    if errors:
-        raise errors[0]
-    return [future.result() for future in futures]
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = torch.device("cpu") if device is None else device
+        self._pool: ThreadPoolExecutor | None = None
+        self._owner, self._threads = 0, 1
 
+    def __enter__(self) -> Workers:
+        threads = torch.get_num_threads()
+        if self._device.type == "cpu" and threads > 1:
+            torch.set_num_threads(1)
+            self._pool, self._threads, self._owner = ThreadPoolExecutor(threads), threads, threading.get_ident()
+        return self
 
-def count() -> int:
-    """How many threads there are."""
-    own = _workers.get()
-    return 1 if own is None else own[0]
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(self._threads)
+            self._pool, self._threads = None, 1
 
+    @property
+    def count(self) -> int:
+        """How many threads share the work of the one that asks."""
+        return self._threads if threading.get_ident() == self._owner else 1
 
-def parts(rows: Tensor, largest: int) -> list[Tensor]:
-    """The rows in runs of at most ``largest``, and at least one run for each thread where there are enough."""
-    if not len(rows):
-        return []
-    runs = max(-(-len(rows) // largest), min(count(), max(1, len(rows) // SMALL)))
-    return list(torch.tensor_split(rows, runs))
+    def each(self, function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+        """``function`` of every part, in order; the first exception is raised once all have ended."""
+        if self._pool is None or self.count < 2 or len(parts) < 2:
+            return [function(part) for part in parts]
+        futures = [self._pool.submit(function, part) for part in parts]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    def parts(self, rows: Tensor, largest: int) -> list[Tensor]:
+        """The rows in runs of at most ``largest``, and at least one run for each thread where there are enough."""
+        if not len(rows):
+            return []
+        runs = max(-(-len(rows) // largest), min(self.count, max(1, len(rows) // WORTH_A_THREAD)))
+        return list(torch.tensor_split(rows, runs))
+
+    def dealt(self, size: int) -> list[Tensor]:
+        """So many rows, dealt to the threads in turn."""
+        hands = min(self.count, max(1, size // WORTH_A_THREAD))
+        return [torch.arange(first, size, hands) for first in range(hands)]

@@ -1,0 +1,106 @@
+"""What an engine is: one way to bound the values of a network over balls.
+
+An engine is built for a network, a threat and a precision. For each batch of balls it starts a :class:`Run`, which
+follows the composition (:class:`flowverify.bounds.margins.MarginBounds`) from the image upward: for one value after
+another that an activation reads, in topological order, it is asked for an interval, given the tightest intervals that
+are known of all values below; and at the end for the margins. A run may keep what it likes from value to value.
+
+Another engine is one class, named in :data:`flowverify.bounds.recipes.ENGINES` or as ``MODULE:CLASS``, and a bound that
+makes use of it one entry of :data:`flowverify.bounds.recipes.BOUNDS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from flowverify.ball import Ball, Threat
+from flowverify.bounds.intervals import Interval
+from flowverify.bounds.warm_start import WarmStart
+from flowverify.network import Network
+
+DomainName = Literal["auto", "image", "flow"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What engines may be told; each takes what concerns it."""
+
+    domain: DomainName = field(default="auto", metadata={"help": "coordinates in which CROWN runs"})
+    tolerance: float | None = field(
+        default=None, metadata={"help": "relative duality gap at which the search over a ball's multiplier stops"}
+    )
+    alpha_iterations: int = field(default=20, metadata={"help": "steps of alpha-crown's optimisation of slopes"})
+    alpha_learning_rate: float = field(default=0.5, metadata={"help": "learning rate of these steps"})
+    chunk_entries: int = field(
+        default=1 << 25, metadata={"help": "images x specifications x widest layer in one backward pass"}
+    )
+
+
+@dataclass(eq=False)
+class Batch:
+    """Balls that are being bounded, and what is known about them so far.
+
+    Attributes:
+        ball: with images in the precision of the bounds.
+        intervals: the tightest known of each value by name, (B, *shape): of the values where the affine part ends
+            exactly, and of every value above them up to the one that is being bounded.
+        references: R of the masses of the images, (B, C, H, W), for engines that run in flow coordinates.
+        warm_start: multipliers of an earlier call with these images.
+    """
+
+    ball: Ball
+    references: Tensor | None = None
+    warm_start: WarmStart | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+
+class Run(Protocol):
+    """One batch on its way through one engine."""
+
+    def tighten(self, name: str, wanted: Tensor) -> Interval:
+        """Bounds (B, *shape) of a value that an activation reads, given ``batch.intervals`` of the values below.
+
+        Args:
+            wanted: which entries are worth the work, bool (B, *shape); the others, and those that the engine has no
+                bound for, may be infinite.
+        """
+        ...
+
+    def margins(self, specification: Tensor) -> Tensor:
+        """Lower bounds (B, S) of linear functions (B, S, classes) of the output; NaN or -infinity for none.
+
+        All intervals are known by now.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """One way to bound one network; see the module.
+
+    Attributes:
+        notes: what it had to do without, or in another way, for the results to show.
+
+    Raises, as it is built or as a run goes on:
+        UnsupportedOperationError, BoundError: it cannot take the network. A bound that has another engine for the
+            margins goes on without it.
+    """
+
+    notes: list[str]
+
+    def __init__(self, network: Network, threat: Threat, dtype: torch.dtype, options: EngineOptions) -> None: ...
+
+    def start(self, batch: Batch) -> Run: ...
+
+
+def nothing(like: Tensor) -> Interval:
+    """The interval that holds every number, in the shape of a value."""
+    return torch.full_like(like, -torch.inf), torch.full_like(like, torch.inf)
+
+
+def largest(bounds: list[Tensor]) -> Tensor:
+    """The largest of several lower bounds; what is not a number bounds nothing, and takes nothing from the others."""
+    return torch.stack(bounds).nan_to_num(nan=-torch.inf).amax(0)

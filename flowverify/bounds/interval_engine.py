@@ -1,0 +1,61 @@
+"""The engine of intervals: exact where the affine part of a network ends, interval arithmetic above."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowverify.ball import Threat
+from flowverify.bounds.engine import Batch, EngineOptions
+from flowverify.bounds.first_layer import AffineValue
+from flowverify.bounds.intervals import Interval, propagate
+from flowverify.network import Network
+
+
+class IntervalEngine:
+    """Bounds by intervals (theory, section 13); takes every network, and every other engine builds on it."""
+
+    def __init__(self, network: Network, threat: Threat, dtype: torch.dtype, options: EngineOptions) -> None:
+        self.network, self.options = network, options
+        self.notes: list[str] = []
+        affine = network.affine_of_input()
+        self.above = [node for node in network.nodes if node.name not in affine]
+        ends = {name for node in self.above for name in node.inputs if name in affine}
+        if network.is_affine:
+            ends.add(network.output)
+        self.affine = {name: AffineValue(network, name, dtype, threat) for name in sorted(ends)}
+
+    def start(self, batch: Batch) -> IntervalRun:
+        return IntervalRun(self, batch)
+
+
+class IntervalRun:
+    """Knows the values where the affine part ends from the start."""
+
+    def __init__(self, engine: IntervalEngine, batch: Batch) -> None:
+        self.engine, self.batch = engine, batch
+        for name, value in engine.affine.items():
+            if name != engine.network.output:
+                batch.intervals[name] = value.bounds(batch.ball, engine.options.tolerance, batch.warm_start)
+
+    def tighten(self, name: str, wanted: Tensor | None = None) -> Interval:
+        """Bounds of any value above the affine part, for all of its entries."""
+        node = self.engine.network.node(name)
+        return propagate(node.operation, [self.batch.intervals[read] for read in node.inputs])
+
+    def margins(self, specification: Tensor) -> Tensor:
+        network, intervals = self.engine.network, self.batch.intervals
+        if network.output in self.engine.affine:
+            value = self.engine.affine[network.output]
+            return value.margins(specification, self.batch.ball, self.engine.options.tolerance)
+        last = network.nodes[-1]
+        if isinstance(last.operation, nn.Linear):
+            # The specification merges with the last layer, so that shared terms cancel.
+            (lower, upper), layer = intervals[last.inputs[0]], last.operation
+            weights = specification @ layer.weight
+            constant = 0 * weights[..., 0] if layer.bias is None else specification @ layer.bias
+        else:
+            lower, upper = self.tighten(last.name)
+            weights, constant = specification, torch.zeros_like(specification[..., 0])
+        centre, radius = (lower + upper) / 2, (upper - lower) / 2
+        return (weights @ centre[..., None] - weights.abs() @ radius[..., None]).squeeze(-1) + constant

@@ -1,0 +1,186 @@
+"""The images of one call: loaded, computed a few at a time, printed and saved as they are done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import cached_property
+from json import loads
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flowverify.cli.options import check_device, check_writable
+from flowverify.cli.records import Records
+from flowverify.cli.report import INTERRUPTED, json_line, one_line, output, print_error, progress_bar, table
+from flowverify.errors import InvalidInputError
+from flowverify.results import Interrupted, Verdict
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from flowverify.data import Dataset
+    from flowverify.network import Network
+
+SHORT_TABLE = 20
+DEFAULT_COUNT = 100
+
+Work = Callable[["Dataset", list[int], Callable[[int], None]], Sequence[Mapping[str, Any]]]
+
+
+class Job:
+    """The images of one call, and what comes out of it.
+
+    Args:
+        save: a file of JSON lines that is gone on with, if it is there.
+
+    Raises:
+        FlowverifyError: a model, data set, index, device or file that is not there, or not usable.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dataset: str | None,
+        index: str | None,
+        split: str,
+        data_dir: Path | None,
+        device: str,
+        save: Path | None,
+        *,
+        json: bool,
+    ) -> None:
+        from flowverify.data import parse_index
+
+        target = check_device(device)
+        self.save = None if save is None else check_writable(save, "save")
+        network, self.data = load_inputs(model, dataset, split, data_dir)
+        self.network: Network = network.to(target)
+        self.positions = list(
+            parse_index(f":{min(DEFAULT_COUNT, len(self.data))}" if index is None else index, len(self.data))
+        )
+        self.title, self.json = f"{model} on {self.data.name}", json
+        self.settings: dict[str, Any] = {"model": model, "dataset": self.data.name, "split": split}
+        self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    @cached_property
+    def chosen(self) -> Dataset:
+        """All images of the call, with their labels."""
+        return self.data[self.positions]
+
+    def run(
+        self,
+        work: Work,
+        settings: Mapping[str, Any],
+        *,
+        at_once: int = 10,
+        cost: int = 1,
+        failed: Callable[[list[int], float, str], Sequence[Mapping[str, Any]]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Computes what is missing, prints each record with ``json``, and returns all in the order asked for.
+
+        Args:
+            work: from images, their positions and what is to be told of progress, to a record of each.
+            settings: what the results depend on, beside the model and the data.
+            at_once: images between two lines of output.
+            cost: of an image, in what ``work`` tells of progress.
+            failed: the records of images for which ``work`` broke down after so many seconds, with the reason; the
+                next ones are tried. Without it, that ends the call.
+        """
+        records = Records(self.save, {**settings, **self.settings})
+        found = {
+            place: record
+            for place in self.positions
+            if (record := records.done.get(place)) is not None and record.get("verdict") != Verdict.ERROR
+        }
+        missing = [place for place in self.positions if place not in found]
+        self.known = len(found)
+        if self.json:
+            for record in found.values():
+                typer.echo(json_line(record))
+
+        def keep(positions: Sequence[int], results: Sequence[Mapping[str, Any]]) -> None:
+            for position, result in zip(positions, results, strict=False):
+                line = records.add(position, result)
+                found[position] = loads(line)
+                self.fresh += 1
+                if self.json:
+                    typer.echo(line)
+            sys.stdout.flush()
+
+        with closing(records), progress_bar(quiet=self.json and output().is_terminal) as bar:
+            task = bar.add_task(self.title, total=cost * len(missing))
+            self._bar = bar, task
+            try:
+                for first in range(0, len(missing), at_once):
+                    part, begin = missing[first : first + at_once], perf_counter()
+                    try:
+                        keep(part, work(self.data[part], part, lambda count: bar.advance(task, count)))
+                    except Interrupted as stopped:
+                        keep(part, [certificate.to_json() for certificate in stopped.certificates])
+                        raise
+                    except Exception as error:  # whatever one dies of must not cost the others
+                        if failed is None:
+                            raise
+                        reason = f"{type(error).__name__}: {one_line(error)}"
+                        print_error(f"images {part[0]} to {part[-1]}: {reason}")
+                        keep(part, failed(part, (perf_counter() - begin) / len(part), reason))
+                        bar.advance(task, cost * len(part))
+            except KeyboardInterrupt:
+                self.interrupted = True
+        self.seconds = perf_counter() - self.start
+        return [found[position] for position in self.positions if position in found]
+
+    def say(self, state: str) -> None:
+        """Shows what a long computation is at beside the name of the progress bar."""
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, description=f"{self.title}: {state}")
+
+    def print_table(
+        self,
+        records: Sequence[Any],
+        columns: tuple[str, ...],
+        cells: Callable[[Any], tuple[str, ...]],
+        *,
+        everything: bool = False,
+        more: str = "--json or --save gives all",
+    ) -> None:
+        """Prints a line of ``cells`` for each record, for the first ones unless ``everything``."""
+        rows = table(*columns, left=("outcome", "verdict"))
+        shown = records if everything else records[:SHORT_TABLE]
+        for record in shown:
+            rows.add_row(*cells(record))
+        output().print(rows)
+        if len(shown) < len(records):
+            typer.echo(f"{len(records) - len(shown)} more images; {more}")
+
+    def finish(self, summary: str) -> None:
+        """Prints the summary, with the time that it took and how much was known before."""
+        rate = f", {1000 * self.seconds / self.fresh:.1f} ms an image" if self.fresh else ""
+        before = f"; {self.known} were in the file" if self.known else ""
+        typer.echo(f"{summary}; {self.seconds:.1f} s{rate}{before}")
+
+    def end(self) -> None:
+        """Exits with the code of an interruption, if there was one."""
+        if self.interrupted:
+            print_error(f"interrupted after {self.known + self.fresh} of {len(self.positions)} images")
+            raise typer.Exit(INTERRUPTED)
+
+
+def load_inputs(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
+    """A shipped model or an ONNX file, and its data set, by default the one of the model's card."""
+    from flowverify.data import load_dataset
+    from flowverify.zoo import load_card, load_model
+
+    if model.endswith(".onnx"):
+        if dataset is None:
+            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
+        data = load_dataset(dataset, split, data_dir)
+        return load_model(model, data.input_shape), data
+    network = load_model(model)
+    return network, load_dataset(dataset or load_card(model).dataset, split, data_dir)
