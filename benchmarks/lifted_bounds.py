@@ -13,13 +13,13 @@ import argparse
 import time
 
 import torch
-from flowverify.certifiers.bracket import Bracket
 from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header, quartiles
 from flowverify.attack.make import make_attack
 from flowverify.bounds.lifted.engine import Choice, LiftedBounds
+from flowverify.certifiers.radius import Bracket
 from flowverify.network import RoundingBound
 
 TOLERANCE = 0.01  # relative, of radii; as the certifiers'

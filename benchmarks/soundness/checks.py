@@ -30,7 +30,7 @@ from flowverify.errors import FlowverifyError
 from flowverify.network import Network, load_network
 from flowverify.results import Certificate, Verdict
 
-BOUNDS = ("ibp", "crown-ibp", "crown", "alpha-crown", "best")
+BOUNDS = ("ibp", "crown-ibp", "crown", "alpha-crown", "lifted", "best")
 NODES = 40  # of a search tree: by number, not by the clock, so that a case says the same every time
 
 

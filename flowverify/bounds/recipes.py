@@ -15,6 +15,7 @@ ENGINES = Registry(
         ),
         "crown": Entry("CROWN, by auto_LiRPA", "flowverify.bounds.crown.engine:CrownEngine"),
         "alpha-crown": Entry("CROWN with optimised slopes", "flowverify.bounds.crown.engine:AlphaCrownEngine"),
+        "lifted": Entry("rows of moves, which share the budget", "flowverify.bounds.lifted.protocol:LiftedEngine"),
     },
 )
 """Classes on the protocol of :class:`flowverify.bounds.engine.Engine`, loaded when a bound asks for them."""
@@ -40,6 +41,7 @@ BOUNDS: dict[str, Bound] = {
     "crown-ibp": Bound("CROWN over interval bounds", ("interval",), ("crown",)),
     "crown": Bound("CROWN for every layer", ("crown",), ("crown",)),
     "alpha-crown": Bound("CROWN with optimised slopes", ("alpha-crown",), ("alpha-crown",)),
+    "lifted": Bound("moves that share the budget, over intervals", ("interval", "lifted"), ("interval", "lifted")),
     "best": Bound(
         "the tighter of intervals and CROWN at every neuron", ("interval", "crown"), ("interval", "crown")
     ),

@@ -4,14 +4,16 @@ A source's best value at each distance has an upper concave envelope, and a plan
 function moves mass along the steps of these envelopes, steepest first. So the maximum over a ball is a continuous
 knapsack: no search over a multiplier, and the least budget for a gain comes out of the same pass.
 
-The support function and the least budget of every ground cost but l1 are one such knapsack a function: exact, with the
-maximiser and the multiplier, without a search. For l1 the scans of :mod:`flowverify.transport.scan_kernel` are faster, as they serve sixteen problems at once.
+The support function and the least budget of every ground cost but l1 are one such knapsack a function: exact, with
+the maximiser and the multiplier, without a search. For l1 the scans of :mod:`flowverify.transport.scan_kernel` are
+faster, as they serve sixteen problems at once.
 
-With a cap on the pixels moves are greedy, and feasible by construction. A move takes mass from a pixel to one of a window around it, as much as there is and as there is room for. Moves are
-made in order of their gain for each unit of cost; whenever a level of that order is passed, the steeper moves are
-tried again, since moving mass away makes room. Each move respects the cap, the mass and the budget exactly. With a
-metric, chains of moves reach farther than the window, and the cost, the sum of the moves', is an upper bound of W1.
-For a cost that is no metric a chain may be dearer than its moves, or forbidden: there mass moves once only.
+With a cap on the pixels moves are greedy, and feasible by construction. A move takes mass from a pixel to one of a
+window around it, as much as there is and as there is room for. Moves are made in order of their gain for each unit of
+cost; whenever a level of that order is passed, the steeper moves are tried again, since moving mass away makes room.
+Each move respects the cap, the mass and the budget exactly. With a metric, chains of moves reach farther than the
+window, and the cost, the sum of the moves', is an upper bound of W1. For a cost that is no metric a chain may be dearer
+than its moves, or forbidden: there mass moves once only.
 """
 
 from __future__ import annotations

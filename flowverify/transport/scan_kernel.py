@@ -1,4 +1,4 @@
-"""Compiled CPU kernels for the l1 ground cost, the support function and what rests on it: sixteen problems at once, one vector lane each.
+"""Compiled CPU kernels for the l1 ground cost: sixteen problems at once, one vector lane each.
 
 The problems of one image are solved side by side in the lanes of vector registers. A running maximum is
 sequential along its scan line, so the lanes, and the scan lines themselves, are the contiguous axis:

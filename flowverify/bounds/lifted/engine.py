@@ -199,20 +199,28 @@ class _Batch:
 
     def _relax(self, name: str) -> None:
         """Bounds what activations read, and relaxes all that read it."""
+        self.relax_readers(name, self.bound(name))
+
+    def bound(self, name: str) -> Chunks:
+        """Bounds what activations read by rows, where they may be on several pieces; returns the rows."""
         readers = [node for node in self.network.consumers(name) if not is_affine(node.operation)]
         two_piece = all(isinstance(node.operation, nn.ReLU | nn.LeakyReLU) for node in readers)
         lower, upper = self.intervals[name]
         open_ = (lower < 0) & (upper > 0) if two_piece else upper > lower
-        chunks = []
+        chunks: Chunks = []
         if bool(open_.any()):
             for query in self._queries(name, open_):
                 rows, _ = self._rows(name, query.coefficients)
                 chunks.append((query, rows))
                 self._tighten(name, query, rows, two_piece)
-        for node in readers:
+        return chunks
+
+    def relax_readers(self, name: str, chunks: Chunks) -> None:
+        """Relaxes every activation that reads a value, given the rows above it."""
+        for node in self.network.consumers(name):
             if isinstance(node.operation, nn.MaxPool2d):
                 self._relax_pool(node, chunks)
-            else:
+            elif not is_affine(node.operation):
                 self._relax_elementwise(node, chunks)
 
     def _queries(self, name: str, open_: Tensor) -> list[_Query]:
@@ -263,7 +271,7 @@ class _Batch:
             query.put(old, new) for old, new in zip(self.intervals[name], (low, high), strict=True)
         )
 
-    def _relax_elementwise(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
+    def _relax_elementwise(self, node: Node, chunks: Chunks) -> None:
         name = node.inputs[0]
         centre, (lower, upper) = self.values[name], self.intervals[name]
         found = secants(node.operation, lower, centre, upper)
@@ -293,7 +301,7 @@ class _Batch:
         return Chord(bent, slope, rise, centre, value, flattest, usual)
 
     def _stored(
-        self, name: str, chunks: list[tuple[_Query, MoveRows]], bent: Tensor, first: Tensor, second: Tensor, sign: int
+        self, name: str, chunks: Chunks, bent: Tensor, first: Tensor, second: Tensor, sign: int
     ) -> StoredRows | None:
         """max of the rows of ``first`` and ``second`` times z - z0 (or z0 - z, sign -1), where ``bent``."""
         if not bool(bent.any()):
@@ -347,7 +355,7 @@ class _Batch:
         assert torch.equal(at, origins), "windows of one map stand at equal steps"
         return WindowRows(stored, (stride[0], stride[1]), (offset[0], offset[1]))
 
-    def _relax_pool(self, node: Node, chunks: list[tuple[_Query, MoveRows]]) -> None:
+    def _relax_pool(self, node: Node, chunks: Chunks) -> None:
         name, operation = node.inputs[0], node.operation
         assert isinstance(operation, nn.MaxPool2d)
         centre, (lower, upper) = self.values[name], self.intervals[name]
@@ -408,6 +416,11 @@ class _Batch:
         identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
         rises = (identity - identity[labels][:, None])[torch.arange(classes, device=logits.device) != labels[:, None]]
         rises = rises.reshape(batch, classes - 1, classes)
+        return self.margins_of(-rises)
+
+    def margins_of(self, specification: Tensor) -> Tensor:
+        """Lower bounds (B, S) of linear functions (B, S, classes) of the output."""
+        logits, rises = self.values[self.network.output], -specification
         query = Coefficients(rises[:, None], None)
         clean = -(rises @ logits[..., None]).squeeze(-1)
         options: dict[str, Any] = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
@@ -500,6 +513,9 @@ class _Batch:
         if isinstance(rows, ListedRows) or len(entries) * moves * len(self.images) > self.engine.chunk_entries:
             return rows
         return rows.listed(entries, self.network.input_shape[-2:])
+
+
+Chunks = list[tuple["_Query", MoveRows]]
 
 
 def _rises(operation: nn.Module) -> bool:

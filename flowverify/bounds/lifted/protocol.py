@@ -1,0 +1,74 @@
+"""Lifted bounds as an engine among others: see :mod:`flowverify.bounds.engine`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowverify.ball import Threat
+from flowverify.bounds.engine import Batch, EngineOptions
+from flowverify.bounds.intervals import Interval
+from flowverify.bounds.lifted.engine import Chunks, LiftedBounds, _Batch
+from flowverify.errors import BoundError
+from flowverify.network import Network
+from flowverify.network.operations import is_affine
+
+STEPS = 10  # up the gradient, for the margins
+
+
+class LiftedEngine:
+    """Neurons and margins by rows of moves. A cap is not made use of: the ball without it holds the one with it.
+
+    Raises:
+        UnsupportedOperationError: an operation without a rule, named.
+        BoundError: another ground cost than l1, which covers the others.
+    """
+
+    def __init__(self, network: Network, threat: Threat, dtype: torch.dtype, options: EngineOptions) -> None:
+        if threat.ground != "l1":
+            raise BoundError(f"lifted bounds of ground cost {threat.ground}: expected l1")
+        self.notes: list[str] = []
+        self.bounds = LiftedBounds(network, feasible=threat.positive, dtype=dtype, steps=STEPS)
+
+    def start(self, batch: Batch) -> LiftedRun:
+        return LiftedRun(self.bounds, batch)
+
+
+class LiftedRun:
+    """One batch: rows are kept from value to value, and relaxed by the intervals known when they are needed."""
+
+    def __init__(self, bounds: LiftedBounds, batch: Batch) -> None:
+        self.batch, self.network = batch, bounds.network
+        with torch.no_grad():
+            self.own = _Batch(bounds, batch.ball.images, batch.ball.budget, {})
+        self.chunks: dict[str, Chunks] = {}
+
+    def tighten(self, name: str, wanted: Tensor) -> Interval:
+        with torch.no_grad():
+            self._relax_below(name)
+            self.own.intervals[name] = self._known(name)
+            self.chunks[name] = self.own.bound(name)
+            return self.own.intervals[name]
+
+    def margins(self, specification: Tensor) -> Tensor:
+        with torch.no_grad():
+            self._relax_below(self.network.output)
+            return self.own.margins_of(specification)
+
+    def _relax_below(self, name: str) -> None:
+        """Relaxes the activations that stand before a value, where they are not yet."""
+        for node in self.network.nodes:
+            if not is_affine(node.operation) and node.name not in self.own.relaxations:
+                read = node.inputs[0]
+                if read == name:
+                    return
+                self.own.intervals[read] = self._known(read)
+                chunks = self.chunks.pop(read) if read in self.chunks else self.own.bound(read)
+                self.own.relax_readers(read, chunks)
+            if node.name == name:
+                return
+
+    def _known(self, name: str) -> Interval:
+        """The tightest known interval, and the centre, which rounding may have left outside."""
+        centre, (lower, upper) = self.own.values[name], self.batch.intervals[name]
+        return torch.minimum(lower, centre), torch.maximum(upper, centre)
