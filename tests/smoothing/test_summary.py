@@ -11,8 +11,9 @@ def certificate(radius):
     """Of a selected class that is wrong if the radius is None."""
     verdict = Verdict.MISCLASSIFIED if radius is None else Verdict.CERTIFIED if radius else Verdict.UNKNOWN
     return SmoothedCertificate(
-        verdict, 1, 0 if radius is None else 1, "m", "tight", "l1", radius or 0.0, 0.9, 9, 10, 0.5, 0.05, 0.0
-    )
+        verdict=verdict, label=1, prediction=0 if radius is None else 1, method="m", bound="tight", ground="l1",
+        radius=radius or 0.0, seconds=0.0, probability=0.9, successes=9, samples=10, base_accuracy=0.5, alpha=0.05,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
