@@ -28,6 +28,7 @@ from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import FlowverifyError
 from flowverify.network import Network, load_network
+from flowverify.registry import COMPLETE, INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 
 BOUNDS = ("ibp", "crown-ibp", "crown", "alpha-crown", "lifted", "best")
@@ -146,10 +147,14 @@ class Case:
         return list(dict.fromkeys(found))
 
     def _certifier(self, network: Network, setting: Setting) -> Any:
-        options = CompleteOptions(timeout=None, nodes=NODES)
+        given: dict[str, Any] = {}
+        if setting.method in METHODS.family(COMPLETE):
+            given["options"] = CompleteOptions(timeout=None, nodes=NODES)
+        elif setting.method in METHODS.family(INCOMPLETE):
+            given["domain"] = setting.domain
         return fv.make_certifier(
-            network, setting.method, setting.bound, domain=setting.domain, references=setting.references,
-            pool=self.given.images if setting.references else None, options=options,
+            network, setting.method, setting.bound, references=setting.references,
+            pool=self.given.images if setting.references else None, **given,
         )  # fmt: skip
 
     def _ask(self, network: Network, setting: Setting) -> None:
