@@ -46,7 +46,7 @@ class RayBackend(Backend):
         try:
             import ray
         except ImportError as error:
-            raise DependencyError("engine ray: Ray is not installed: pip install 'flowverify[ray]'") from error
+            raise DependencyError("runner ray: Ray is not installed: pip install 'flowverify[ray]'") from error
         self._ray = ray
         self._owner = not ray.is_initialized()
         on_gpu = context.device != "cpu"

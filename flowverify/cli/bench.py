@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flowverify.bench.store import Store
     from flowverify.bench.suite import Suite
 
-ENGINES = ("local", "ray")
+RUNNERS = ("local", "ray")
 DATA_FOLDERS = ("mnist", "cifar10_sample")
 LOG_EVERY = 30.0  # seconds, where standard error is no terminal
 
@@ -36,7 +36,7 @@ def _schema() -> dict[str, Any]:
 def bench(
     suite: Annotated[Path, typer.Argument(help="The suite, a YAML file; benchmarks/suites has examples.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; of this suite, or new.")],
-    engine: Annotated[str, typer.Option(help="Where to compute: local or ray.")] = "local",
+    runner: Annotated[str, typer.Option(help="Where to compute: local or ray.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster, such as auto or ray://HOST:10001; without it, one is started.")
     ] = None,
@@ -54,8 +54,8 @@ def bench(
     Started again with the same folder it skips what is there and tries errors again. Exit code 0: every record has
     a verdict; 1: some verdict is "error"; 2: bad input; 130: interrupted. What was computed is kept in every case.
     """
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
+    if runner not in RUNNERS:
+        raise UnknownNameError("runner", runner, RUNNERS)
     use_data_folder(data_dir)
 
     from flowverify.bench.scheduler import run_suite
@@ -63,7 +63,7 @@ def bench(
     from flowverify.bench.suite import read_suite
 
     chosen = read_suite(suite)
-    if engine == "local":
+    if runner == "local":
         check_device(chosen.context.device)
     with Store(out, chosen) as store:
         typer.echo(f"{chosen.name}: {chosen.size} records in {out}, {len(store.records)} of them there", err=True)
@@ -73,7 +73,7 @@ def bench(
                 done = run_suite(
                     chosen,
                     store,
-                    _backend(engine, address, workers, chosen),
+                    _backend(runner, address, workers, chosen),
                     retry_timeouts=retry_timeouts,
                     on_progress=show,
                 )
@@ -96,8 +96,8 @@ def use_data_folder(folder: Path | None) -> None:
     os.environ["FLOWVERIFY_DATA"] = str(folder.resolve())
 
 
-def _backend(engine: str, address: str | None, workers: int | None, suite: Suite) -> Backend:
-    if engine == "local":
+def _backend(runner: str, address: str | None, workers: int | None, suite: Suite) -> Backend:
+    if runner == "local":
         from flowverify.bench.local import LocalBackend
 
         return LocalBackend(suite.context, workers, suite.budget.memory)

@@ -125,7 +125,7 @@ class TestBadInput:
         [
             (("gone.yaml", "--out", "out"), "error: suite gone.yaml: cannot be read"),
             (("suite.yaml", "--out", "suite.yaml"), "error: suite.yaml: cannot be written to (File exists)"),
-            (("suite.yaml", "--out", "out", "--engine", "abacus"), "error: unknown engine 'abacus'"),
+            (("suite.yaml", "--out", "out", "--runner", "abacus"), "error: unknown runner 'abacus'"),
             (("suite.yaml", "--out", "out", "--data-dir", "."), "error: .: has no folder mnist or cifar10_sample"),
             (("other.yaml", "--out", "there"), "error: there: holds results of another suite, 'a'"),
             (("gpu.yaml", "--out", "out"), "error: device cuda:9: torch finds"),
