@@ -227,7 +227,7 @@ def problem(seed: int) -> Problem:
 
 METHODS = (
     ("vanilla", "ibp"), ("fine-tuned", "ibp"), ("vanilla", "crown"), ("fine-tuned", "crown"), ("fine-tuned", "best"),
-    ("complete", "best"),
+    ("complete", "best"), ("vanilla", "lifted"), ("fine-tuned", "lifted"),
 )  # fmt: skip
 
 
