@@ -33,7 +33,6 @@ class RecordFile(Generic[Key]):
             everybody.
         key: what a record is the only one of, such as its image's position.
         needed: fields that every record has.
-        fresh: drop what the file holds, once it is known that nobody else has it open.
 
     Attributes:
         records: the last record of each key, in the order of the file.
@@ -44,15 +43,13 @@ class RecordFile(Generic[Key]):
         OSError: it cannot be opened.
     """
 
-    def __init__(
-        self, path: Path, key: Callable[[Record], Key], needed: Collection[str] = (), *, fresh: bool = False
-    ) -> None:
+    def __init__(self, path: Path, key: Callable[[Record], Key], needed: Collection[str] = ()) -> None:
         self.path, self._key = path, key
         self.records: dict[Key, Record] = {}
         self._superseded = False
         self._file = _open_alone(path)
         try:
-            found, size = ([], 0) if fresh else _parse(path, needed)
+            found, size = _parse(path, needed)
             self._keep(found)
             if path.is_file() and os.fstat(self._file).st_size > size:
                 os.ftruncate(self._file, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ class Records:
     Args:
         path: of the file, or None; one that is there is gone on with.
         settings: what the results depend on; every record holds them.
-        fresh: drop what the file holds instead.
 
     Raises:
         InvalidInputError: the file cannot be written to, another process is writing to it, or it holds records of
@@ -26,14 +25,14 @@ class Records:
         DataError: it holds something else.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         self.done: dict[int, dict[str, Any]] = {}
         self._file: RecordFile[int] | None = None
         if path is None:
             return
         try:
-            self._file = RecordFile(check_writable(path, "save"), itemgetter("index"), ("index",), fresh=fresh)
+            self._file = RecordFile(check_writable(path, "save"), itemgetter("index"), ("index",))
         except FlowverifyError as error:
             raise type(error)(f"save {str(error).removeprefix('save ')}") from error
         except OSError as error:
@@ -59,7 +58,3 @@ class Records:
         """Lets others write to the file."""
         if self._file is not None:
             self._file.close()
-
-    def missing(self, positions: Sequence[int]) -> list[int]:
-        """The positions that the file has no record of."""
-        return [position for position in positions if position not in self.done]
