@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network.operations import operation_name
 
-UNIT = 2.0**-53
 BISECTIONS = 40
 
 

@@ -108,7 +108,8 @@ def pull_back(operation: nn.Module, outer: Coefficients, shapes: Sequence[Shape]
     return [Coefficients(part.reshape(*data.shape[:3], *part.shape[1:]), None) for part in adjoint(flat)]
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """An option of both axes, given once or for each."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -116,10 +117,10 @@ def _transposed(
     outer: Coefficients, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> list[Coefficients]:
     assert outer.origins is not None
-    stride, padding = _pair(stride), _pair(padding)
+    stride, padding = pair(stride), pair(padding)
     data = outer.data
     inner = functional.conv_transpose2d(
-        data.reshape(-1, *data.shape[3:]), weight, stride=stride, dilation=_pair(dilation), groups=groups
+        data.reshape(-1, *data.shape[3:]), weight, stride=stride, dilation=pair(dilation), groups=groups
     )
     moved = outer.origins * torch.tensor(stride, device=outer.origins.device) - torch.tensor(
         padding, device=outer.origins.device
@@ -145,7 +146,7 @@ def _through_convolution(
 def _through_average(
     operation: nn.AvgPool2d, outer: Coefficients, shapes: Sequence[Shape], shape: Shape
 ) -> list[Coefficients]:
-    kernel, channels = _pair(operation.kernel_size), shapes[0][0]
+    kernel, channels = pair(operation.kernel_size), shapes[0][0]
     ones = outer.data.new_ones(1, *shapes[0])
     if operation.count_include_pad:
         share = ones.new_full((1, *shape), 1 / math.prod(kernel))

@@ -23,6 +23,7 @@ from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
 from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
 from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows, rows_of_pixels, total
 from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value
+from flowverify.bounds.margins import margin_specification
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import is_affine, is_elementwise_activation, operation_name
@@ -411,12 +412,7 @@ class _Batch:
 
     def margins(self, labels: Tensor) -> Tensor:
         logits = self.values[self.network.output]
-        batch, classes = logits.shape
-        labels = labels.to(logits.device)
-        identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
-        rises = (identity - identity[labels][:, None])[torch.arange(classes, device=logits.device) != labels[:, None]]
-        rises = rises.reshape(batch, classes - 1, classes)
-        return self.margins_of(-rises)
+        return self.margins_of(margin_specification(labels.to(logits.device), logits.shape[1], logits.dtype))
 
     def margins_of(self, specification: Tensor) -> Tensor:
         """Lower bounds (B, S) of linear functions (B, S, classes) of the output."""

@@ -14,13 +14,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, UNIT
+
 Array = NDArray[Any]
 
 MAX_STEPS = 40
-UNIT = 2.0**-53
-# Directions: to the right, to the left, down, up.
-DOWNWARD = (0, 0, 1, -1)
-RIGHTWARD = (1, -1, 0, 0)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -8,18 +8,13 @@ s_k = (u_k - v) / (u_k - z_k0), and 1 for the largest member itself. Members tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowverify.bounds.lifted.coefficients import Coefficients
+from flowverify.bounds.lifted.coefficients import Coefficients, pair
 from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +70,7 @@ class PoolRelaxation:
 
 def _options(operation: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
     return tuple(
-        _pair(option) for option in (operation.kernel_size, operation.stride, operation.padding, operation.dilation)
+        pair(option) for option in (operation.kernel_size, operation.stride, operation.padding, operation.dilation)
     )
 
 
