@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header, quartiles
-from flowverify.attack.make import make_attack
+from flowverify.attack.base import make_attack
 from flowverify.bounds.lifted.engine import Choice, LiftedBounds
 from flowverify.certifiers.radius import Bracket
 from flowverify.network import RoundingBound

@@ -251,7 +251,7 @@ def _keywords(factory: Any) -> type:
 
 INCOMPLETE, LINEAR, COMPLETE = "incomplete", "linear", "complete"
 _INCOMPLETE_OPTIONS = "flowverify.certifiers.options:IncompleteOptions"
-_COMPLETE_OPTIONS = "flowverify.certifiers.complete.options:CompleteOptions"
+_COMPLETE_OPTIONS = "flowverify.certifiers.options:CompleteOptions"
 
 METHODS = Registry(
     "method",
@@ -270,12 +270,12 @@ METHODS = Registry(
         ),
         "linear": Entry(
             "affine networks: the exact radius, without a solver (Lemma 8, by duality)",
-            "flowverify.certifiers.linear_certifier:LinearCertifier",
+            "flowverify.certifiers.linear:LinearCertifier",
             family=LINEAR,
         ),
         "linear-lp": Entry(
             "affine networks: the exact radius by linear programs (Lemma 8)",
-            "flowverify.certifiers.linear_certifier:LinearCertifier",
+            "flowverify.certifiers.linear:LinearCertifier",
             family=LINEAR,
         ),
         "complete": Entry(
@@ -320,11 +320,9 @@ ATTACKS = Registry(
         "flow-pgd": Entry(
             "projected gradient descent on flows (framework paper)", "flowverify.attack.flow_descent:FlowDescent"
         ),
-        "sinkhorn": Entry(
-            "projected Sinkhorn (Wong et al. 2019)", "flowverify.attack.projected_sinkhorn:ProjectedSinkhorn"
-        ),
+        "sinkhorn": Entry("projected Sinkhorn (Wong et al. 2019)", "flowverify.attack.sinkhorn:ProjectedSinkhorn"),
         "frank-wolfe": Entry("Frank-Wolfe on the exact ball", "flowverify.attack.frank_wolfe:FrankWolfe"),
-        "minimal": Entry("the nearest adversarial image, directly", "flowverify.attack.minimal:MinimalRadius"),
+        "minimal": Entry("the nearest adversarial image, directly", "flowverify.attack.frank_wolfe:MinimalRadius"),
     },
     base="flowverify.attack.base:BaseAttack",
 )

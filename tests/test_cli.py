@@ -21,7 +21,7 @@ from flowverify.bounds.engine import DomainName
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.options import DOMAINS
 from flowverify.cli import app
-from flowverify.cli.report import json_line
+from flowverify.cli.common import json_line
 from flowverify.zoo import models_folder
 
 KEYS = {"index", "label", "prediction", "method", "bound", "ground", "cap", "radius", "verdict", "seconds", "margin"}

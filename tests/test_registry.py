@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.bench.kinds import KINDS
+from flowverify.bench.tasks import KINDS
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.export.options import MarabouOptions

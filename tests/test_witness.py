@@ -9,12 +9,12 @@ from flowverify.attack import BaseAttack, Schedule, make_attack
 from flowverify.ball import Threat
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export import marabou
 from flowverify.export.folder import PlainCertifier, Source, write_folder
 from flowverify.export.plan import Request, plan
-from flowverify.export.replay import replay as replay_export
+from flowverify.export.results import replay as replay_export
 from flowverify.network import Network, write_onnx
 from flowverify.network.subject import Subject
 from flowverify.smoothing import Noise, SmoothedClassifier, SplitClassifier, Splitting

@@ -11,9 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowverify.cli.common import (
+    Cap,
+    DataDir,
+    DatasetName,
+    Device,
+    Ground,
+    Index,
+    Json,
+    Model,
+    Options,
+    Save,
+    Split,
+    user_errors,
+)
 from flowverify.cli.job import Job
-from flowverify.cli.options import Cap, DataDir, DatasetName, Device, Ground, Index, Json, Model, Options, Save, Split
-from flowverify.cli.report import user_errors
 from flowverify.errors import InvalidInputError
 from flowverify.registry import ATTACKS, parsed
 

@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowverify.cli.options import DataDir, DatasetName, Ground, Json, Model, Split
-from flowverify.cli.report import FAILED, json_line, progress_bar, user_errors
+from flowverify.cli.common import (
+    FAILED,
+    DataDir,
+    DatasetName,
+    Ground,
+    Json,
+    Model,
+    Split,
+    json_line,
+    progress_bar,
+    user_errors,
+)
 from flowverify.errors import InvalidInputError
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowverify.cli.common import DataDir, DatasetName, Device, Ground, Index, Json, Model, Save, Split, user_errors
 from flowverify.cli.job import Job
-from flowverify.cli.options import DataDir, DatasetName, Device, Ground, Index, Json, Model, Save, Split
-from flowverify.cli.report import user_errors
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def predict(
 ) -> None:
     """Classify images by the smoothed classifier, which abstains where its samples do not settle the class."""
     from flowverify.smoothing import SmoothedClassifier, Splitting
-    from flowverify.smoothing.certificates import check_alpha, check_samples
+    from flowverify.smoothing.noise import check_alpha, check_samples
 
     check_samples("n", n)
     check_alpha(alpha)
@@ -133,7 +132,7 @@ def certify(
     """
     from flowverify.ball import distance_name
     from flowverify.smoothing import SmoothedClassifier, SplitClassifier, Splitting
-    from flowverify.smoothing.certificates import check_alpha, check_certificate, check_samples
+    from flowverify.smoothing.noise import check_alpha, check_certificate, check_samples
     from flowverify.transport.ground import check_ground
 
     check_samples("n0", n0)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.job import Job
-from flowverify.cli.options import (
+from flowverify.cli.common import (
+    FAILED,
     INCOMPLETE,
     Bound,
     Cap,
@@ -27,8 +27,10 @@ from flowverify.cli.options import (
     Split,
     check_picture,
     check_writable,
+    print_error,
+    user_errors,
 )
-from flowverify.cli.report import FAILED, print_error, user_errors
+from flowverify.cli.job import Job
 from flowverify.registry import ENGINES, METHODS, OWN_ENGINE, help_of, parsed
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
 
 PICTURED = 4
-COMPLETE = "flowverify.certifiers.complete.options:CompleteOptions"
+COMPLETE = "flowverify.certifiers.options:CompleteOptions"
 MARABOU = "flowverify.export.options:MarabouOptions"
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
@@ -200,7 +202,7 @@ def _print(job: Job, results: Sequence[Result], name: str, *, searched: bool, ev
 
 
 def _summary(found: Sequence[Certificate], name: str, *, searched: bool) -> str:
-    from flowverify.certifiers.ends import CLOSED, bracketed, count_closed, ends_of, median_text
+    from flowverify.certifiers.base import CLOSED, bracketed, count_closed, ends_of, median_text
 
     counts = Counter(str(certificate.verdict) for certificate in found)
     parts = [f"{counts.pop('certified', 0)} of {len(found)} certified"]

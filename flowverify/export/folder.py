@@ -29,10 +29,9 @@ import flowverify
 from flowverify.ball import Threat
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
-from flowverify.export.configuration import LOADER, LOADER_TEXT, configuration
 from flowverify.export.encodings import ENCODINGS
 from flowverify.export.plan import Export, Instance, Request, plan
-from flowverify.export.vnnlib import VERSIONS, write_property
+from flowverify.export.properties import LOADER, LOADER_TEXT, VERSIONS, configuration, write_property
 from flowverify.network import Network, onnx_model
 from flowverify.results import Certificate
 

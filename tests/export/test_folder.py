@@ -18,10 +18,9 @@ from flowverify.errors import InvalidInputError
 from flowverify.export import folder as folder_module
 from flowverify.export.folder import Layout, PlainCertifier, Source, read_contents, write_folder
 from flowverify.export.plan import Request, plan
-from flowverify.export.replay import repaired, replay
-from flowverify.export.results import collect, read_results, read_witness
+from flowverify.export.results import collect, read_results, read_witness, repaired, replay
 from flowverify.network import write_onnx
-from flowverify.transport.inverse import flow_by_transport, flow_by_tree
+from flowverify.transport.references import flow_by_transport, flow_by_tree
 from tests.contracts import descend
 from tests.export.exact import small_image, small_network
 

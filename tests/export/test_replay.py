@@ -11,12 +11,11 @@ from flowverify.export.folder import Layout, Source, write_folder
 from flowverify.export.marabou import MarabouCertifier
 from flowverify.export.marabou_process import MarabouProcess, marabou_missing
 from flowverify.export.plan import Request
-from flowverify.export.replay import descend, repaired
-from flowverify.export.results import collect
+from flowverify.export.results import collect, descend, repaired
 from flowverify.results import Verdict
 from flowverify.transport.distance import wasserstein_distance
 from flowverify.transport.ground import l1_over_ground
-from flowverify.transport.inverse import flow_by_transport
+from flowverify.transport.references import flow_by_transport
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
 GROUNDS = ("l1", "l2", "l2^2", "l1^1.5", "local:3")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flowverify.errors import InvalidInputError
-from flowverify.transport.backend import Backend, use_compiled
+from flowverify.transport.compiled import Backend, use_compiled
 
 WAYS = 4
 DOWNWARD = (0, 0, 1, -1)
