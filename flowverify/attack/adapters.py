@@ -1,9 +1,11 @@
-"""The attacks as an ``art.attacks.evasion.EvasionAttack``; needs adversarial-robustness-toolbox, an optional extra.
+"""The attacks as other libraries' own; these are optional extras.
 
-attack = art_attack(classifier, "minimal", ground="l2")  # a PyTorchClassifier
-adversarial = attack.generate(x, y)
+As an ``art.attacks.evasion.EvasionAttack`` of adversarial-robustness-toolbox:
 
-The attacks as a foolbox ``MinimizationAttack``; needs foolbox, which is an optional extra.
+    attack = art_attack(classifier, "minimal", ground="l2")  # a PyTorchClassifier
+    adversarial = attack.generate(x, y)
+
+As a foolbox ``MinimizationAttack``:
 
     attack = foolbox_attack(MinimalRadius(network), ground="l2")
     raw, clipped, success = attack(foolbox.PyTorchModel(network, bounds=(0, 1)), images, labels, epsilons=[0.1, 0.3])

@@ -5,13 +5,8 @@ There W1(mu, (1 - t) mu + t nu) = t W1(mu, nu) for every t in [0, 1]: W1 is the 
 1-Lipschitz f, which is homogeneous in nu - mu. For a ground cost that is no metric, the cost of the cheapest plan is
 convex: at most t times that to nu. Nonnegativity, mass and a cap hold on the whole segment.
 
-What an attack returns for a batch of images.
-
-The classifier under attack: any torch module that maps images (B, C, H, W) to logits (B, classes).
-
-Growing radii: the first radius at which an attack succeeds is its answer (Wong et al. 2019, Section 5).
-
-Attacks by name.
+The classifier under attack is any torch module that maps images (B, C, H, W) to logits (B, classes). Where radii grow,
+the first at which an attack succeeds is its answer (Wong et al. 2019, Section 5).
 """
 
 from __future__ import annotations

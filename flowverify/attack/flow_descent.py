@@ -3,11 +3,7 @@
 The loss L(delta) = min over t of f_y - f_t at Delta(R, delta) is minimised over the flows delta with
 ||delta - delta_mu||_1 <= eps and A delta + R >= 0. Since Delta(R, delta) = mu + A (delta - delta_mu), neither the
 iterates nor the result depend on the reference R: the descent runs on d = delta - delta_mu.
-
-Projections onto {delta : ||delta - delta_mu||_1 <= eps, A delta + R >= 0} (framework paper, Section 4).
-
-Both take the displacement d = delta - delta_mu, for which the set is {||d||_1 <= eps, mu + A d >= 0} whatever the
-reference R is.
+Both projections of the paper are onto {||d||_1 <= eps, mu + A d >= 0}.
 """
 
 from __future__ import annotations

@@ -5,15 +5,14 @@ At an iterate x the linearised f_t - f_y is maximised over the whole ball around
 of a convex set, so no projection is needed, and with a cap the oracle keeps to the cap. Wu, Wang & Yu 2020,
 "Stronger and Faster Wasserstein Adversarial Attacks", use the method with an approximate, regularised oracle.
 
-Pairs of an image and a target class: the rows that gradient attacks work on, batched together.
-
-The nearest adversarial image, directly: exact distances to linearised boundaries, then shrinking balls.
-
+The nearest adversarial image is found directly, by exact distances to linearised boundaries, then in shrinking balls.
 As in DeepFool and FAB (Moosavi-Dezfooli et al. 2016; Croce & Hein 2020), but in W1: the distance from mu to the
 half-space in which the linearised f_t - f_y is positive is one exact solve
 (:func:`flowverify.transport.support.best_moves` with a target), around the clean image whatever the iterate. Once an
 adversarial image is known, at radius r, Frank-Wolfe steps run in a ball of a slightly smaller radius; whenever
 they succeed the new image is pulled back along the segment to the boundary and r shrinks again.
+
+The rows that both work on are pairs of an image and a target class, batched together.
 """
 
 from __future__ import annotations

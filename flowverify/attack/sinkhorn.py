@@ -24,12 +24,10 @@ smaller set. The paper omits the entropy's own constant, which this form include
 
 Plans may be local: mass then moves within a k x k window around its pixel (Section 4.2).
 
-Projected gradient ascent on a Wasserstein ball by Sinkhorn projections (Wong et al. 2019).
-
-Equation (2): a step of steepest ascent of the cross-entropy, in the l-infinity or the l2 norm, then Algorithm 2.
-Settings are the paper's (Section 5): 5 x 5 local plans, 2-norm cost, lambda = 1000 for MNIST and 3000 for CIFAR10,
-and a radius that grows until the image is misclassified. The step size, 0.1 in pixel values, is that of the
-authors' code; the paper gives none.
+The attack is projected gradient ascent, equation (2): a step of steepest ascent of the cross-entropy, in the l-infinity
+or the l2 norm, then Algorithm 2. Settings are the paper's (Section 5): 5 x 5 local plans, 2-norm cost, lambda = 1000
+for MNIST and 3000 for CIFAR10, and a radius that grows until the image is misclassified. The step size, 0.1 in pixel
+values, is that of the authors' code; the paper gives none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Jobs that certify: a radius is decided, or the largest certified one is searched.
+"""Jobs over images, by models, ground costs and radii.
 
-Jobs that attack: at a radius, or for the nearest adversarial image.
-
-What the kinds of jobs over images share: models, images, ground costs and radii, and the names of their tasks.
+Those that certify decide a radius, or search the largest certified one; those that attack look at a radius, or for the
+nearest adversarial image.
 """
 
 from __future__ import annotations

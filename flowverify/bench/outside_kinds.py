@@ -1,11 +1,13 @@
-"""Jobs in the manner of the verification competition VNN-COMP: instances.csv, one network and property a line.
+"""Jobs of programs from outside: verifiers, and scripts.
+
+Verifiers work in the manner of the competition VNN-COMP: instances.csv, one network and property a line.
 
 An outside verifier is started once for each line, by a command of the user's. Its answers are about the exported
 network. ``unsat`` certifies, on the verifier's word: nothing here proves it again, and reports count it apart. ``sat``
 falsifies only after its counterexample was replayed on the original network, which takes the folder of
 ``flowverify export`` and that network; without them the answer is kept and the verdict is unknown.
 
-Jobs that run a script of their own and keep what it prints: for measurements that are no list of images.
+Of a script, for measurements that are no list of images, what it prints is kept.
 """
 
 from __future__ import annotations

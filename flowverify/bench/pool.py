@@ -1,9 +1,7 @@
 """Workers and their jobs: who is free, who is late, who has died. The same for every kind of runner.
 
-Workers as processes of this machine.
-
-Workers come from a process that has loaded the libraries and computed nothing (multiprocessing's fork server):
-one costs milliseconds, so that ending those that hang is cheap. Where there is none they are spawned.
+On this machine workers come from a process that has loaded the libraries and computed nothing (multiprocessing's fork
+server): one costs milliseconds, so that ending those that hang is cheap. Where there is none they are spawned.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A folder of results as one HTML page that needs nothing else, as CSV, and as LaTeX tables.
-
-The tables of a report: as rows, and as CSV.
-"""
+"""A folder of results as one HTML page that needs nothing else, as CSV, and as LaTeX tables."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a worker does, wherever it runs: it prepares tasks, computes jobs, and answers, whatever happens.
 
-What a worker may use, and what it used: threads, memory, and the machine that it was.
+With each answer goes what the worker used: threads, memory, and the machine that it was.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the records of a task say together. Radii are in pixels on normalised images.
 
-A paper's numbers beside ours: which records a claim is about, and what is computed from them.
+A paper's numbers stand beside ours by which records a claim is about, and what is computed from them.
 """
 
 from __future__ import annotations

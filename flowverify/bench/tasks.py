@@ -1,7 +1,4 @@
-"""What a suite is made of: tasks over many images, cut into jobs of a few images each.
-
-The kinds of jobs by name.
-"""
+"""What a suite is made of: tasks over many images, cut into jobs of a few images each."""
 
 from __future__ import annotations
 

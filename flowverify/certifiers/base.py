@@ -1,7 +1,5 @@
 """What every certifier has: a network, valid inputs, clean predictions, and two questions that it answers.
 
-What the radii of many images say together: the medians of both ends, and how many brackets are closed.
-
 A certificate bounds an image's exact radius from below, a counterexample from above. A median of certified radii is
 that of the exact ones only where the two meet.
 """

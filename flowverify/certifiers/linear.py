@@ -9,9 +9,8 @@ The proof of the paper's Lemma 7 takes the edge j at which the signed coefficien
 to be the largest absolute value, as the statement of the lemma has it: flow goes either way along an edge. With
 the signed choice the radius is too large wherever the steepest edge points the other way (theory, section 8).
 
-Linear classifiers by linear programming (framework paper, Lemma 8): the reference for the exact radius.
-
-Exact certificates of linear classifiers: a radius, and an image that shows it cannot be larger.
+Linear programming (Lemma 8) is the reference for the exact radius. A certificate is that radius, and an image that
+shows it cannot be larger.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""The options of incomplete certification; nothing heavy is imported, so that help texts can be read from here.
+"""The options of methods; nothing heavy is imported, so that help texts can be read from here.
 
-The options of complete methods; nothing heavy is imported, so that help texts can be read from here.
-
-How the search goes about its work: numbers that change how fast it is, and never what it proves.
-
-Defaults are what was measured to close most brackets (benchmarks/README.md); tests make searches short or hasty with
-others. Users' options are :class:`~flowverify.certifiers.options.CompleteOptions`.
+:class:`SearchSettings` change how fast a complete search is, and never what it proves. Defaults are what was measured
+to close most brackets (benchmarks/README.md); tests make searches short or hasty with others. Users' options are
+:class:`CompleteOptions`.
 """
 
 from __future__ import annotations

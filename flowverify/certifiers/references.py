@@ -13,10 +13,8 @@ R and delta_mu are of size 1 and larger while eps is small; a search that stops 
 the certifier; or a certifier that treats coordinates of delta unequally, for instance by clipping flows to a
 box such as [0, 1] (which would not be sound). We measure the rest and report it.
 
-The maximum over references for a complete certifier on the L1 ball of flows (framework paper, Table 1).
-
-Every reference R names the same set of points, R + A delta_mu = mu being the centre of all of them, so no reference
-can gain more than rounding (theory, section 7). The method is in the paper's table, so it is here, and can be measured.
+The same holds for a complete certifier on the L1 ball of flows. The method is in the paper's Table 1, so it is here,
+and can be measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``flowverify bench``: runs a suite into a folder; the same command goes on where a run ended.
 
-``flowverify report``: the results of a suite as a page, as CSV and as LaTeX tables.
+``flowverify report``: its results as a page, as CSV and as LaTeX tables.
 """
 
 from __future__ import annotations

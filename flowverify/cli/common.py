@@ -1,7 +1,4 @@
-"""Options that several commands take, and the checks of their values.
-
-What commands share: errors on one line, consoles, progress bars, tables, and JSON lines.
-"""
+"""What commands share: options and checks of their values, errors on one line, consoles, progress bars, JSON lines."""
 
 from __future__ import annotations
 

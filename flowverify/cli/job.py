@@ -1,6 +1,6 @@
 """The images of one call: loaded, computed a few at a time, printed and saved as they are done.
 
-A file of JSON lines that a command fills image by image, and goes on with when it is run again.
+They go to a file of JSON lines that a command fills image by image, and goes on with when it is run again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ f(nu) = tail(z) with z = W nu + b, and the ball is a convex set of images. So z 
 counterexample in it" is a proof. A point of it that is a counterexample may be the value of no image: then a direction
 that separates it from the values of images is one more cut, and the question is asked again.
 
-A lowered graph as a program of linear equations, inequalities and ReLUs over numbered variables, in float64.
+The tail is a program of linear equations, inequalities and ReLUs over numbered variables, in float64.
 """
 
 from __future__ import annotations

@@ -4,9 +4,7 @@ With delta = delta_mu + p - q and eps = radius * mass the question is: are there
 and R + A delta >= 0 such that f_t >= f_y for some t != y? (Framework paper 2021, Theorem 6; without the second
 constraint, Theorem 3.) Verifiers differ in what they take besides a box on the inputs.
 
-The inputs X of an exported network, and the image that they stand for.
-
-Rounding to float32 towards one side, so that a written constraint is never tighter than the one that is meant.
+What is written is rounded to float32 towards one side, so that no constraint is tighter than the one that is meant.
 """
 
 from __future__ import annotations

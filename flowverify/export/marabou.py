@@ -1,6 +1,6 @@
 """Complete certification by Marabou, through cuts or exported files, with every counterexample replayed.
 
-Decides a reduced question with Marabou, class by class, adding cuts until it is proven or an image is found.
+A reduced question is decided class by class, with cuts added until it is proven or an image is found.
 """
 
 from __future__ import annotations

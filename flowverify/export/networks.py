@@ -3,10 +3,8 @@
 Weights are computed in float64 and rounded once, when the file is written. Constants of constraints are rounded
 outward beforehand, and ``allowance`` covers the rounding of everything else: an unsafe set is never too small.
 
-How far a change at one place of a network can reach: rounding of weights, and moved mass.
-
-Both bounds propagate absolute values: |W v| <= |W| |v|, and ReLU enlarges no difference. They hold for every
-input, whatever the pattern of active neurons.
+How far rounding of weights and moved mass can reach is bounded by propagating absolute values: |W v| <= |W| |v|, and
+ReLU enlarges no difference. They hold for every input, whatever the pattern of active neurons.
 """
 
 from __future__ import annotations

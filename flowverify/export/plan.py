@@ -1,7 +1,4 @@
-"""From images and radii to the networks that they share and the properties that ask about them.
-
-References of the flow domain by the names that the command line takes.
-"""
+"""From images and radii to the networks that they share and the properties that ask about them."""
 
 from __future__ import annotations
 

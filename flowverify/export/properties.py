@@ -2,15 +2,13 @@
 
 A property asks for a counterexample: "unsat" means that the label holds everywhere in the ball.
 
-Writes properties as VNN-LIB 1.0, in the dialect that all its readers share, or as VNN-LIB 2.0.
+Properties are written as VNN-LIB 1.0, in the dialect that all its readers share, or as VNN-LIB 2.0. The shared dialect:
+one statement a line, comments on lines of their own, plain decimals, coefficients of 1 and -1 as ``(+ X_0 (- X_3))``,
+one pair of bounds a variable, ``(assert (or (and ...) (and ...)))`` for what is unsafe.
 
-The shared dialect: one statement a line, comments on lines of their own, plain decimals, coefficients of 1 and -1 as
-``(+ X_0 (- X_3))``, one pair of bounds a variable, ``(assert (or (and ...) (and ...)))`` for what is unsafe.
-
-The configuration of alpha-beta-CROWN for an L1 ball around 0, which a VNN-LIB file cannot say.
-
-alpha-beta-CROWN reads a box from VNN-LIB, and with ``norm: 1`` beside such a file it takes the ball for one of radius
-0 and proves everything. Only data from a loader of one's own come with a radius; hence the few lines of Python.
+An L1 ball around 0, which a VNN-LIB file cannot say, goes into the configuration of alpha-beta-CROWN. It reads a box
+from VNN-LIB, and with ``norm: 1`` beside such a file it takes the ball for one of radius 0 and proves everything. Only
+data from a loader of one's own come with a radius; hence the few lines of Python.
 """
 
 from __future__ import annotations

@@ -3,12 +3,11 @@
 An answer counts for the very files that were exported: their digests are compared. ``unsat`` becomes certified;
 ``sat`` becomes falsified only if its witness is there and survives the replay, else unknown.
 
-A counterexample counts only after it was replayed: on the exported file, then on the original network.
-
-Verifiers return points on the boundary of what they were asked, up to tolerances of their own. So the witness is
-first made a valid image (no negative pixel, the image's mass, within the radius), and then moved on inside the ball
-by a few steps of Frank-Wolfe, whose oracle is exact; from all of these the nearest counterexample is hunted. Only what
-the replayed image shows is ever claimed, by the rule of :mod:`flowverify.network.subject`.
+The replay is on the exported file, then on the original network. Verifiers return points on the boundary of what they
+were asked, up to tolerances of their own. So the witness is first made a valid image (no negative pixel, the image's
+mass, within the radius), and then moved on inside the ball by a few steps of Frank-Wolfe, whose oracle is exact; from
+all of these the nearest counterexample is hunted. Only what the replayed image shows is ever claimed, by the rule of
+:mod:`flowverify.network.subject`.
 """
 
 from __future__ import annotations

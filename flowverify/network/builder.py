@@ -1,11 +1,9 @@
 """Builds a network operation by operation: what the readers of torch modules and of ONNX files share.
 
-Each method lowers one operation, in the general form that the formats know, to canonical operations, and
-leaves out what changes nothing. Dimensions are counted within one sample; constants have no batch dimension.
-
-Constants that conversion computes, as the float64 numbers nearest to their exact values.
-
-Sizes of the windows of convolutions and pooling: (height, width) pairs and (left, right, top, bottom).
+Each method lowers one operation, in the general form that the formats know, to canonical operations, and leaves out
+what changes nothing. Dimensions are counted within one sample; constants have no batch dimension. Those that conversion
+computes are the float64 numbers nearest to their exact values. Sizes of windows are (height, width) pairs and (left,
+right, top, bottom).
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
 f(Delta(R, delta)) has the first layer W1 A delta + (W1 R + b1). Source: framework paper (2021),
 Corollary 2.1; theory, section 3.
 
-Folds Delta(R, .) into a convolution: a kernel over flow planes, one larger than the kernel over pixels.
-
-A pixel gains what flows in from the left and from above and loses what flows out to the right and below, so
-its kernel entry appears twice over the rightward plane (plus at the pixel on its left, minus at the pixel)
-and twice over the downward plane. Source: framework paper (2021), Corollary 2.1, for convolutions.
+A convolution becomes one over flow planes, its kernel one larger than that over pixels: a pixel gains what flows in
+from the left and from above and loses what flows out to the right and below, so its kernel entry appears twice over the
+rightward plane (plus at the pixel on its left, minus at the pixel) and twice over the downward plane. Source: framework
+paper (2021), Corollary 2.1, for convolutions.
 """
 
 from __future__ import annotations

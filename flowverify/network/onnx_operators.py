@@ -3,8 +3,6 @@
 Everything is evaluated for a batch of one: an argument is a :class:`Value` (depends on the input; shapes
 without the batch) or a constant tensor, whose batch dimension, where it has one, has size 1. An attribute
 that a handler does not take is refused by the reader.
-
-What the ONNX operators that only rearrange values become; see :mod:`onnx_operators`.
 """
 
 from __future__ import annotations

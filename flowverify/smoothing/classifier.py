@@ -1,10 +1,7 @@
 """The smoothed classifier: prediction with abstention, and certified radii.
 
 Source: Cohen et al. 2019, Section 3.2 (PREDICT and CERTIFY), as Levine & Feizi 2020, Section 5, use them.
-
-What a smoothed classifier says about one image.
-
-What is said about many images: accuracies and the median certified robustness of Levine & Feizi 2020, Section 6.
+Over many images, accuracies and the median certified robustness are those of Levine & Feizi 2020, Section 6.
 """
 
 from __future__ import annotations

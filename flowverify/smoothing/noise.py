@@ -1,12 +1,11 @@
-"""Smoothing noise: on flows (Wasserstein smoothing) or on pixels, Laplace or uniform, as images.
+"""Smoothing noise, on flows (Wasserstein smoothing) or on pixels, Laplace or uniform, and the radii that it certifies.
 
 Source: Levine & Feizi 2020, Definition 3.2, Sections 5 and 6.1, Corollary 2 (Laplace noise); Yang et al.
 2020, "Randomized Smoothing of All Shapes and Sizes" (uniform noise).
 
-Certified radii of smoothed classifiers, from a lower bound of the probability of the top class.
-
-For noise with independent coordinates, p(x) the probability that the base classifier answers the class at x + noise,
-and p = p(x) > 1/2 (proofs: theory, section 11):
+Certified radii come from a lower bound of the probability of the top class. For noise with independent coordinates,
+p(x) the probability that the base classifier answers the class at x + noise, and p = p(x) > 1/2 (proofs: theory,
+section 11):
 
 Laplace noise of scale b. The density's derivative in one coordinate is that density times sign(t) / b, so a move
 along one coordinate changes p(x) at the rate E[f sign(t)] / b, and |E[f sign(t)]| <= 1 - p for any f in [0, 1] with
@@ -27,13 +26,12 @@ Uniform noise on [-h, h]. Two boxes whose centres differ by r_i in coordinate i 
     r = 2h * (p - 1/2)                               ``tight`` (Yang et al. 2020).
 
 What L1 means for W1: on flows, W1 with l1 ground is the least L1 length of a flow (Lemma 1 of Levine & Feizi), so the
-radius is r for l1 ground and r / sqrt(2) for l2 (their equation 20). On pixels, |x - y|_1 <= 2 W1 for
-either ground (Corollary 1), so it is r / 2 for both (their equation 21).
+radius is r for l1 ground and r / sqrt(2) for l2 (their equation 20). On pixels, |x - y|_1 <= 2 W1 for either ground
+(Corollary 1), so it is r / 2 for both (their equation 21).
 
-Confidence bounds of a class's probability from counts of samples.
-
-Source: Cohen et al. 2019, "Certified Adversarial Robustness via Randomized Smoothing", Section 3.2, which Levine &
-Feizi 2020, Section 5, follow; Clopper and Pearson 1934; for the test of the top two, Hung and Fithian 2019.
+Confidence bounds of that probability from counts of samples: Cohen et al. 2019, "Certified Adversarial Robustness via
+Randomized Smoothing", Section 3.2, which Levine & Feizi 2020, Section 5, follow; Clopper and Pearson 1934; for the test
+of the top two, Hung and Fithian 2019.
 """
 
 from __future__ import annotations

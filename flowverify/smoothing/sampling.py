@@ -1,12 +1,8 @@
 """Votes of a base classifier on noisy copies of images: seeded by counter, cut to a memory limit.
 
-Random numbers by counter: each is a function of a key and its position, so that no batching changes it.
-
-SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators"): output number k of a
-key is mix(key + (k + 1) * GAMMA) modulo 2^64. The same integers come out of numpy, of torch on any device and of the
-compiled kernel.
-
-The base classifier of a smoothed one: what it answers, batch by batch, within a memory limit.
+A random number is a function of a key and its position, so that no batching changes it: SplitMix64 (Steele, Lea and
+Flood 2014, "Fast Splittable Pseudorandom Number Generators"): output number k of a key is mix(key + (k + 1) * GAMMA)
+modulo 2^64. The same integers come out of numpy, of torch on any device and of the compiled kernel.
 """
 
 from __future__ import annotations

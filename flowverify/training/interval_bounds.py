@@ -1,22 +1,16 @@
 """Bounds of a network's values over Wasserstein balls through which its weights can be trained.
 
 Values that are affine in the image are bounded by duality (theory, section 5) with one multiplier lambda for every row
-and side, and by Lip(c) * eps where that is less: both are sound for every image, so what is trained is sound, but
-not the tightest that the rows allow. Intervals above are those of certification
-(:mod:`flowverify.bounds.intervals`, Gowal et al. 2018). The multipliers follow the weights: where moving the
-batch's mean image to the origins of its dilation costs more than the batch's mean budget, lambda is too small.
+and side, and by Lip(c) * eps where that is less: both are sound for every image, so what is trained is sound, but not
+the tightest that the rows allow. Intervals above are those of certification (:mod:`flowverify.bounds.intervals`, Gowal
+et al. 2018). The multipliers follow the weights: where moving the batch's mean image to the origins of its dilation
+costs more than the batch's mean budget, lambda is too small.
 
-Dilations of a layer's rows that gradients flow through, shared by a whole batch of training images.
-
-By duality (theory, section 5), sum_i mu_i D_lambda(c)_i + lambda * eps bounds c over the Wasserstein ball for EVERY
-lambda >= 0. In training one lambda a row serves all images, so the bounds of a batch are one matrix product.
+In training one lambda a row serves all images, so the bounds of a batch are one matrix product.
 The value at pixel i is c_j - lambda * d(i, j) for some j, its origin, so its derivative in c_j is 1.
 
-Upper bounds of linear functions over the balls around a batch of images, each image with functions of its own.
-
-By duality (theory, section 5) every lambda >= 0 gives one; here the least over a fixed set of shares of Lip(c) is
-taken, which is enough for training. The gradient in c is where that lambda moves the mass of the image (Danskin's
-theorem).
+Where each image has functions of its own, the least bound over a fixed set of shares of Lip(c) is taken, which is
+enough for training. The gradient in c is where that lambda moves the mass of the image (Danskin's theorem).
 """
 
 from __future__ import annotations

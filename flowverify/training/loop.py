@@ -1,8 +1,6 @@
 """Training by a recipe, the same for every training method.
 
-Checkpoints: all that a training needs to go on as if it had never been interrupted.
-
-Training of a model that is kept: the weights as ONNX and the card that describes them.
+A model that is kept is its weights as ONNX and the card that describes them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """A recipe: all that decides the weights of a trained network, as plain values.
 
-Recipes in files: YAML or JSON, the fields of :class:`flowverify.training.Recipe` by name.
+In files, YAML or JSON, they are the fields of :class:`Recipe` by name:
 
 name: mnist-mine         # required; with `base`, all else is as in that shipped recipe
 base: mnist-certified
 seed: 3
 loss_options: {radius: 0.3}
 
-Network architectures that recipes name. All take unnormalised pixels and return one score a class.
+The architectures that they name take unnormalised pixels and return one score a class.
 """
 
 from __future__ import annotations

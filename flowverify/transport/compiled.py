@@ -1,8 +1,7 @@
-"""Hands problems to the compiled CPU kernel: one job a run of neurons, on as many threads as torch has.
+"""Hands problems to the compiled CPU kernels, and says when: the torch implementations take all other devices.
 
-Which implementation computes: compiled kernels on the CPU, or torch on any device.
-
-The support function of one image and budget, solved for one batch of coefficients after the other.
+A batch of rows is one job a run of neurons, on as many threads as torch has. A search that asks about one image and
+budget again and again prepares that problem once.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ No transport solver is needed, on any device and in any dtype:
 
 This is the torch implementation, the reference for the compiled kernels.
 
-The search over the multiplier in torch: any device, the reference for the compiled kernel.
+So is the search over the multiplier that follows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Reference distributions R of the flow domain (framework paper, section 2.2 and its experiments).
+"""Reference distributions R of the flow domain (framework paper, section 2.2 and its experiments), and flows from
+them.
 
-Right inverses of the flow application map: a flow delta_mu with R + A delta_mu = mu.
-
-Framework paper (2021), section 2.2: any such flow will do. :func:`flow_by_transport` (Algorithm 2) gives one
-of the least l1 norm, which is W1(R, mu); :func:`flow_by_tree` gives one in closed form, without a solver.
+A right inverse of the flow application map is a flow delta_mu with R + A delta_mu = mu; any will do.
+:func:`flow_by_transport` (Algorithm 2) gives one of the least l1 norm, which is W1(R, mu); :func:`flow_by_tree` gives
+one in closed form, without a solver.
 """
 
 from __future__ import annotations

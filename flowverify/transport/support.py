@@ -15,35 +15,31 @@ duality gap. The same duality is that of Wasserstein distributionally robust opt
 2016; Blanchet & Murthy 2019).
 
 Two implementations give the same numbers: compiled kernels on the CPU
-(:mod:`flowverify.transport.compiled`), and torch on any device (:mod:`flowverify.transport.dilation`). With a cap,
-nu <= cap, the bound is that of :mod:`flowverify.transport.support`.
+(:mod:`flowverify.transport.compiled`), and torch on any device (:mod:`flowverify.transport.dilation`).
 
-The support function of the ball with a cap on the pixels, nu <= cap: an upper bound, tightened step by step.
-
-The cap adds one multiplier eta_j >= 0 for every target pixel to the duality (theory, sections 5 and 10):
+A cap on the pixels, nu <= cap, makes it an upper bound, tightened step by step. The cap adds one multiplier eta_j >= 0
+for every target pixel to the duality (theory, sections 5 and 10):
 
     h_cap(c) = min over lambda, eta >= 0 of
                lambda * eps + sum_i mu_i max_j (c_j - eta_j - lambda d(i, j)) + cap * sum_j eta_j
              = min over eta >= 0 of  h(c - eta) + cap * sum_j eta_j,
 
-with h the support function without a cap. EVERY eta >= 0 gives a sound bound (weak duality), and eta = 0 that without
-a cap, so the result is never worse. The function of eta is convex, and cap - nu*(c - eta) is a subgradient: a pixel
-that receives more than the cap costs more, one that has room costs less. The steps are Polyak's with an estimated
-optimum (Polyak 1969; Brannlund 1993): a share below the best value so far, which shrinks whenever a step fails.
+with h the support function without a cap. EVERY eta >= 0 gives a sound bound (weak duality), and eta = 0 that without a
+cap, so the result is never worse. The function of eta is convex, and cap - nu*(c - eta) is a subgradient: a pixel that
+receives more than the cap costs more, one that has room costs less. The steps are Polyak's with an estimated optimum
+(Polyak 1969; Brannlund 1993): a share below the best value so far, which shrinks whenever a step fails.
 
-The best moves of mass for a linear function, for any ground cost: exact, without a search or a solver.
-
-For an image mu >= 0, coefficients c and a ground cost d, over the images nu >= 0 of equal mass per channel,
+The maximiser itself, for one function an image and any ground cost, needs neither a search nor a solver. For an image
+mu >= 0, coefficients c and a ground cost d, over the images nu >= 0 of equal mass per channel,
 
     maximise c . nu  subject to  W1(mu, nu) <= budget          (the linear-minimisation oracle of an attack)
     minimise W1(mu, nu)  subject to  c . (nu - mu) >= target   (the distance to a half-space)
 
-are one problem read in two ways. In terms of plans it is: each source i sends its mass mu_i to pixels j, gaining
-c_j - c_i at cost d(i, j) a unit. The gains that a source can have at each cost form a concave envelope, and the
-optimum takes the steps of all envelopes in order of their slope until the budget is spent or the target is
-reached: a continuous multiple-choice knapsack, whose slope at the end is the dual's lambda (theory, section 5).
-:func:`flowverify.transport.support.support` and :func:`flowverify.transport.least_budget.least_budget` do the same
-for many functions of each image.
+are one problem read in two ways. In terms of plans it is: each source i sends its mass mu_i to pixels j, gaining c_j -
+c_i at cost d(i, j) a unit. The gains that a source can have at each cost form a concave envelope, and the optimum takes
+the steps of all envelopes in order of their slope until the budget is spent or the target is reached: a continuous
+multiple-choice knapsack, whose slope at the end is the dual's lambda (theory, section 5). :func:`support` and
+:func:`flowverify.transport.least_budget.least_budget` do the same for many functions of each image.
 
 With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`flowverify.transport.moves_kernel`.
 """

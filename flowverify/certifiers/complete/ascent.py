@@ -2,12 +2,11 @@
 
 The steps are taken on the reduced problem; the bounds that come out are in float64 and on all pixels.
 
-The bound of :mod:`~flowverify.certifiers.complete.relaxation` with its gradient in the multipliers.
-
-Two implementations give the same numbers: compiled kernels on the CPU, autograd on any device. The gradient is a pass
-forwards through the relaxed network: rho's is what a layer reads at the minimiser over the ball, and what the layer
-puts out there is the gradient in the coefficients A, from which the next layer reads. The compiled pass knows no
-rounding: it is for the steps of a search, whose last bound is :func:`lower_bound`'s.
+The bound is that of :mod:`~flowverify.certifiers.complete.relaxation`. Two implementations of its gradient give the
+same numbers: compiled kernels on the CPU, autograd on any device. The gradient is a pass forwards through the relaxed
+network: rho's is what a layer reads at the minimiser over the ball, and what the layer puts out there is the gradient
+in the coefficients A, from which the next layer reads. The compiled pass knows no rounding: it is for the steps of a
+search, whose last bound is :func:`lower_bound`'s.
 """
 
 from __future__ import annotations

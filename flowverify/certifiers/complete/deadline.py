@@ -1,6 +1,6 @@
 """When a search stops: seconds, nodes, or an event; and shares of them for the parts of a search.
 
-Threads that share out the rows of a batch: one row's bound has nothing to do with another's.
+And who does the work until then: threads that share out the rows of a batch, of which none depends on another.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Certificates by mixed-integer programming: a second complete method, that shares no search with the first.
 
-A lower bound on the optimum of a mixed-integer program that needs no solver's word.
-
-For rows G x <= h, columns 0 <= x <= u with a limit T on the sum of the first ones (the flows), and any y >= 0,
+Its lower bounds need no solver's word. For rows G x <= h, columns 0 <= x <= u with a limit T on the sum of the first
+ones (the flows), and any y >= 0,
 
     min c . x >= -y . h + T min(0, min over flows of r) + sum over the rest of min(r x_low, r x_high),  r = c + G^T y
 

@@ -1,6 +1,6 @@
 """Bounds of what the ReLUs read, over one ball: exact in the first layer, optimised CROWN above, refined by splits.
 
-Joint limits for the nodes of a search: of the neurons whose relaxation costs each node's bound most.
+Joint limits are set on the neurons whose relaxation costs a node's bound most.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""TreeNodes of the search tree, many in one batch: what is split, the bounds of the neurons, the multipliers.
+"""Nodes of the search tree, many in one batch: what is split, the bounds of the neurons, the multipliers.
 
-Which ReLU to split: candidates by the BaBSR score, the best of them by trying both sides.
+The ReLU to split next is the best, by trying both sides, of a few candidates with the highest score.
 
 BaBSR (Bunel et al. 2020) ranks unstable neurons by what their upper line costs the bound; filtered smart branching
 (De Palma et al. 2021) computes a cheap bound of both children for a few of the best and takes the neuron whose worse

@@ -4,13 +4,10 @@ The steps of a search look at the problem in small: mostly in float32, and only 
 Nothing in that is a bound. What the steps lead to is bounded in float64 on all pixels, by
 :func:`~flowverify.certifiers.complete.relaxation.lower_bound`, for which any multipliers will do (theory, section 16).
 
-A ReLU network as affine maps between its image, its ReLUs and its output, for bounds that run backwards.
-
-Stage k is what the k-th ReLU reads (the last stage: the output). It is an affine function of the image (source 0)
-and of the outputs of earlier ReLUs (sources 1, 2, ...): z_k = b_k + sum over s of W_ks a_s. Convolutions, pooling by
-averages, scales and skip connections all lie inside these maps, as dense matrices.
-
-The least value of many linear functions over one and the same ball, again and again.
+The network is affine maps between its image, its ReLUs and its output, for bounds that run backwards. Stage k is what
+the k-th ReLU reads (the last stage: the output). It is an affine function of the image (source 0) and of the outputs of
+earlier ReLUs (sources 1, 2, ...): z_k = b_k + sum over s of W_ks a_s. Convolutions, pooling by averages, scales and
+skip connections all lie inside these maps, as dense matrices.
 """
 
 from __future__ import annotations

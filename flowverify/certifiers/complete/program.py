@@ -9,11 +9,6 @@ by its bound, every row and the objective by its largest coefficient. Factors ar
 
 What is written down is in floating point, and the network is not: beside each value stands by how much it may be off
 anywhere on the program (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and rows give way by it.
-
-The values of a network as affine functions of a program's columns, and how far the network itself may be off.
-
-What is written down is in floating point, and the network is not: rounding is bounded a priori by sums of absolute
-values (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1).
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ the budget, for a tree that would not be done by then. Where a tree ends undecid
 counterexample (a tie to within rounding, or a ball whose bounds are not exact), so would every larger one: radii are
 then halved down to the least such.
 
-Which radius a tree is grown at next, from what the trees before it have cost.
-
-The size of a tree grows exponentially with its radius, so that most of a budget belongs to the radius that closes the
-bracket, if that can be reached, and all smaller ones together cost little beside it.
+Which radius comes next is decided from what the trees before it have cost. The size of a tree grows exponentially with
+its radius, so that most of a budget belongs to the radius that closes the bracket, if that can be reached, and all
+smaller ones together cost little beside it.
 """
 
 from __future__ import annotations

@@ -13,26 +13,25 @@ The coefficients of the stage below are then rho_k W_k. CROWN (Zhang et al. 2018
 are beta-CROWN's (Wang et al. 2021): rho = A - beta or beta. At its best it is the LP relaxation (Ehlers 2017; dual:
 Dvijotham et al. 2018). Proof: theory, section 16.
 
-Joint limits (:mod:`~flowverify.certifiers.complete.relaxation`) go beyond the relaxation of single neurons. To
-sum_i max(up_i z_i, -down_i z_i) <= limit belongs a theta >= 0: theta times the difference of both sides may be added,
-which makes neuron i steeper, with U = sum of theta up_i above 0 and D = sum of theta down_i below:
+Joint limits, below, go beyond the relaxation of single neurons. To sum_i max(up_i z_i, -down_i z_i) <= limit belongs a
+theta >= 0: theta times the difference of both sides may be added, which makes neuron i steeper, with U = sum of theta
+up_i above 0 and D = sum of theta down_i below:
 
     min over the hull = min((rho + D) (-l), 0, (A + U - rho) u)     l < 0 < u
 
 It is 0 for rho between -D and A + U, if there is any such: alpha in [0, 1] chooses it. Otherwise rho is the chord's,
 that makes both ends equal. Neurons with one phase have rho = A + U or -D. To all, gamma is added, free on splits.
 
-What is computed may be off by rounding, and is lowered by as much. Any rho is sound, the rounded one too: only what
-is computed from it matters. With P_k the magnitudes of :mod:`flowverify.network.rounding`, which are at least |z_k|,
-|l_k| and |u_k| (bounds are cut off there), b_k and W_k weighted by rho_k, or by the specification, put in terms of at
-most |rho_k| . P_k in sum, with their own rounding; A is a sum of such rho_k W_k, and what the hull's minimum or the
-ball makes of it is no more than that again; U and D put in (U + D) . P_k, limits theta limit. gamma_n times the sum
-of all these is the lowering; a few units more for the minimum over the hull are among the n.
+What is computed may be off by rounding, and is lowered by as much. Any rho is sound, the rounded one too: only what is
+computed from it matters. With P_k the magnitudes of :mod:`flowverify.network.rounding`, which are at least |z_k|, |l_k|
+and |u_k| (bounds are cut off there), b_k and W_k weighted by rho_k, or by the specification, put in terms of at most
+|rho_k| . P_k in sum, with their own rounding; A is a sum of such rho_k W_k, and what the hull's minimum or the ball
+makes of it is no more than that again; U and D put in (U + D) . P_k, limits theta limit. gamma_n times the sum of all
+these is the lowering; a few units more for the minimum over the hull are among the n.
 
-Joint limits of a layer's neurons: a ball of small budget cannot drive all of them to their extremes at once.
-
-The relaxation of an unstable neuron with bounds l < 0 < u overrates its output by up to gap * (1 - max(z / u, z / l)),
-gap = -l u / (u - l), whatever the others do; by nothing only at its extremes. For weights w >= 0 on m neurons,
+**Joint limits** of a layer's neurons say that a ball of small budget cannot drive all of them to their extremes at
+once. The relaxation of an unstable neuron with bounds l < 0 < u overrates its output by up to gap * (1 - max(z / u, z /
+l)), gap = -l u / (u - l), whatever the others do; by nothing only at its extremes. For weights w >= 0 on m neurons,
 
     sum over i of w_i max(z_i / u_i, z_i / l_i) <= limit = max over sign patterns s of max over the ball of
                                                            sum over i of w_i z_i / (u_i if s_i > 0 else l_i)

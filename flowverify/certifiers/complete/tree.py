@@ -1,16 +1,12 @@
 """Branch and bound at one radius: proves that no class overtakes the label in the ball, or comes across one that does.
 
-A tree covers the ball for every other class whose bound is not positive at once. TreeNodes are taken from the end of a
+A tree covers the ball for every other class whose bound is not positive at once. Nodes are taken from the end of a
 stack, many at a time; a node whose bound is positive is done. Balls are nested, so a tree may go on when its radius
 becomes smaller: whatever is done stays done.
 
-A node whose ReLUs are all decided is a linear program; its multipliers give a bound that needs no solver's word.
-
-On such a node the network is affine, so the least value of the specification over the ball and the splits is a
-linear program in the flows. HiGHS solves it; the dual prices of the splits become the gamma of
+On a node whose ReLUs are all decided the network is affine, so the least value of the specification over the ball and
+the splits is a linear program in the flows. HiGHS solves it; the dual prices of the splits become the gamma of
 :func:`~flowverify.certifiers.complete.relaxation.lower_bound`, which is sound for any, and exact for these.
-
-The least margin over one ball, from both sides.
 """
 
 from __future__ import annotations
