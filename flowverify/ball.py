@@ -337,7 +337,7 @@ class Ball:
         rows = inside.nonzero().flatten()
         if rows.numel():
             price = self.threat.price(self.images[rows], others[rows], mass_tolerance)
-            inside[rows] = price <= self.budget[rows] * (1 + tolerance) ** self.threat.cost.power
+            inside[rows] = price <= self.budget[rows] * self.threat.cost.budget(1 + tolerance)
         return inside
 
     def pull_back(self, others: Tensor) -> Tensor:

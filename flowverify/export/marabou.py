@@ -26,6 +26,7 @@ from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap, write_property
 from flowverify.export.results import falsify, replay
 from flowverify.network import write_onnx
+from flowverify.network.subject import Subject
 from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.references import flow_by_transport
@@ -252,7 +253,7 @@ class MarabouCertifier(BaseCertifier):
         self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export, candidate: Tensor
     ) -> Found | None:
         """Falsified if steps inside the ball lead from the candidate to a misclassified image, which is replayed."""
-        shown = falsify(self, candidate, image, label, ball, scales=(1.0,))
+        shown = falsify(self.subject, candidate, image, label, ball, scales=(1.0,))
         if shown.image is None:
             return None
         inputs, values = export.network.inputs, export.instances[0].centre.copy()
@@ -260,7 +261,7 @@ class MarabouCertifier(BaseCertifier):
         values[: inputs.flows] += torch.cat([flow.clamp(min=0), (-flow).clamp(min=0)]).numpy()
         onnx = folder / "network.onnx"
         write_onnx(export.network.graph, onnx)
-        shown = replay(self, image, label, ball, values, inputs, export.network.encoding, onnx)
+        shown = replay(self.subject, image, label, ball, values, inputs, export.network.encoding, onnx)
         return (Verdict.FALSIFIED, "", shown.distance) if shown.falsified else None
 
     def _by_files(
@@ -277,7 +278,7 @@ class MarabouCertifier(BaseCertifier):
 
         def attempt(instance: Instance, tightening: str) -> tuple[Outcome, Found]:
             onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - self._clock()))
-            return outcome, verdict_of(self, image, label, ball, outcome, export, onnx)
+            return outcome, verdict_of(self.subject, image, label, ball, outcome, export, onnx)
 
         outcome, found = attempt(asked, TIGHTENINGS[0])
         if outcome.result != "sat" or found[0] is Verdict.FALSIFIED:
@@ -346,7 +347,7 @@ class MarabouCertifier(BaseCertifier):
 
 
 def verdict_of(
-    certifier: BaseCertifier,
+    subject: Subject,
     image: Tensor,
     label: int,
     ball: WassersteinBall,
@@ -358,7 +359,7 @@ def verdict_of(
         return Verdict.CERTIFIED, "", None
     if outcome.result == "sat" and outcome.values is not None:
         shown = replay(
-            certifier, image, label, ball, outcome.values, export.network.inputs, export.network.encoding, onnx
+            subject, image, label, ball, outcome.values, export.network.inputs, export.network.encoding, onnx
         )
         return (Verdict.FALSIFIED, "", shown.distance) if shown.falsified else (Verdict.UNKNOWN, shown.reason, None)
     if outcome.result in ("timeout", "error"):

@@ -19,7 +19,6 @@ from flowverify.export.properties import Property, make_property
 from flowverify.grid import Grid
 from flowverify.network import Network
 from flowverify.transport.distance import FLOAT32_MASS_TOLERANCE, channel_masses, check_measures
-from flowverify.transport.ground import l1_over_ground
 from flowverify.transport.references import flow_by_tree, make_reference
 
 NAMES = ("image", "uniform", "point:ROW,COLUMN", "FILE.npy")
@@ -143,6 +142,7 @@ class _Placed:
 
     position: int
     label: int
+    image: Tensor  # (C, H, W)
     masses: Tensor  # (C,)
     pattern: Tensor  # (C, H, W): of mass 1 in every channel, or anything that the masses are not multiplied with
     reference: Tensor  # (C, H, W)
@@ -193,16 +193,18 @@ def _place(images: Tensor, labels: Tensor, encoding: Encoding, name: str) -> Ite
             flow = flow_by_tree(reference[None], image[None], grid)[0]
             missed = float((grid.apply(reference, flow) - image).abs().sum())
             error = missed * max(1, grid.diameter)
-        yield _Placed(position, int(label), own, unit, reference, flow, error)
+        yield _Placed(position, int(label), image, own, unit, reference, flow, error)
 
 
 def _export(
     network: Network, parts: Parts, encoding: Encoding, request: Request, members: Sequence[_Placed], own: bool
 ) -> Export:
     grid, first = network.grid, members[0]
-    factor = l1_over_ground(request.ground)
     asked = [(one, radius) for one in members for radius in request.radii]
-    budgets = [scalar_up(radius * factor * float(one.masses.sum()) * (1 + 1e-12) + one.error) for one, radius in asked]
+    covers = [WassersteinBall(radius, request.ground).around(one.image).within(Threat("l1")) for one, radius in asked]
+    budgets = [
+        scalar_up(float(cover.budget) * (1 + 1e-12) + one.error) for (one, _), cover in zip(asked, covers, strict=True)
+    ]
     several_masses = any(not torch.equal(one.masses, first.masses) for one in members)
     base = first.pattern if several_masses else first.reference
     plain = FlowInputs(grid, encoding.form, base)

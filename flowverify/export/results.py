@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from flowverify.ball import INSIDE, WassersteinBall
-from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.errors import DependencyError, InvalidInputError, SolverError
 from flowverify.export.encodings import Encoding, FloatArray, FlowInputs, check_encoding
-from flowverify.export.folder import MANIFEST, PlainCertifier, load_arrays, model_digest, read_contents
+from flowverify.export.folder import MANIFEST, load_arrays, model_digest, read_contents
 from flowverify.network import Network
-from flowverify.network.subject import surplus
+from flowverify.network.subject import Subject, surplus
 from flowverify.results import Certificate, Verdict
 
 STEPS = 12
@@ -55,7 +54,7 @@ class Replay:
 
 
 def replay(
-    certifier: BaseCertifier,
+    subject: Subject,
     image: Tensor,  # (C, H, W)
     label: int,
     ball: WassersteinBall,
@@ -67,7 +66,7 @@ def replay(
     """Whether the input vector that a verifier returned leads to a misclassified image of the ball.
 
     Args:
-        certifier: the original network, in its own precision and in float64.
+        subject: the original network.
         values: X, (inputs.size,).
         onnx: the exported file that the verifier was given.
 
@@ -75,17 +74,17 @@ def replay(
         DependencyError: onnxruntime is not installed.
     """
     outputs = run_onnx(onnx, values)
-    exported = _exported_margin(outputs, label, encoding, certifier.network.num_classes)
+    exported = _exported_margin(outputs, label, encoding, subject.classes(image[None]))
     if not exported <= TOLERANCE * (1 + float(np.abs(outputs).max())):
         return Replay(False, reason=f"replay: the exported network does not confirm it, margin {exported:.3g}")
     try:
-        return falsify(certifier, inputs.image(values), image, label, ball)
+        return falsify(subject, inputs.image(values), image, label, ball)
     except SolverError as error:
         return Replay(False, reason=f"replay: the distance of the witness could not be computed ({error})")
 
 
 def falsify(
-    certifier: BaseCertifier,
+    subject: Subject,
     point: Tensor,  # (C, H, W)
     image: Tensor,  # (C, H, W)
     label: int,
@@ -101,14 +100,14 @@ def falsify(
         SolverError: an exact distance could not be computed.
     """
     centre, point = image.detach().cpu().double(), point.detach().cpu().double()
-    nearest = NearestCounterexample(certifier.subject, centre.to(certifier.device), label, ball.threat)
+    nearest = NearestCounterexample(subject, centre.to(subject.device), label, ball.threat)
     margins = []
     for scale in scales:
         larger = ball.with_radius(scale * ball.radius)
         start = repaired(point, centre, larger)
-        best, margin = descend(certifier, start, centre, label, larger)
+        best, margin = descend(subject, start, centre, label, larger)
         margins.append(margin)
-        nearest.offer(torch.stack([point, start, best]).to(certifier.device), descend=True)
+        nearest.offer(torch.stack([point, start, best]).to(subject.device), descend=True)
         if nearest.witness is not None and nearest.radius <= ball.radius:
             return Replay(True, nearest.witness.cpu(), nearest.radius)
     return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
@@ -154,15 +153,13 @@ def _exported_margin(outputs: FloatArray, label: int, encoding: Encoding, classe
     return float(logits[label] - np.delete(logits, label).max())
 
 
-def descend(
-    certifier: BaseCertifier, start: Tensor, image: Tensor, label: int, ball: WassersteinBall
-) -> tuple[Tensor, float]:
+def descend(subject: Subject, start: Tensor, image: Tensor, label: int, ball: WassersteinBall) -> tuple[Tensor, float]:
     """The image of least margin f_label - max f_t met on the way, and that margin in float64.
 
     Frank-Wolfe over the ball: the cost of the cheapest plan is convex for every ground cost, so that mixtures of images
     of the ball stay inside.
     """
-    network, device = certifier.precise, certifier.device  # weights need no gradient
+    network, device = subject.precise, subject.device  # weights need no gradient
     inside = ball.around(image)[[0] * NEIGHBOURS]
     inside = inside.with_budget(inside.budget * INSIDE)
 
@@ -295,12 +292,13 @@ def _certificates(
     request = manifest["request"]
     encoding = check_encoding(request["encoding"])
     method = "fine-tuned" if request["positivity"] else "vanilla"
-    certifier = PlainCertifier(network, method, f"export-{encoding.name}")
+    bound = f"export-{encoding.name}"
+    subject = Subject(network)
     positions = {int(index): k for k, index in enumerate(arrays["indices"])}
     for one in manifest["misclassified"]:
         for radius in request["radii"]:
             yield one["index"], Certificate(
-                Verdict.MISCLASSIFIED, one["label"], one["prediction"], method, certifier.bound, request["ground"],
+                Verdict.MISCLASSIFIED, one["label"], one["prediction"], method, bound, request["ground"],
                 radius, None, 0.0,
             )  # fmt: skip
     for one in manifest["instances"]:
@@ -321,14 +319,14 @@ def _certificates(
                     file.write(read_contents(folder, one["onnx"]))
                     file.flush()
                     shown = replay(
-                        certifier, image, one["label"], ball, read_witness(path, inputs.size), inputs, encoding,
+                        subject, image, one["label"], ball, read_witness(path, inputs.size), inputs, encoding,
                         Path(file.name),
                     )  # fmt: skip
                 note, upper = shown.reason, shown.distance
                 verdict = Verdict.FALSIFIED if shown.falsified else Verdict.UNKNOWN
         seconds = given[-1].seconds if given else 0.0
         yield one["index"], Certificate(
-            verdict, one["label"], one["label"], method, certifier.bound, ball.ground, ball.radius, None, seconds,
+            verdict, one["label"], one["label"], method, bound, ball.ground, ball.radius, None, seconds,
             upper, note,
         )  # fmt: skip
 
