@@ -308,7 +308,7 @@ ENGINES = Registry(
         "marabou": Entry(
             "Marabou 2.0.0 in a process of its own: complete, slow, for vanilla and fine-tuned",
             "flowverify.export.marabou:MarabouCertifier",
-            "flowverify.export.options:MarabouOptions",
+            "flowverify.certifiers.options:MarabouOptions",
         ),
     },
     base="flowverify.certifiers.base:BaseCertifier",

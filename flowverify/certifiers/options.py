@@ -1,4 +1,4 @@
-"""The options of methods; nothing heavy is imported, so that help texts can be read from here.
+"""The options of methods and of outside engines; nothing heavy is imported, so that help texts can be read from here.
 
 :class:`SearchSettings` change how fast a complete search is, and never what it proves. Defaults are what was measured
 to close most brackets (benchmarks/README.md); tests make searches short or hasty with others. Users' options are
@@ -230,3 +230,27 @@ class CompleteOptions:
     def deadline(self) -> Deadline:
         """For one image, from now on."""
         return Deadline(self.timeout, self.nodes, self.clock)
+
+
+ENCODINGS = ("cuts", "linear", "outputs", "penalty")
+
+
+@dataclass(frozen=True)
+class MarabouOptions:
+    """How Marabou is asked, and how long.
+
+    Raises:
+        UnknownNameError: another encoding.
+        InvalidInputError: a timeout that is not positive.
+    """
+
+    encoding: str = option(
+        "cuts", "How marabou is asked: cuts (class by class), or by files: linear, outputs or penalty."
+    )
+    timeout: float = option(300.0, "Seconds for an image and a radius.")
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ENCODINGS:
+            raise UnknownNameError("encoding for marabou", self.encoding, ENCODINGS)
+        if not self.timeout > 0:
+            raise InvalidInputError(f"timeout: given {self.timeout!r}, expected seconds > 0")

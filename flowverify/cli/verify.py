@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PICTURED = 4
 COMPLETE = "flowverify.certifiers.options:CompleteOptions"
-MARABOU = "flowverify.export.options:MarabouOptions"
+MARABOU = "flowverify.certifiers.options:MarabouOptions"
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
+from flowverify.certifiers.options import MarabouOptions
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outcome
 from flowverify.export.networks import Parts, take_apart
-from flowverify.export.options import MarabouOptions
 from flowverify.export.plan import Export, Instance, Request, plan
 from flowverify.export.properties import by_a_gap, write_property
 from flowverify.export.results import falsify, replay
