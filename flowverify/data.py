@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowverify.conventions import check_channels_first, check_labels
+from flowverify.conventions import check_channels_first, check_labels, has_channels_last
 from flowverify.errors import DataError, DependencyError, InvalidInputError, UnknownNameError
 from flowverify.registry import DATASETS
 
@@ -117,8 +117,9 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
     Somebody else's ``MODULE:NAME`` is called with the split and the folder, and returns a :class:`Dataset`.
 
     Args:
-        name: for a path, the file holds ``images`` (N, H, W) or (N, C, H, W), either uint8 (divided by
-            255) or float >= 0, and integer ``labels`` (N,); it is taken whole, whatever the split.
+        name: for a path, the file holds ``images`` (N, H, W), (N, C, H, W) or (N, H, W, C), either uint8 (divided by
+            255) or float >= 0, and integer ``labels`` (N,); it is taken whole, whatever the split. Channels come
+            last where :func:`flowverify.conventions.has_channels_last` says so.
         split: ``train`` or ``test``.
         data_dir: the folder of the files, or of the subfolder ``mnist`` or ``cifar10_sample``. Without
             it, that subfolder of ``$FLOWVERIFY_DATA`` is used if it exists. Otherwise mnist is
@@ -298,6 +299,8 @@ def _read_npz(path: Path, name: str, split: str) -> Dataset:
         pixels = _levels(images) if images.dtype == np.uint8 else torch.from_numpy(images.astype(np.float32))
     if pixels.ndim == 3:
         pixels = pixels[:, None]
+    elif pixels.ndim == 4 and has_channels_last(pixels.shape[1:]):
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
     try:
         return Dataset(pixels, check_labels(labels, labels.size).reshape(labels.shape), name, split)
     except (DataError, InvalidInputError) as error:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flowverify.bounds.recipes import BOUNDS, check_bound
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.registry import option
 
 if TYPE_CHECKING:
     from flowverify.certifiers.complete.counterexamples import Adversary
+    from flowverify.certifiers.complete.deadline import Deadline
     from flowverify.certifiers.complete.radius_search import Progress
 
 DOMAINS = ("auto", "image", "flow")
@@ -229,6 +229,8 @@ class CompleteOptions:
 
     def deadline(self) -> Deadline:
         """For one image, from now on."""
+        from flowverify.certifiers.complete.deadline import Deadline
+
         return Deadline(self.timeout, self.nodes, self.clock)
 
 

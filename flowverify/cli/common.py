@@ -7,8 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -21,7 +22,36 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-Model = Annotated[str, typer.Argument(help="A shipped model (see `flowverify models`) or the path of an ONNX file.")]
+    from flowverify.network import Network
+
+N = TypeVar("N", int, float)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A shipped model (see `flowverify models`); an .onnx, .pt2 or TorchScript file; or PATH.py:FACTORY, a "
+        "function that returns a torch module."
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="Channels of a file first (nchw) or last (nhwc), where it does not say.", show_default=False),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(metavar="C,H,W", help="Images of a file; by default those of the data set.", show_default=False),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="What was taken off pixels for a file that wants it: M, or one a channel.", show_default=False),
+]
+Std = Annotated[
+    str | None, typer.Option(help="What they were divided by then: S, or one a channel.", show_default=False)
+]
+Output = Annotated[str | None, typer.Option(help="Which of several outputs holds the classes.", show_default=False)]
+Weights = Annotated[
+    str | None, typer.Option(help="State dict (torch.save) for what a factory returns.", show_default=False)
+]
 DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
 Split = Annotated[str, typer.Option(help="test or train.")]
@@ -44,6 +74,62 @@ Options = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="Another option of the method; repeat it for several.", show_default=False),
 ]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the command line names it, with what its file does not say about itself."""
+
+    model: str
+    layout: str | None = None
+    input_shape: str | None = None
+    mean: str | None = None
+    std: str | None = None
+    output: str | None = None
+    weights: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def is_shipped(self) -> bool:
+        from flowverify.network.load import is_source
+
+        return not is_source(self.model)
+
+    def load(self, shape: tuple[int, int, int] | None = None) -> Network:
+        """The network, for images of this shape unless ``--input-shape`` says another.
+
+        Raises:
+            FlowverifyError: see :func:`flowverify.zoo.load_model`.
+        """
+        from flowverify.zoo import load_model
+
+        given = None if self.input_shape is None else _numbers("input-shape", self.input_shape, int)
+        if given is not None:
+            if len(given) != 3:
+                raise InvalidInputError(f"input-shape {self.input_shape!r}: expected C,H,W")
+            shape = (given[0], given[1], given[2])
+        mean, std = (
+            None if text is None else _numbers(name, text, float)
+            for name, text in (("mean", self.mean), ("std", self.std))
+        )
+        network = load_model(
+            self.model, shape, layout=self.layout, mean=mean, std=std, output=self.output, weights=self.weights
+        )
+        if not self.is_shipped:
+            for note in network.notes:
+                typer.echo(f"{self.model}: {note}", err=True)
+        return network
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInputError(f"{name} {text!r}: expected numbers with commas between them") from None
 
 
 def check_device(name: str) -> Any:

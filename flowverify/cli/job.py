@@ -19,6 +19,7 @@ import typer
 
 from flowverify.cli.common import (
     INTERRUPTED,
+    Source,
     check_device,
     check_writable,
     json_line,
@@ -97,6 +98,7 @@ class Job:
     """The images of one call, and what comes out of it.
 
     Args:
+        source: a shipped model, a file or a factory.
         save: a file of JSON lines that is gone on with, if it is there.
 
     Raises:
@@ -105,7 +107,7 @@ class Job:
 
     def __init__(
         self,
-        model: str,
+        source: Source,
         dataset: str | None,
         index: str | None,
         split: str,
@@ -119,13 +121,13 @@ class Job:
 
         target = check_device(device)
         self.save = None if save is None else check_writable(save, "save")
-        network, self.data = load_inputs(model, dataset, split, data_dir)
+        network, self.data = load_inputs(source, dataset, split, data_dir)
         self.network: Network = network.to(target)
         self.positions = list(
             parse_index(f":{min(DEFAULT_COUNT, len(self.data))}" if index is None else index, len(self.data))
         )
-        self.title, self.json = f"{model} on {self.data.name}", json
-        self.settings: dict[str, Any] = {"model": model, "dataset": self.data.name, "split": split}
+        self.title, self.json = f"{source.model} on {self.data.name}", json
+        self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -234,15 +236,15 @@ class Job:
             raise typer.Exit(INTERRUPTED)
 
 
-def load_inputs(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
-    """A shipped model or an ONNX file, and its data set, by default the one of the model's card."""
+def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
+    """A model and its data set, by default the one of a shipped model's card."""
     from flowverify.data import load_dataset
-    from flowverify.zoo import load_card, load_model
+    from flowverify.zoo import load_card
 
-    if model.endswith(".onnx"):
-        if dataset is None:
-            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
-        data = load_dataset(dataset, split, data_dir)
-        return load_model(model, data.input_shape), data
-    network = load_model(model)
-    return network, load_dataset(dataset or load_card(model).dataset, split, data_dir)
+    if source.is_shipped:
+        network = source.load()
+        return network, load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
+    if dataset is None:
+        raise InvalidInputError(f"model {source.model}: a file does not name its data set, expected --dataset NAME")
+    data = load_dataset(dataset, split, data_dir)
+    return source.load(data.input_shape), data

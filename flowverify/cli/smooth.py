@@ -9,7 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.common import DataDir, DatasetName, Device, Ground, Index, Json, Model, Save, Split, user_errors
+from flowverify.cli.common import (
+    DataDir,
+    DatasetName,
+    Device,
+    Ground,
+    Index,
+    InputShape,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Output,
+    Save,
+    Source,
+    Split,
+    Std,
+    Weights,
+    user_errors,
+)
 from flowverify.cli.job import Job
 from flowverify.errors import InvalidInputError, UnknownNameError
 
@@ -62,6 +80,12 @@ def predict(
     index: Index = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     seed: Seed = 0,
     memory: Memory = 256,
     device: Device = "cpu",
@@ -78,7 +102,8 @@ def predict(
     if chosen is None or isinstance(chosen, Splitting):
         raise InvalidInputError("noise splitting: has no samples to predict from, expected `smooth certify`")
     settings = {"sigma": chosen.sigma, "n": n, "alpha": alpha, "seed": seed, "method": chosen.method}
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
     classifier = SmoothedClassifier(job.network, chosen, seed=seed, memory=memory * 2**20)
 
     def work(data: Dataset, positions: list[int], on_samples: Callable[[int], None]) -> Sequence[Any]:
@@ -120,6 +145,12 @@ def certify(
     index: Index = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     seed: Seed = 0,
     memory: Memory = 256,
     device: Device = "cpu",
@@ -142,7 +173,8 @@ def certify(
     chosen = choose_noise(model, noise, sigma, step, block)
     if not isinstance(chosen, Splitting):
         check_certificate(certificate, chosen)
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
     if not isinstance(chosen, Splitting):
         settings: dict[str, Any] = {"sigma": chosen.sigma, "n0": n0, "n": n, "alpha": alpha, "seed": seed}
         settings |= {"bound": certificate, "ground": ground, "method": chosen.method}

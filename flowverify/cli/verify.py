@@ -20,11 +20,18 @@ from flowverify.cli.common import (
     Device,
     Ground,
     Index,
+    InputShape,
     Json,
+    Layout,
+    Mean,
     Model,
     Options,
+    Output,
     Save,
+    Source,
     Split,
+    Std,
+    Weights,
     check_picture,
     check_writable,
     print_error,
@@ -78,6 +85,12 @@ def verify(
     ] = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images certified together.")] = 50,
     device: Device = "cpu",
     json: Json = False,
@@ -106,7 +119,8 @@ def verify(
         check_picture(picture)
     if witnesses is not None:
         check_writable(witnesses, "witnesses")
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
 
     from flowverify.api import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
