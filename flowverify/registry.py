@@ -330,9 +330,13 @@ ATTACKS = Registry(
 DATASETS = Registry(
     "data set",
     {
-        "digits": Entry("8x8 digits of scikit-learn, always there", "flowverify.data:read_digits"),
-        "mnist": Entry("28x28 digits, from files or downloaded", "flowverify.data:read_mnist"),
-        "cifar10-sample": Entry("some of CIFAR-10, from a file", "flowverify.data:read_cifar10_sample"),
+        "digits": Entry("8x8 digits of scikit-learn, always there", "flowverify.data.files:read_digits"),
+        "mnist": Entry("28x28 digits, from files or downloaded", "flowverify.data.files:read_mnist"),
+        "fashion-mnist": Entry("28x28 clothes, likewise", "flowverify.data.files:read_fashion_mnist"),
+        "kmnist": Entry("28x28 letters, likewise", "flowverify.data.files:read_kmnist"),
+        "cifar10": Entry("32x32 colour images, likewise", "flowverify.data.files:read_cifar10"),
+        "cifar100": Entry("the same with 100 classes", "flowverify.data.files:read_cifar100"),
+        "cifar10-sample": Entry("some of CIFAR-10, from a file", "flowverify.data.files:read_cifar10_sample"),
     },
-    forms=("PATH.npz",),
+    forms=("PATH.npz", "FOLDER/"),
 )
