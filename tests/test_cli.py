@@ -338,6 +338,14 @@ class TestReading:
         expected = fv.certified_radius(plain, data.images, data.labels, "linear")
         assert [record["radius"] for record in records] == pytest.approx(expected.tolist(), rel=1e-4)
 
+    def test_levels_up_to_255_are_noticed(self, tmp_path):
+        images, labels = (
+            part.numpy() for part in (fv.load_dataset("digits").images[:2] * 255, fv.load_dataset("digits").labels[:2])
+        )
+        np.savez(tmp_path / "d.npz", images=images, labels=labels)
+        result = run("verify", "digits-fc3", "--dataset", tmp_path / "d.npz", "--bound", "ibp", "--json")
+        assert "d: pixels go up to 255; radii do not depend on that, but the network has to take" in result.stderr
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

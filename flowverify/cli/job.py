@@ -89,6 +89,7 @@ class Records:
 
 
 SHORT_TABLE = 20
+LEVELS = 2.0  # brighter images are probably levels from 0 to 255
 DEFAULT_COUNT = 100
 
 Work = Callable[["Dataset", list[int], Callable[[int], None]], Sequence[Mapping[str, Any]]]
@@ -126,6 +127,13 @@ class Job:
         self.positions = list(
             parse_index(f":{min(DEFAULT_COUNT, len(self.data))}" if index is None else index, len(self.data))
         )
+        brightest = float(self.data.images.max()) if len(self.data) else 0.0
+        if brightest > LEVELS:
+            typer.echo(
+                f"{self.data.name}: pixels go up to {brightest:g}; radii do not depend on that, but the network has to "
+                "take such images",
+                err=True,
+            )
         self.title, self.json = f"{source.model} on {self.data.name}", json
         self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
