@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.checker
+import onnx.defs
 import onnx.numpy_helper
 import onnx.reference
 import torch
@@ -21,7 +22,7 @@ from flowverify.network.graph import Network
 from flowverify.network.onnx_operators import HANDLERS, check_value_first
 from flowverify.network.operations import first_line
 
-_OLDEST, _NEWEST = 7, 25
+_OLDEST, _NEWEST = 7, onnx.defs.onnx_opset_version()
 _CONSTANT_FIRST = ("Add", "Sub", "Mul", "MatMul", "Sum")
 _FOLDABLE = (
     "Add", "Sub", "Mul", "Div", "Neg", "Gather", "Concat", "Slice", "Reshape", "Transpose", "Squeeze",
@@ -221,13 +222,20 @@ class _Reader:
             name: array.astype(np.float64) if name in single and node.op_type != "Cast" else array
             for name, array in given.items()
         }
-        evaluator = onnx.reference.ReferenceEvaluator(node, opsets={"": self.opset})
-        results: Any = evaluator.run(None, feeds)
+        results: Any = onnx.reference.ReferenceEvaluator(self._model_of(node, feeds)).run(None, feeds)
         result = np.asarray(results[0])
         doubles = {name for name, array in given.items() if array.dtype == np.float64} - single
         if single and not doubles and result.dtype == np.float64 and node.op_type != "Cast":
             self.wide.add(node.output[0])
         return [_tensor(result)]
+
+    def _model_of(self, node: onnx.NodeProto, feeds: dict[str, Any]) -> onnx.ModelProto:
+        """A node alone, under the operator set of its file: for a node by itself the evaluator takes a newer one."""
+        kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
+        inputs = [onnx.helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in feeds.items()]
+        outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
+        graph = onnx.helper.make_graph([node], "constants", inputs, outputs)
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
 
 
 def _cast_to(node: onnx.NodeProto) -> int:
