@@ -121,10 +121,17 @@ def window_starts(size: int, kernel: int, stride: int, before: int, after: int, 
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the network that depends on the input: its node's name and its shape for one sample."""
+    """A value of the network that depends on the input.
+
+    Attributes:
+        name: of its node.
+        shape: of one sample.
+        batch: where a format has the batch among all dimensions; canonical operations have it first.
+    """
 
     name: str
     shape: tuple[int, ...]
+    batch: int = 0
 
     @property
     def rank(self) -> int:

@@ -19,14 +19,16 @@ from flowverify.conventions import check_channels_first
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
-from flowverify.network.onnx_operators import HANDLERS, check_value_first
+from flowverify.network.onnx_operators import ANY_PLACE, HANDLERS, OPSET, check_value_first, whole_shape
 from flowverify.network.operations import first_line
 
 _OLDEST, _NEWEST = 7, onnx.defs.onnx_opset_version()
-_CONSTANT_FIRST = ("Add", "Sub", "Mul", "MatMul", "Sum")
+_CONSTANT_FIRST = ("Add", "Sub", "Mul", "Div", "MatMul", "Sum", "Max", "Min", "Mean", "Concat")
 _FOLDABLE = (
     "Add", "Sub", "Mul", "Div", "Neg", "Gather", "Concat", "Slice", "Reshape", "Transpose", "Squeeze",
-    "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand",
+    "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand", "Tile",
+    "Sqrt", "Reciprocal", "Pow", "Exp", "Log", "Abs", "Max", "Min", "Clip", "ReduceSum", "ReduceProd", "ReduceMean",
+    "ReduceMax", "ReduceMin", "Floor", "Ceil", "Mod", "Less", "Greater", "Not", "And", "Or", "Trilu",
 )  # fmt: skip
 _LARGEST_CONSTANT = 1 << 28
 _AS_IT_IS = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Sub")  # leaves the axes where they are
@@ -165,7 +167,7 @@ class _Reader:
                 where = f"operator {node.op_type} (node {self._label(node)!r})"
                 raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
         output = self.known[self.graph.output[0].name]
-        if not isinstance(output, Value):
+        if not isinstance(output, Value) or output.batch:
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
         return self.builder.finish(output)
 
@@ -193,6 +195,12 @@ class _Reader:
             raise UnsupportedOperationError("is not supported")
         if node.op_type not in _CONSTANT_FIRST:
             check_value_first(inputs)
+        if node.op_type not in ANY_PLACE and any(isinstance(one, Value) and one.batch for one in inputs):
+            raise UnsupportedOperationError("the batch has been moved, expected the batch first")
+        if node.op_type in ("Softmax", "LogSoftmax"):
+            attributes[OPSET] = self.opset
+        if node.op_type == "Split":
+            attributes["num_outputs"] = len(node.output)
         result = HANDLERS[node.op_type](self.builder, inputs, attributes, self._label(node))
         if attributes:
             raise UnsupportedOperationError(f"attribute {min(attributes)!r} is not supported")
@@ -249,15 +257,19 @@ def _entries(operator: str, arrays: list[Any]) -> float:
             return float(np.abs(shape).prod())
         case "Expand", [value, shape]:
             return float(np.abs(shape).prod()) * value.size
+        case "Tile", [value, repeats]:
+            return float(np.abs(repeats).prod()) * value.size
         case "Range", [start, limit, step]:
             return float((limit - start) / step)
-        case (("ConstantOfShape" | "Expand" | "Range"), _):
+        case (("ConstantOfShape" | "Expand" | "Range" | "Tile"), _):
             return float("inf")
     return 0.0
 
 
 def _tensor(array: Any) -> Tensor:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.dtype == np.float16:
+    if isinstance(array, np.ndarray) and array.dtype == np.float16:
+        array = array.astype(np.float32)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise UnsupportedOperationError(f"a constant of type {getattr(array, 'dtype', type(array))} is not supported")
     kept = array.astype(np.int64) if array.dtype.kind == "u" else np.array(array, dtype=array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(kept).reshape(array.shape))
@@ -276,5 +288,5 @@ def _constant(attributes: dict[str, Any]) -> Tensor:
 
 
 def _shape(value: Any, attributes: dict[str, int]) -> Tensor:
-    shape = [1, *value.shape] if isinstance(value, Value) else list(value.shape)
+    shape = whole_shape(value) if isinstance(value, Value) else list(value.shape)
     return torch.tensor(shape[attributes.get("start", 0) : attributes.get("end", len(shape))], dtype=torch.int64)
