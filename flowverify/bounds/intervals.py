@@ -88,7 +88,8 @@ def propagate(operation: nn.Module, inputs: Sequence[Interval]) -> Interval:
 
 
 def _extremes(candidates: Sequence[Tensor]) -> Interval:
-    stacked = torch.stack(torch.broadcast_tensors(*candidates))
+    shape = ops.broadcast_shape(*(one.shape for one in candidates))
+    stacked = torch.stack([one.expand(shape) for one in candidates])
     return stacked.amin(0), stacked.amax(0)
 
 
@@ -128,7 +129,8 @@ def _standardise(operation: Standardise, low: Tensor, high: Tensor) -> Interval:
     if operation.centred:
         # c_i = (1 - 1/n) x_i - (sum of the others) / n
         low, high = (
-            own * (1 - 1 / size) - (other.sum(-1, keepdim=True) - other) / size for own, other in ((low, high), (high, low))
+            own * (1 - 1 / size) - (other.sum(-1, keepdim=True) - other) / size
+            for own, other in ((low, high), (high, low))
         )
     nearest = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs())).square()
     farthest = torch.maximum(low.abs(), high.abs()).square()

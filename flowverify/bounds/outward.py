@@ -2,8 +2,8 @@
 
 Section 15 of the theory bounds rounding before anything is computed, by the largest slopes of activations. A product of
 two values has none; how much an error grows in it depends on the values. Here the interval of every value is widened,
-as soon as it is computed, by what rounding may have changed in it, so that it holds in exact arithmetic. Nothing is left
-to be allowed for.
+as soon as it is computed, by what rounding may have changed in it, so that it holds in exact arithmetic. Nothing is
+left to be allowed for.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def _average_pool(builder: Builder, a: Arguments, label: str) -> Value:
 
 def _adaptive_pool(builder: Builder, a: Arguments, label: str) -> Value:
     """Means over parts of about one size: along each axis a matrix of its own, where they are not of one size."""
-    value, target = a["self"], _pair(a["output_size"])
-    sizes = value.shape[-2:]
+    value: Value = a["self"]
+    target, sizes = _pair(a["output_size"]), value.shape[-2:]
     if value.rank != 3:
         raise UnsupportedOperationError(f"adaptive average pooling of samples of shape {value.shape} is not supported")
     if not any(size % goal for size, goal in zip(sizes, target, strict=True)):
@@ -313,9 +313,7 @@ def _pad_by_itself(mode: str) -> Handler:
     return lambda builder, a, label: _surrounded(builder, a["self"], list(a["padding"]), mode, 0.0, label)
 
 
-def _surrounded(
-    builder: Builder, value: Value, amounts: list[int], mode: str, constant: float, label: str
-) -> Value:
+def _surrounded(builder: Builder, value: Value, amounts: list[int], mode: str, constant: float, label: str) -> Value:
     """Padding in torch's order, from the last dimension on."""
     pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
     if any(any(pair) for pair in pairs[value.rank :]):
@@ -614,14 +612,13 @@ def _recurrent(cell: recurrent.Cell) -> Handler:
                 weights = recurrent.Direction(
                     own[0], own[1], *(own[2:] if number == 4 else (zeros, zeros)), *(one[at, 0] for one in begin)
                 )
-                parts.append(
-                    recurrent.passed(builder, cell, value, weights, label, backward=side == 1)
-                )
+                parts.append(recurrent.passed(builder, cell, value, weights, label, backward=side == 1))
             states += [part.last for part in parts]
             memories += [part.memory for part in parts]
             value = builder.concatenate([part.states for part in parts], 1, label)
         result: list[Any] = [replace(value, batch=0 if a["batch_first"] else 1)]
-        for kept in [states, memories] if cell == "lstm" else [states]:
+        ends: list[Sequence[Value | None]] = [states, memories] if cell == "lstm" else [states]
+        for kept in ends:
             rows = [builder.reshape(one, (1, *one.shape), label) for one in kept if one is not None]
             result.append(replace(builder.concatenate(rows, 0, label), batch=1))
         return result

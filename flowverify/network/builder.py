@@ -403,9 +403,7 @@ class Builder:
         columns = self.reshape(rows, (math.prod(rows.shape[:-1]), rows.shape[-1], 1), label)
         return self.reshape(self.add(nn.MaxPool2d((rows.shape[-1], 1)), [columns], label), shape, label)
 
-    def _reduced(
-        self, value: Value, dims: Sequence[int], keep: bool, label: str
-    ) -> tuple[Value, tuple[int, ...]]:
+    def _reduced(self, value: Value, dims: Sequence[int], keep: bool, label: str) -> tuple[Value, tuple[int, ...]]:
         """The value with all of these dimensions as the last one, and the shape of what is made of it without them."""
         if not dims or len(set(dims)) != len(dims) or not all(0 <= dim < value.rank for dim in dims):
             raise InvalidInputError(f"reduction over dimensions {tuple(dims)}: expected some of samples {value.shape}")

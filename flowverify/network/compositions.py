@@ -1,7 +1,7 @@
 """Operations that the formats know, written as several canonical ones: exactly, up to rounding.
 
-A maximum of two values is b + relu(a - b): every engine and every outside verifier knows it. What divides by a value, or
-multiplies two, is bounded by intervals alone (:data:`flowverify.network.operations.STEEP`).
+A maximum of two values is b + relu(a - b): every engine and every outside verifier knows it. What divides by a value,
+or multiplies two, is bounded by intervals alone (:data:`flowverify.network.operations.STEEP`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Pair, Value
 from flowverify.network.curves import Exp, Log, Power, Softplus
-from flowverify.network.operations import MatrixProduct, Multiply, Softmax, Standardise, broadcast_shape
+from flowverify.network.operations import MatrixProduct, Multiply, Softmax, Standardise
 
 Operand = Value | Tensor | float
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848, 1.0507009873554804934
@@ -60,7 +60,7 @@ def parametric(builder: Builder, value: Value, slope: Tensor, label: str) -> Val
 def elu(
     builder: Builder, value: Value, label: str, *, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
 ) -> Value:
-    """scale * elu(x), with alpha * (exp(input_scale * x) - 1) below 0: ELU, SELU and CELU."""
+    """ELU, SELU and CELU: scale * x, and scale * alpha * (exp(input_scale * x) - 1) below 0."""
     if input_scale != 1:
         # Above 0 it is scale * x all the same: x = (input_scale * x) / input_scale.
         inner = builder.scale_shift(value, input_scale, 0.0, label)
@@ -234,9 +234,7 @@ def group_norm(
     channels = value.shape[0]
     if groups < 1 or channels % groups:
         raise InvalidInputError(f"normalisation in {groups} groups: expected a divisor of {channels} channels")
-    scales = [
-        None if one is None else one.reshape(channels, *[1] * (value.rank - 1)) for one in (weight, bias)
-    ]
+    scales = [None if one is None else one.reshape(channels, *[1] * (value.rank - 1)) for one in (weight, bias)]
     shape = (groups, math.prod(value.shape) // groups)
     return standardised(builder, value, shape, epsilon, scales[0], scales[1], label)
 
@@ -309,9 +307,9 @@ def _with_zeros_between(builder: Builder, value: Value, dim: int, step: int, lab
     return builder.index(builder.reshape(padded, shape, label), dim, slice(0, shape[dim] - step + 1), label)
 
 
-def with_constant(builder: Builder, values: Sequence[Operand], dim: int, label: str) -> Value:
+def with_constant(builder: Builder, values: Sequence[Value | Tensor], dim: int, label: str) -> Value:
     """Values and constants side by side along a dimension: constants are shifts of zeros beside the values."""
-    sizes = [part.shape[dim] if isinstance(part, Value) else part.shape[dim] for part in values]  # type: ignore[union-attr]
+    sizes = [part.shape[dim] for part in values]
     if all(isinstance(part, Value) for part in values):
         return builder.concatenate([part for part in values if isinstance(part, Value)], dim, label)
     like = next(part for part in values if isinstance(part, Value))
@@ -332,14 +330,12 @@ def with_constant(builder: Builder, values: Sequence[Operand], dim: int, label: 
         start += size
     if run:
         parts.append((begin, start, builder.concatenate(run, dim, label)))
-    placed = [
-        builder.surround(value, {dim: (first, shape[dim] - last)}, label) for first, last, value in parts
-    ]
+    placed = [builder.surround(value, {dim: (first, shape[dim] - last)}, label) for first, last, value in parts]
     return builder.scale_shift(builder.total(placed, label), 1.0, shift, label)
 
 
 def depth_to_space(builder: Builder, value: Value, block: int, label: str, *, columns_first: bool = False) -> Value:
-    """Channels as blocks of pixels; ``columns_first``: the channel counts fastest (torch's pixel_shuffle, ONNX's CRD)."""
+    """Channels as blocks of pixels; ``columns_first``: those of one channel follow each other (torch, ONNX's CRD)."""
     channels, height, width = value.shape
     fewer = channels // block**2
     if columns_first:
@@ -368,8 +364,3 @@ def folded(builder: Builder, combine: Callable[..., Value], operands: Sequence[O
     if not isinstance(result, Value):
         raise UnsupportedOperationError("a combination of constants alone is not supported here")
     return result
-
-
-def broadcast_to(builder: Builder, value: Value, shape: Sequence[int], label: str) -> Value:
-    """A value repeated up to the shape that it and another one broadcast to."""
-    return builder.widen(value, broadcast_shape(value.shape, shape), label)

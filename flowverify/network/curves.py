@@ -139,7 +139,8 @@ def _gelu(operation: Any) -> Curve:
 
         def slope(x: Tensor) -> Tensor:
             density = (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
-            return torch.special.ndtr(x) + (x * density).nan_to_num(nan=0.0)
+            share: Tensor = torch.special.ndtr(x)
+            return share + (x * density).nan_to_num(nan=0.0)
 
         place, least, turn = math.sqrt(2.0), -0.12890414518515478634, -0.75179152469356445746
     return Curve(slope, (turn,), (_turning(-place, least), _turning(place, 1 - least)), 1 - least, 0.0)
@@ -206,7 +207,9 @@ def slopes_between(curve: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, 
     return least, largest
 
 
-def range_between(operation: nn.Module, turns: tuple[float, ...], lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def range_between(
+    operation: nn.Module, turns: tuple[float, ...], lower: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor]:
     """The least and the largest value of a function on [lower, upper], given where it turns."""
     ends = operation(lower), operation(upper)
     least, largest = torch.minimum(*ends), torch.maximum(*ends)

@@ -32,8 +32,8 @@ _CASTS = ("to", "_to_copy")
 _CREATIONS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 # Of an operator: where and how its result is kept, and what acts in training alone.
 _WITHOUT_EFFECT = (
-    "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "momentum", "cudnn_enabled", "cudnn_enable", "p",
-    "dropout",
+    "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "momentum", "cudnn_enabled", "p",
+    "cudnn_enable", "dropout",
 )  # fmt: skip
 BATCH_FIRST = "an operation that mixes or moves the batch dimension is not supported"
 _SYMBOLIC_SAFE = ("sym_size", "slice", "zeros", "ones", "new_zeros", "new_ones", "expand", *RESHAPES)

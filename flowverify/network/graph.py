@@ -299,7 +299,7 @@ class Network(Graph):
         for position, module in enumerate(modules):
             operation = copy.deepcopy(module)
             if hasattr(operation, "inplace"):
-                operation.inplace = False
+                operation.inplace = False  # type: ignore[assignment]
             check_operation(operation)
             shape = output_shape(operation, [shape])
             nodes.append(Node(f"{position}_{operation_name(operation)}", operation, (name,), shape))

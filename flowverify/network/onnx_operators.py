@@ -398,7 +398,11 @@ def _transposed_convolution(builder: Builder, inputs: list[Any], attributes: Att
     if same or goal is not None:
         sizes = [size * step for size, step in zip(value.shape[1:], stride, strict=True)] if goal is None else goal[-2:]
         totals = [
-            stride[axis] * (value.shape[axis + 1] - 1) + more[axis] + (kernel[axis] - 1) * dilation[axis] + 1 - sizes[axis]
+            stride[axis] * (value.shape[axis + 1] - 1)
+            + more[axis]
+            + (kernel[axis] - 1) * dilation[axis]
+            + 1
+            - sizes[axis]
             for axis in (0, 1)
         ]
         sides = _shared(totals, automatic if same else "SAME_LOWER")
@@ -509,8 +513,8 @@ def _resized(builder: Builder, value: Value, scales: Any, sizes: Any, attributes
             ),
             opset_imports=[onnx.helper.make_opsetid("", 19)],
         )  # fmt: skip
-        made: Any = onnx.reference.ReferenceEvaluator(model).run(None, {"x": np.eye(length)})[0]
-        matrix = torch.from_numpy(np.ascontiguousarray(np.asarray(made, dtype=np.float64).T))
+        made: Any = onnx.reference.ReferenceEvaluator(model).run(None, {"x": np.eye(length)})
+        matrix = torch.from_numpy(np.ascontiguousarray(np.asarray(made[0], dtype=np.float64).T))
         value = compose.along(builder, value, sample_dim(axis, value), matrix, label)
     return value
 
@@ -607,10 +611,10 @@ def _recurrent(kind: str) -> Handler:
                 torch.cat([one.reshape(-1, size, *one.shape[1:])[gate] for gate in _GATE_ORDER[kind]])
                 for one in (weight[side], hidden[side], biases[0], biases[1])
             ]
-            begin = [
-                None if one is None else one[:, side][0] if layout else one[side, 0] for one in (state, memory)
-            ]
-            directed = recurrent.Direction(*own, *begin, reset_after)
+            first, second = (
+                None if one is None else one[0, side] if layout else one[side, 0] for one in (state, memory)
+            )
+            directed = recurrent.Direction(own[0], own[1], own[2], own[3], first, second, reset_after)
             backward = direction == "reverse" or side == 1
             parts.append(recurrent.passed(builder, cell, value, directed, label, backward=backward))
         rows = [builder.reshape(part.states, (value.shape[0], 1, size), label) for part in parts]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
-from flowverify.network.curves import CURVES, POWERS, Erf, Exp, Log, Power, Softplus
+from flowverify.network.curves import CURVES, Erf, Exp, Log, Power, Softplus
 
 
 class ScaleShift(nn.Module):
@@ -368,7 +368,8 @@ OPERATIONS: tuple[OperationRecord, ...] = (
     OperationRecord(nn.Sigmoid, False, 1, (), {}, lambda shape: [nn.Sigmoid()]),
     OperationRecord(nn.Tanh, False, 1, (), {}, lambda shape: [nn.Tanh()]),
     OperationRecord(
-        nn.ELU, False, 1, ("alpha",), {"inplace": False}, lambda shape: [nn.ELU(alpha) for alpha in (1.0, 0.3, 1.7, -0.5)]
+        nn.ELU, False, 1, ("alpha",), {"inplace": False},
+        lambda shape: [nn.ELU(alpha) for alpha in (1.0, 0.3, 1.7, -0.5)],
     ),
     OperationRecord(
         nn.GELU, False, 1, ("approximate",), {}, lambda shape: [nn.GELU(form) for form in ("none", "tanh")]

@@ -1,7 +1,7 @@
 """Recurrent layers, written out step by step: rows of the sequence are the rows of a sample (steps, features).
 
-Gates stand in torch's order: LSTM input, forget, cell, output; GRU reset, update, new. With i, f, o the sigmoids and g, n
-the tangents, LSTM: c' = f c + i g, h' = o tanh(c'); GRU: h' = n + z (h - n), n of r times the hidden part.
+Gates stand in torch's order: LSTM input, forget, cell, output; GRU reset, update, new. With i, f, o the sigmoids and g,
+n the tangents, LSTM: c' = f c + i g, h' = o tanh(c'); GRU: h' = n + z (h - n), n of r times the hidden part.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def passed(builder: Builder, cell: Cell, value: Value, weights: Direction, label
         states[step] = state
     assert isinstance(state, Value)
     rows = [builder.reshape(states[step], (1, size), label) for step in range(steps)]
-    return Passed(
-        builder.concatenate(rows, 0, label), state, memory if isinstance(memory, Value) else None
-    )
+    return Passed(builder.concatenate(rows, 0, label), state, memory if isinstance(memory, Value) else None)
 
 
 def _start(given: Tensor | None, like: Tensor) -> Tensor:
@@ -108,11 +106,19 @@ def _gate(builder: Builder, value: Value, number: int, size: int, label: str) ->
 
 
 def _lstm(
-    builder: Builder, given: Value, state: Value | Tensor, memory: Value | Tensor, weights: Direction, size: int, label: str
+    builder: Builder,
+    given: Value,
+    state: Value | Tensor,
+    memory: Value | Tensor,
+    weights: Direction,
+    size: int,
+    label: str,
 ) -> tuple[Value, Value]:
     summed = _added(builder, given, _times(builder, state, weights.hidden, weights.hidden_bias, label), label)
     opened = {
-        name: activated(builder, nn.Tanh() if name == "cell" else nn.Sigmoid(), _gate(builder, summed, k, size, label), label)
+        name: activated(
+            builder, nn.Tanh() if name == "cell" else nn.Sigmoid(), _gate(builder, summed, k, size, label), label
+        )
         for k, name in enumerate(("input", "forget", "cell", "output"))
     }
     written = product(builder, opened["input"], opened["cell"], label)
@@ -122,9 +128,7 @@ def _lstm(
     return product(builder, opened["output"], shown, label), written
 
 
-def _gru(
-    builder: Builder, given: Value, state: Value | Tensor, weights: Direction, size: int, label: str
-) -> Value:
+def _gru(builder: Builder, given: Value, state: Value | Tensor, weights: Direction, size: int, label: str) -> Value:
     turned, bias = weights.hidden[2 * size :], weights.hidden_bias[2 * size :]
     gates = _times(builder, state, weights.hidden[: 2 * size], weights.hidden_bias[: 2 * size], label)
     summed = _added(builder, builder.index(given, 0, slice(0, 2 * size), label), gates, label)

@@ -15,7 +15,7 @@ class BatchFirstAttention(nn.MultiheadAttention):
     What it does not cover (masks of padding, a batch that comes second, added biases) is left to torch.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -38,11 +38,12 @@ class BatchFirstAttention(nn.MultiheadAttention):
             attn_mask = ~attn_mask  # True masks out here, and lets through below
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        shape = (self.num_heads, self.head_dim)
         heads = [
-            functional.linear(one, weight, bias).unflatten(2, (self.num_heads, self.head_dim)).permute(0, 2, 1, 3)
+            functional.linear(one, weight, bias).reshape(*one.shape[:2], *shape).permute(0, 2, 1, 3)
             for one, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
-        mixed = functional.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
+        mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=attn_mask)
         result = self.out_proj(mixed.permute(0, 2, 1, 3).flatten(2))
         if not need_weights:
             return result, None

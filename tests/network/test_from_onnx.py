@@ -182,25 +182,31 @@ CASES = {
     "Clip 7": chain("Clip", {}, 7, min=-0.5, max=0.25),
     "Exp": chain("Exp"),
     "Sqrt and Log": (
-        flattened(
-            node("Abs", ["x"], "a"), node("Add", ["a", "c"], "b"), node("Sqrt", ["b"], "r"), node("Log", ["r"])
-        ),
+        flattened(node("Abs", ["x"], "a"), node("Add", ["a", "c"], "b"), node("Sqrt", ["b"], "r"), node("Log", ["r"])),
         {"c": constant(1) ** 2 + 1},
         13,
     ),
     "Reciprocal": (
-        flattened(node("Exp", ["x"], "e"), node("Reciprocal", ["e"], "r"), node("Div", ["x", "r"], "q"), node("Div", ["c", "r"], "d"), node("Add", ["q", "d"])),
+        flattened(
+            node("Exp", ["x"], "e"),
+            node("Reciprocal", ["e"], "r"),
+            node("Div", ["x", "r"], "q"),
+            node("Div", ["c", "r"], "d"),
+            node("Add", ["q", "d"]),
+        ),
         {"c": constant(8)},
         13,
     ),
     "Pow": chain("Pow", {"p": np.array(2, dtype=np.float32)}),
-    "Max": (flattened(node("Relu", ["x"], "r"), node("Neg", ["x"], "n"), node("Max", ["r", "c", "n"])), {"c": constant(8)}, 13),
+    "Max": (
+        flattened(node("Relu", ["x"], "r"), node("Neg", ["x"], "n"), node("Max", ["r", "c", "n"])),
+        {"c": constant(8)},
+        13,
+    ),
     "Min": (flattened(node("Relu", ["x"], "r"), node("Min", ["c", "r"])), {"c": constant(8)}, 13),
     "Mean": (flattened(node("Relu", ["x"], "r"), node("Mean", ["x", "r"])), {}, 13),
     "Mul two": (flattened(node("Relu", ["x"], "r"), node("Mul", ["x", "r"])), {}, 13),
-    "MatMul two": (
-        flattened(node("Transpose", ["x"], "r", perm=[0, 1, 3, 2]), node("MatMul", ["x", "r"])), {}, 13
-    ),
+    "MatMul two": (flattened(node("Transpose", ["x"], "r", perm=[0, 1, 3, 2]), node("MatMul", ["x", "r"])), {}, 13),
     "Softmax": chain("Softmax", axis=1),
     "Softmax 11": chain("Softmax", {}, 11, axis=2),
     "LogSoftmax": chain("LogSoftmax"),
@@ -227,30 +233,43 @@ CASES = {
         "AveragePool", {}, 19, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], ceil_mode=1, count_include_pad=1
     ),
     "ConvTranspose": chain(
-        "ConvTranspose", {"w": constant(2, 2, 3, 2), "b": constant(4)}, group=2, strides=[2, 3], pads=[1, 0, 0, 1],
+        "ConvTranspose",
+        {"w": constant(2, 2, 3, 2), "b": constant(4)},
+        group=2,
+        strides=[2, 3],
+        pads=[1, 0, 0, 1],
         output_padding=[1, 0],
     ),
     "ConvTranspose same": chain("ConvTranspose", {"w": constant(2, 3, 3, 3)}, strides=[2, 2], auto_pad="SAME_UPPER"),
-    "ConvTranspose to a size": chain("ConvTranspose", {"w": constant(2, 3, 3, 3)}, strides=[2, 2], output_shape=[12, 16]),
+    "ConvTranspose to a size": chain(
+        "ConvTranspose", {"w": constant(2, 3, 3, 3)}, strides=[2, 2], output_shape=[12, 16]
+    ),
     "Conv of sequences": (
         flattened(node("Reshape", ["x", "s"], "r"), node("Conv", ["r", "w"], strides=[2], pads=[1, 0])),
         {"s": numbers(0, 2, 48), "w": constant(3, 2, 3)},
         13,
     ),
     "Resize nearest": chain(
-        "Resize", {"r": None, "s": np.array([1, 1, 2, 1.5], np.float32)}, mode="nearest",
-        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+        "Resize",
+        {"r": None, "s": np.array([1, 1, 2, 1.5], np.float32)},
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
     ),
     "Resize linear": chain("Resize", {"r": None, "s": None, "z": numbers(1, 2, 9, 5)}, mode="linear"),
     "Resize to corners": chain(
-        "Resize", {"r": None, "s": np.array([1, 1, 2, 1.5], np.float32)}, mode="linear",
+        "Resize",
+        {"r": None, "s": np.array([1, 1, 2, 1.5], np.float32)},
+        mode="linear",
         coordinate_transformation_mode="align_corners",
     ),
     "Resize 10": chain("Resize", {"s": np.array([1, 1, 2, 3], np.float32)}, 10, mode="nearest"),
     "Upsample": chain("Upsample", {"s": np.array([1, 1, 2, 2], np.float32)}, 9, mode="linear"),
     "Upsample 7": chain("Upsample", {}, 7, mode="nearest", scales=[1.0, 1.0, 2.0, 2.0]),
     "Expand": (
-        flattened(node("ReduceMax", ["x"], "r", axes=[1]), node("Expand", ["r", "s"])), {"s": numbers(3, 1, 1)}, 13
+        flattened(node("ReduceMax", ["x"], "r", axes=[1]), node("Expand", ["r", "s"])),
+        {"s": numbers(3, 1, 1)},
+        13,
     ),
     "Tile": chain("Tile", {"s": numbers(1, 2, 1, 3)}),
     "DepthToSpace": (
@@ -260,14 +279,12 @@ CASES = {
     ),
     "Gather table": chain("Gather", {"i": np.array([[3, 0], [1, 1]], dtype=np.int64)}, axis=2),
     "Concat constant": (
-        flattened(node("Concat", ["c", "x", "d", "x"], axis=2)), {"c": constant(1, 2, 1, 8), "d": constant(1, 2, 3, 8)}, 13
+        flattened(node("Concat", ["c", "x", "d", "x"], axis=2)),
+        {"c": constant(1, 2, 1, 8), "d": constant(1, 2, 3, 8)},
+        13,
     ),
-    "Split evenly": (
-        [helper.make_node("Split", ["x"], ["p", "y"], axis=3), *flattened()], {}, 11
-    ),
-    "Split 18": (
-        [helper.make_node("Split", ["x"], ["p", "q", "y"], axis=3, num_outputs=3), *flattened()], {}, 18
-    ),
+    "Split evenly": ([helper.make_node("Split", ["x"], ["p", "y"], axis=3), *flattened()], {}, 11),
+    "Split 18": ([helper.make_node("Split", ["x"], ["p", "q", "y"], axis=3, num_outputs=3), *flattened()], {}, 18),
     "Pad by a number": chain("Pad", {"p": numbers(*[0] * 7, 1), "v": np.array(1, dtype=np.float32)}),
     "Pad by edges": chain("Pad", {"p": numbers(0, 0, 1, 2, 0, 0, 0, 1)}, mode="edge"),
     "Pad by mirrors": chain("Pad", {"p": numbers(0, 0, 1, 2, 0, 0, 0, 1)}, mode="reflect"),
@@ -275,7 +292,8 @@ CASES = {
     "Pad channels": chain("Pad", {"p": numbers(0, 1, *[0] * 6)}),
     "channels last inside": (
         flattened(
-            node("Transpose", ["x"], "l", perm=[0, 2, 3, 1]), node("MatMul", ["l", "w"], "m"),
+            node("Transpose", ["x"], "l", perm=[0, 2, 3, 1]),
+            node("MatMul", ["l", "w"], "m"),
             node("Transpose", ["m"], "y", perm=[0, 3, 1, 2]),
         ),
         {"w": constant(2, 3)},
@@ -390,7 +408,11 @@ REFUSED = {
     ),
     "whole mean": (chain("ReduceMean"), "operator ReduceMean .*the batch among them"),
     "region": (
-        chain("Resize", {"roi": constant(8), "s": np.array([1, 1, 2, 2], np.float32)}, coordinate_transformation_mode="tf_crop_and_resize"),
+        chain(
+            "Resize",
+            {"roi": constant(8), "s": np.array([1, 1, 2, 2], np.float32)},
+            coordinate_transformation_mode="tf_crop_and_resize",
+        ),
         "operator Resize .*region",
     ),
     "flatten": (chain("Flatten", axis=2), "operator Flatten .*axis=2"),
@@ -610,7 +632,9 @@ def test_constants_are_computed_under_the_operator_set_of_the_file(opset, tmp_pa
         node("Concat", ["n1", "rest"], "target", axis=0),
         node("Reshape", ["x", "target"], "out"),
     ]
-    constants = {"zero": np.array(0, dtype=np.int64), "rest": numbers(-1)} | ({"axis": numbers(0)} if opset >= 13 else {})
+    constants = {"zero": np.array(0, dtype=np.int64), "rest": numbers(-1)} | (
+        {"axis": numbers(0)} if opset >= 13 else {}
+    )
     network, images = read_onnx(write(tmp_path, model_of(nodes, constants, opset=opset))), torch.randn(3, *SHAPE)
     assert torch.equal(network(images), images.flatten(1))
 

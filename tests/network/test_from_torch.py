@@ -194,7 +194,9 @@ FUNCTIONS = {
     "largest": lambda m, x: x.amax(1).flatten(1) - x.min(2)[0].sum((1, 2), keepdim=True)[:, 0],
     "variance": lambda m, x: x.var((2, 3)) + functional.normalize(x.flatten(1))[:, :2],
     "softmax": lambda m, x: torch.softmax(x, 1).flatten(1),
-    "log of softmax": lambda m, x: functional.log_softmax(x, 2).flatten(1) + torch.logsumexp(x, (1, 2, 3), keepdim=True).flatten(1),
+    "log of softmax": lambda m, x: (
+        functional.log_softmax(x, 2).flatten(1) + torch.logsumexp(x, (1, 2, 3), keepdim=True).flatten(1)
+    ),
     "layer norm": lambda m, x: functional.layer_norm(x, (6, 8), m.part(6, 8), m.part(6, 8) + 1).flatten(1),
     "group norm": lambda m, x: functional.group_norm(x, 1, m.matrix[:2, 0], m.matrix[:2, 1]).flatten(1),
     "instance norm": lambda m, x: functional.instance_norm(x, weight=m.matrix[:2, 0]).flatten(1),
@@ -206,12 +208,12 @@ FUNCTIONS = {
     "transposed convolution": lambda m, x: functional.conv_transpose2d(
         x, m.part(2, 2, 4, 3), m.part(4), (2, 3), (1, 2), (1, 0), 2, 2
     ).flatten(1),
-    "transposed, cut": lambda m, x: functional.conv_transpose2d(
-        x, m.part(2, 3, 2, 2), stride=1, padding=2
-    ).flatten(1),
+    "transposed, cut": lambda m, x: functional.conv_transpose2d(x, m.part(2, 3, 2, 2), stride=1, padding=2).flatten(1),
     "convolution of rows": lambda m, x: functional.conv1d(x.flatten(2), m.part(2, 2, 3), None, 2, 1).flatten(1),
-    "pools of rows": lambda m, x: functional.max_pool1d(x.flatten(2), 3, 2, 1).flatten(1)
-    + functional.avg_pool1d(x.flatten(2), 3, 2, 1).flatten(1),
+    "pools of rows": lambda m, x: (
+        functional.max_pool1d(x.flatten(2), 3, 2, 1).flatten(1)
+        + functional.avg_pool1d(x.flatten(2), 3, 2, 1).flatten(1)
+    ),
     "nearest": lambda m, x: functional.interpolate(x, size=(5, 11)).flatten(1),
     "bilinear": lambda m, x: functional.interpolate(x, scale_factor=1.5, mode="bilinear").flatten(1),
     "bilinear to corners": lambda m, x: functional.interpolate(
@@ -237,7 +239,9 @@ FUNCTIONS = {
     "shuffled": lambda m, x: functional.pixel_shuffle(2 * functional.pixel_unshuffle(x, 2), 2).flatten(1),
     "picked": lambda m, x: x[:, :, [2, 0, 1]].flatten(1),
     "gated": lambda m, x: functional.glu(x, 1).flatten(1),
-    "channels last": lambda m, x: functional.linear(x.permute(0, 2, 3, 1), m.matrix[:5, :2]).permute(0, 3, 1, 2).flatten(1),
+    "channels last": lambda m, x: (
+        functional.linear(x.permute(0, 2, 3, 1), m.matrix[:5, :2]).permute(0, 3, 1, 2).flatten(1)
+    ),
 }
 
 
@@ -254,7 +258,10 @@ REFUSED = {
     "sorted": (lambda m, x: x.flatten(1).sort(1)[0], "operation sort .*amax and max pooling"),
     "batch size": (lambda m, x: x.flatten(1) / x.shape[0], "div.*computing with the size of the batch"),
     "batch mean": (lambda m, x: x.flatten(1) - x.flatten(1).mean(0), "mean .*along the batch dimension"),
-    "batch moved": (lambda m, x: torch.relu(x.flatten(1).permute(1, 0)).permute(1, 0), "operation relu .*moves the batch"),
+    "batch moved": (
+        lambda m, x: torch.relu(x.flatten(1).permute(1, 0)).permute(1, 0),
+        "operation relu .*moves the batch",
+    ),
     "batch merged": (lambda m, x: x.view(-1, 8)[:, :3].reshape(-1, 36), "mixes or moves the batch"),
     "batch slice": (lambda m, x: (x + x[:1]).flatten(1), "slice .*batch is not supported"),
     "random": (lambda m, x: (x + torch.rand(8)).flatten(1), "operation rand .*random"),
