@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.intervals import Interval
+from flowverify.bounds.intervals import Interval, propagate
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import is_elementwise_activation, operation_name
-from flowverify.network.curves import CURVES, Curve, slopes_between
+from flowverify.network.curves import CURVES, FUNCTIONS, Curve, slopes_between
 
 SHORTEST_CHORD = 1e-5  # of a curve: the slope of a shorter one is rounding
 
@@ -131,6 +131,30 @@ def _curved(function: nn.Module, curve: Curve, interval: Interval) -> Relaxation
         above,
         _largest_excess(begin, end, values, (least, largest), above),
     )
+
+
+def chord_and_departure(function: nn.Module, interval: Interval) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slope of the chord of any function of one number, and bounds of f(x) - slope * x on the interval.
+
+    Returns:
+        slope, least, largest, and the largest size of f's own slopes; none of them finite where f has not a value
+        everywhere.
+    """
+    lower, upper = interval
+    curve = FUNCTIONS[type(function)](function)
+    long = upper - lower > SHORTEST_CHORD
+    chord = (function(upper) - function(lower)) / (upper - lower).clamp(min=SHORTEST_CHORD)
+    slope = torch.where(long, chord, curve.slope((lower + upper) / 2))
+    begin, end = pieces(lower, upper)
+    least, largest = slopes_between(curve, begin, end)
+    values = function(begin), function(end)
+    below = -_largest_excess(begin, end, (-values[0], -values[1]), (-largest, -least), -slope)
+    above = _largest_excess(begin, end, values, (least, largest), slope)
+    # Comparisons pass over what is not a number.
+    known = propagate(function, [interval])
+    outside = ~(torch.isfinite(known[0]) & torch.isfinite(known[1]))
+    nothing = torch.zeros_like(slope).masked_fill(outside, torch.nan)
+    return slope + nothing, below, above, torch.maximum(least.abs(), largest.abs()).amax(0)
 
 
 def _largest_excess(begin: Tensor, end: Tensor, values: Interval, slopes: Interval, slope: Tensor) -> Tensor:

@@ -196,6 +196,36 @@ CURVES: dict[type[nn.Module], Callable[[Any], Curve]] = {
 POWERS: tuple[type[nn.Module], ...] = (Exp, Log, Power)
 
 
+def _two_pieces(operation: Any) -> Curve:
+    left = float(getattr(operation, "negative_slope", 0.0))
+    bend = Bend(0.0, min(left, 1.0), max(left, 1.0))
+    turns = (0.0,) if left < 0 else ()
+    return Curve(lambda x: torch.where(x > 0, 1.0, left).to(x), turns, (bend,), max(1.0, abs(left)), 0.0)
+
+
+def _sigmoid(operation: Any) -> Curve:
+    return Curve(lambda x: torch.sigmoid(x) * torch.sigmoid(-x), (), (_turning(0.0, 0.25),), 0.25, 0.5)
+
+
+def _tanh(operation: Any) -> Curve:
+    return Curve(lambda x: 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x), (), (_turning(0.0, 1.0),), 1.0, 0.0)
+
+
+def _power(operation: Any) -> Curve:
+    exponent = operation.exponent
+    bends = (_turning(0.0, 0.0),) if operation.whole and not operation.even and exponent > 1 else ()
+    turns = (0.0,) if operation.even and exponent > 0 else ()
+    return Curve(lambda x: exponent * x.pow(exponent - 1), turns, bends, math.inf, math.nan)
+
+
+FUNCTIONS: dict[type[nn.Module], Callable[[Any], Curve]] = {
+    **CURVES, nn.ReLU: _two_pieces, nn.LeakyReLU: _two_pieces, nn.Sigmoid: _sigmoid, nn.Tanh: _tanh,
+    Exp: lambda operation: Curve(torch.exp, (), (), math.inf, 1.0),
+    Log: lambda operation: Curve(torch.reciprocal, (), (), math.inf, math.nan), Power: _power,
+}  # fmt: skip
+"""All functions of one number, those without a largest slope among them."""
+
+
 def slopes_between(curve: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest slope of a curve on [lower, upper], entry by entry."""
     ends = curve.slope(lower), curve.slope(upper)

@@ -95,6 +95,16 @@ def _fans(operation: nn.Module) -> tuple[int, int]:
     return 1, 1
 
 
+def fan_in(operation: nn.Module) -> int:
+    """How many products an entry of an operation's result is the sum of."""
+    return _fans(operation)[0]
+
+
+def sum_of_terms(operation: nn.Module, inputs: list[Tensor], *, biased: bool) -> Tensor:
+    """Sums of the sizes of all terms of an affine operation, from the sizes of its inputs; with or without constants."""
+    return _through(operation, inputs, relaxed=False, biased=biased)
+
+
 def gamma(network: Graph) -> float:
     """gamma_n of a network; infinite for one that is too large for any claim."""
     share = roundings(network) * UNIT
