@@ -32,11 +32,13 @@ class Bound:
         neurons: who bounds what activations read: the tightest at every neuron, one activation after another, in this
             order. Interval propagation always decides first which neurons need a bound.
         margins: who bounds the margins: the largest.
+        otherwise: who takes the place of an engine that cannot take a network; nobody if empty.
     """
 
     description: str
     neurons: tuple[str, ...]
     margins: tuple[str, ...]
+    otherwise: str = ""
 
 
 BOUNDS: dict[str, Bound] = {
@@ -47,7 +49,8 @@ BOUNDS: dict[str, Bound] = {
     "lifted": Bound("moves that share the budget, over intervals", ("interval", "lifted"), ("interval", "lifted")),
     "zonotope": Bound("affine forms over intervals", ("interval", "zonotope"), ("interval", "zonotope")),
     "best": Bound(
-        "the tighter of intervals and CROWN at every neuron", ("interval", "crown"), ("interval", "crown")
+        "the tighter of intervals and CROWN at every neuron, zonotopes where CROWN knows an operation not",
+        ("interval", "crown"), ("interval", "crown"), "zonotope",
     ),
 }  # fmt: skip
 

@@ -276,21 +276,18 @@ class _Forms:
         """c / sqrt(mean(c^2) + epsilon), of a square, an inverse root, and a product."""
         size = form.centre.shape[-1]
 
-        def linear(value: Tensor) -> Tensor:
-            return value - value.mean(-1, keepdim=True)
-
         def mean(value: Tensor) -> Tensor:
             return value.mean(-1, keepdim=True)
 
-        def mapped(form: Form, function: Callable[[Tensor], Tensor], spread: float) -> Form:
-            rounding = (size + FEW) * UNIT * INFLATED * spread * self._size(form).amax(-1, keepdim=True)
-            slack = spread * form.slack.amax(-1, keepdim=True) * INFLATED + rounding + TINY
-            centre = function(form.centre)
-            return Form(centre, function(form.rows), function(form.symbols), slack.expand_as(centre))
+        def mapped(form: Form, on: Callable[[Tensor], Tensor], sizes: Callable[[Tensor], Tensor]) -> Form:
+            """A linear function, and what it makes of sizes."""
+            rounding = (size + FEW) * UNIT * INFLATED * sizes(self._size(form)) + TINY
+            slack = sizes(form.slack) * INFLATED + rounding
+            return Form(on(form.centre), on(form.rows), on(form.symbols), slack)
 
-        centred = mapped(form, linear, 2.0) if operation.centred else form
+        centred = mapped(form, lambda x: x - mean(x), lambda x: x + mean(x)) if operation.centred else form
         squares = self._function(Power(2.0), centred, self._own(centred))
-        average = mapped(squares, mean, 1.0)
+        average = mapped(squares, mean, mean)
         above = Form(average.centre + operation.epsilon, average.rows, average.symbols, average.slack + UNIT * average.centre)
         lower, upper = self._own(above)
         positive = (lower.clamp(min=operation.epsilon * (1 - FEW * UNIT)), upper)
@@ -356,8 +353,11 @@ class _Forms:
         if batch * entries * (self.count + len(places)) > LARGEST:
             return Form(form.centre, form.rows, form.symbols, form.slack + off * INFLATED)
         padded = self.count - form.symbols.shape[1]
-        new = flat.new_zeros(batch, padded + len(places), entries)
-        new[:, padded + torch.arange(len(places)), places] = flat[:, places] * INFLATED
+        # Slack of these entries is as unknown, and as a symbol it may cancel.
+        new, slack = flat.new_zeros(batch, padded + len(places), entries), form.slack.flatten(1).clone()
+        new[:, padded + torch.arange(len(places)), places] = (flat + slack)[:, places] * INFLATED
+        slack[:, places] = 0.0
         symbols = form.symbols.expand(batch, *form.symbols.shape[1:])
         self.count += len(places)
-        return Form(form.centre, form.rows, torch.cat([symbols, new.reshape(batch, -1, *off.shape[1:])], 1), form.slack)
+        symbols = torch.cat([symbols, new.reshape(batch, -1, *off.shape[1:])], 1)
+        return Form(form.centre, form.rows, symbols, slack.reshape(off.shape))
