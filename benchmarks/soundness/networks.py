@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.network import Concatenate, Index, Pad, Permute, Reshape
+from flowverify.network.curves import CURVES
 from flowverify.network.operations import OPERATIONS, OperationRecord
 
+DRAWN = [record for record in OPERATIONS if not record.steep and record.kind not in CURVES]  # with an exact oracle
 DEPTH = 8
 WIDEST = 60  # entries of a value: small, so that a minute tries many networks
 KINDS = {"general": 0.62, "affine": 0.1, "tiny": 0.2, "offset": 0.08}  # with their shares
@@ -216,7 +218,7 @@ class _Builder:
         if choice < 0.2 and last:
             same = [k for k, shape in enumerate(self.shapes[:-1]) if shape == self.shape]
             if same:
-                record = self.dice.choice([record for record in OPERATIONS if record.arity != 1])
+                record = self.dice.choice([record for record in DRAWN if record.arity != 1])
                 others = self.dice.choices(same, k=1 if record.arity or self.dice.random() < 0.7 else 2)
                 inputs = [last, *others]
                 self.dice.shuffle(inputs)
@@ -226,7 +228,7 @@ class _Builder:
             return (at,), self.dice.choice([s for s, i in zip(self.sequence, self.wiring, strict=True) if len(i) == 1])
         if choice < 0.45:
             return (at,), self._user_layer(self.shapes[at])
-        single = [record for record in OPERATIONS if record.arity == 1 and (record.affine or not affine)]
+        single = [record for record in DRAWN if record.arity == 1 and (record.affine or not affine)]
         weights = [3 if record.kind in (nn.Linear, nn.Conv2d, nn.ReLU) else 1 for record in single]
         return (at,), self._variant(self.dice.choices(single, weights)[0], self.shapes[at])
 

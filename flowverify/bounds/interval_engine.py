@@ -9,7 +9,9 @@ from flowverify.ball import Threat
 from flowverify.bounds.engine import Batch, EngineOptions
 from flowverify.bounds.first_layer import AffineValue
 from flowverify.bounds.intervals import Interval, propagate
+from flowverify.bounds.outward import Outward
 from flowverify.network import Network
+from flowverify.network.rounding import is_steep
 
 
 class IntervalEngine:
@@ -24,6 +26,7 @@ class IntervalEngine:
         if network.is_affine:
             ends.add(network.output)
         self.affine = {name: AffineValue(network, name, dtype, threat) for name in sorted(ends)}
+        self.outward = Outward(network, self.affine) if is_steep(network) else None
 
     def start(self, batch: Batch) -> IntervalRun:
         return IntervalRun(self, batch)
@@ -36,12 +39,15 @@ class IntervalRun:
         self.engine, self.batch = engine, batch
         for name, value in engine.affine.items():
             if name != engine.network.output:
-                batch.intervals[name] = value.bounds(batch.ball, engine.options.tolerance, batch.warm_start)
+                found = value.bounds(batch.ball, engine.options.tolerance, batch.warm_start)
+                batch.intervals[name] = engine.outward.start(name, found, batch.ball) if engine.outward else found
 
     def tighten(self, name: str, wanted: Tensor | None = None) -> Interval:
         """Bounds of any value above the affine part, for all of its entries."""
         node = self.engine.network.node(name)
-        return propagate(node.operation, [self.batch.intervals[read] for read in node.inputs])
+        inputs = [self.batch.intervals[read] for read in node.inputs]
+        found = propagate(node.operation, inputs)
+        return self.engine.outward.step(node.operation, inputs, found) if self.engine.outward else found
 
     def margins(self, specification: Tensor) -> Tensor:
         network, intervals = self.engine.network, self.batch.intervals
@@ -54,8 +60,14 @@ class IntervalRun:
             (lower, upper), layer = intervals[last.inputs[0]], last.operation
             weights = specification @ layer.weight
             constant = 0 * weights[..., 0] if layer.bias is None else specification @ layer.bias
+            terms = specification.abs() @ layer.weight.abs()
+            rest = 0 * constant if layer.bias is None else specification.abs() @ layer.bias.abs()
         else:
             lower, upper = self.tighten(last.name)
             weights, constant = specification, torch.zeros_like(specification[..., 0])
+            terms, rest = weights.abs(), constant
         centre, radius = (lower + upper) / 2, (upper - lower) / 2
-        return (weights @ centre[..., None] - weights.abs() @ radius[..., None]).squeeze(-1) + constant
+        found = (weights @ centre[..., None] - weights.abs() @ radius[..., None]).squeeze(-1) + constant
+        if self.engine.outward is None:
+            return found
+        return found - self.engine.outward.functions(terms, rest, (lower, upper), specification.shape[-1])

@@ -71,10 +71,7 @@ class MarginBounds:
         self._engines: dict[str, Engine] = {"interval": self._intervals}
         for name in dict.fromkeys((*composition.neurons, *composition.margins)):
             if name not in self._engines:
-                try:
-                    self._engines[name] = ENGINES.find(name)(self.network, self.threat, dtype, self.options)
-                except (UnsupportedOperationError, BoundError) as error:
-                    self._without(name, error)
+                self._build(name, composition.otherwise)
         # What activations read, and whether it is enough to know the sign.
         self._two_pieces = {
             node.inputs[0]: all(
@@ -85,6 +82,20 @@ class MarginBounds:
         }
         widest = max(math.prod(node.shape) for node in self.network.nodes) if self.network.nodes else 1
         self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * 128))
+
+    def _build(self, name: str, otherwise: str) -> None:
+        """An engine, or the one that takes its place, or none where there is another one for the margins."""
+        try:
+            self._engines[name] = ENGINES.find(name)(self.network, self.threat, self.dtype, self.options)
+        except (UnsupportedOperationError, BoundError) as error:
+            if not otherwise or otherwise in self._engines:
+                self._without(name, error)
+                return
+            self._notes.append(f"bounded by {otherwise} in place of {name}: {error}")
+            self._neurons, self._margins = (
+                tuple(otherwise if one == name else one for one in names) for names in (self._neurons, self._margins)
+            )
+            self._build(otherwise, "")
 
     @property
     def notes(self) -> list[str]:

@@ -15,6 +15,9 @@ ENGINES = Registry(
         ),
         "crown": Entry("CROWN, by auto_LiRPA", "flowverify.bounds.crown.engine:CrownEngine"),
         "alpha-crown": Entry("CROWN with optimised slopes", "flowverify.bounds.crown.engine:AlphaCrownEngine"),
+        "zonotope": Entry(
+            "affine forms, through products of values as well", "flowverify.bounds.zonotope:ZonotopeEngine"
+        ),
         "lifted": Entry("rows of moves, which share the budget", "flowverify.bounds.lifted.protocol:LiftedEngine"),
     },
 )
@@ -29,11 +32,13 @@ class Bound:
         neurons: who bounds what activations read: the tightest at every neuron, one activation after another, in this
             order. Interval propagation always decides first which neurons need a bound.
         margins: who bounds the margins: the largest.
+        otherwise: who takes the place of an engine that cannot take a network; nobody if empty.
     """
 
     description: str
     neurons: tuple[str, ...]
     margins: tuple[str, ...]
+    otherwise: str = ""
 
 
 BOUNDS: dict[str, Bound] = {
@@ -42,8 +47,10 @@ BOUNDS: dict[str, Bound] = {
     "crown": Bound("CROWN for every layer", ("crown",), ("crown",)),
     "alpha-crown": Bound("CROWN with optimised slopes", ("alpha-crown",), ("alpha-crown",)),
     "lifted": Bound("moves that share the budget, over intervals", ("interval", "lifted"), ("interval", "lifted")),
+    "zonotope": Bound("affine forms over intervals", ("interval", "zonotope"), ("interval", "zonotope")),
     "best": Bound(
-        "the tighter of intervals and CROWN at every neuron", ("interval", "crown"), ("interval", "crown")
+        "the tighter of intervals and CROWN at every neuron, zonotopes where CROWN knows an operation not",
+        ("interval", "crown"), ("interval", "crown"), "zonotope",
     ),
 }  # fmt: skip
 

@@ -5,7 +5,10 @@ On l <= x <= u the two lines of :func:`relax` lie below and above the activation
 - two linear pieces that meet at 0 (ReLU, LeakyReLU): between l < 0 < u the chord on the hollow side, and on the other
   side the piece that leaves the smaller area to the curve (CROWN: Zhang et al. 2018, arXiv:1811.00866, section 3.2);
 - sigmoid and tanh: on one side of 0 the chord and the tangent in the middle; across 0, through either end, the line
-  with the smaller of the two ends' slopes, which is the least slope in between (Singh et al. 2019, DeepPoly).
+  with the smaller of the two ends' slopes, which is the least slope in between (Singh et al. 2019, DeepPoly);
+- other curves: the chord on the hollow side and the tangent in the middle on the other, and where the slope neither
+  only rises nor only falls, lines of the chord's slope; how far the curve departs from a line is bounded piece by
+  piece, by the slopes on each.
 
 They are differentiable in the ends of the interval. Where an end is not a number, neither are the lines.
 """
@@ -17,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.intervals import Interval
+from flowverify.bounds.intervals import Interval, propagate
 from flowverify.errors import UnsupportedOperationError
-from flowverify.network import operation_name
+from flowverify.network import is_elementwise_activation, operation_name
+from flowverify.network.curves import CURVES, FUNCTIONS, Curve, slopes_between
 
 SHORTEST_CHORD = 1e-5  # of a curve: the slope of a shorter one is rounding
 
@@ -36,7 +40,7 @@ class Relaxation:
 
 def relaxable(operation: nn.Module) -> bool:
     """Whether :func:`relax` has lines for an operation."""
-    return isinstance(operation, nn.ReLU | nn.LeakyReLU | nn.Sigmoid | nn.Tanh)
+    return is_elementwise_activation(operation)
 
 
 def crosses_zero(interval: Interval) -> Tensor:
@@ -55,8 +59,10 @@ def relax(operation: nn.Module, interval: Interval) -> Relaxation:
         return _two_pieces(float(getattr(operation, "negative_slope", 0.0)), interval)
     if isinstance(operation, nn.Sigmoid | nn.Tanh):
         return _s_shaped(operation, interval)
+    if type(operation) in CURVES:
+        return _curved(operation, CURVES[type(operation)](operation), interval)
     raise UnsupportedOperationError(
-        f"linear relaxation of {operation_name(operation)}: expected ReLU, LeakyReLU, Sigmoid or Tanh"
+        f"linear relaxation of {operation_name(operation)}: expected an elementwise activation with a largest slope"
     )
 
 
@@ -94,6 +100,72 @@ def _s_shaped(function: nn.Module, interval: Interval) -> Relaxation:
         above,
         torch.where(concave, touching, high - above * upper),
     )
+
+
+PIECES = 16  # of an interval, on each of which the slopes of a curve are bounded
+
+
+def pieces(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends (PIECES, *shape) of pieces of the way from ``start`` to ``end``, of which the first and last are exact."""
+    shares = torch.linspace(0, 1, PIECES + 1, dtype=start.dtype, device=start.device)[1:-1]
+    inner = start + shares.reshape(-1, *[1] * start.ndim) * (end - start)
+    return torch.cat([start[None], inner]), torch.cat([inner, end[None]])
+
+
+def _curved(function: nn.Module, curve: Curve, interval: Interval) -> Relaxation:
+    lower, upper = interval
+    low, high, middle = function(lower), function(upper), (lower + upper) / 2
+    tangent = curve.slope(middle)
+    long = upper - lower > SHORTEST_CHORD
+    chord = torch.where(long, (high - low) / (upper - lower).clamp(min=SHORTEST_CHORD), tangent)
+    begin, end = pieces(lower, upper)
+    least, largest = slopes_between(curve, begin, end)
+    # Nothing is claimed of the slopes that are chosen: the lines are put where the curve is, whatever it is like.
+    ends = curve.slope(begin), curve.slope(end)
+    rising, falling = (ends[0] <= ends[1]).all(0), (ends[0] >= ends[1]).all(0)
+    below, above = torch.where(rising, tangent, chord), torch.where(falling, tangent, chord)
+    values = function(begin), function(end)
+    return Relaxation(
+        below,
+        -_largest_excess(begin, end, (-values[0], -values[1]), (-largest, -least), -below),
+        above,
+        _largest_excess(begin, end, values, (least, largest), above),
+    )
+
+
+def chord_and_departure(function: nn.Module, interval: Interval) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slope of the chord of any function of one number, and bounds of f(x) - slope * x on the interval.
+
+    Returns:
+        slope, least, largest, and the largest size of f's own slopes; none of them finite where f has not a value
+        everywhere.
+    """
+    lower, upper = interval
+    curve = FUNCTIONS[type(function)](function)
+    long = upper - lower > SHORTEST_CHORD
+    chord = (function(upper) - function(lower)) / (upper - lower).clamp(min=SHORTEST_CHORD)
+    slope = torch.where(long, chord, curve.slope((lower + upper) / 2))
+    begin, end = pieces(lower, upper)
+    least, largest = slopes_between(curve, begin, end)
+    values = function(begin), function(end)
+    below = -_largest_excess(begin, end, (-values[0], -values[1]), (-largest, -least), -slope)
+    above = _largest_excess(begin, end, values, (least, largest), slope)
+    # Comparisons pass over what is not a number.
+    known = propagate(function, [interval])
+    outside = ~(torch.isfinite(known[0]) & torch.isfinite(known[1]))
+    nothing = torch.zeros_like(slope).masked_fill(outside, torch.nan)
+    return slope + nothing, below, above, torch.maximum(least.abs(), largest.abs()).amax(0)
+
+
+def _largest_excess(begin: Tensor, end: Tensor, values: Interval, slopes: Interval, slope: Tensor) -> Tensor:
+    """An upper bound of f(x) - slope * x over all pieces, from values at their ends and slopes in between."""
+    first, last = (value - slope * place for value, place in zip(values, (begin, end), strict=True))
+    up, down = slopes[1] - slope, slope - slopes[0]  # how fast it rises from the left end, and from the right one
+    length, bent = end - begin, (up > 0) & (down > 0)
+    share = (last - first + down * length) / torch.where(bent, up + down, 1.0)
+    crossing = first + up * torch.minimum(share.clamp(min=0), length)
+    found = torch.where(up <= 0, first, torch.where(down <= 0, last, crossing))
+    return torch.maximum(torch.maximum(first, last), found).amax(0)
 
 
 def _slope(function: nn.Module, value: Tensor) -> Tensor:

@@ -104,21 +104,34 @@ def check_window(stride: Pair, padding: Sides, dilation: Pair, kernel: Pair = (1
         raise UnsupportedOperationError(f"padding {padding} is not supported: expected 0..{LARGEST}")
 
 
-def check_ceil(shape: Sequence[int], kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool) -> None:
-    """Rounding the output size up is accepted where it is the same as rounding down."""
-    if not ceil or len(shape) != 3:
-        return
-    for axis, sides in enumerate((padding[2] + padding[3], padding[0] + padding[1])):
-        if (shape[axis + 1] + sides - dilation[axis] * (kernel[axis] - 1) - 1) % stride[axis]:
-            raise UnsupportedOperationError("pooling with an output size rounded up is not supported")
+def window_starts(size: int, kernel: int, stride: int, before: int, after: int, dilation: int, ceil: bool) -> range:
+    """Where the windows of a pooling begin along one axis; rounded up, the last one still begins before the padding.
+
+    Raises:
+        InvalidInputError: no window fits.
+    """
+    free = size + before + after - dilation * (kernel - 1) - 1
+    if free < 0:
+        raise InvalidInputError(f"window of {kernel} pixels, dilation {dilation}: given {size + before + after} pixels")
+    count = free // stride + 1
+    if ceil and free % stride and count * stride < size + before:
+        count += 1
+    return range(-before, -before + count * stride, stride)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the network that depends on the input: its node's name and its shape for one sample."""
+    """A value of the network that depends on the input.
+
+    Attributes:
+        name: of its node.
+        shape: of one sample.
+        batch: where a format has the batch among all dimensions; canonical operations have it first.
+    """
 
     name: str
     shape: tuple[int, ...]
+    batch: int = 0
 
     @property
     def rank(self) -> int:
@@ -288,20 +301,39 @@ class Builder:
         padding: Sides = (0, 0, 0, 0),
         ceil: bool = False,
         count_padding: bool = True,
+        divisor: int | None = None,
     ) -> Value:
-        """The average over windows; without ``count_padding`` only over the pixels inside the image."""
-        check_window(stride, padding, (1, 1), kernel)
-        check_ceil(value.shape, kernel, stride, padding, (1, 1), ceil)
-        padded, symmetric = self._symmetric(value, padding, label)
-        if padded is value:
-            module = nn.AvgPool2d(kernel, stride, symmetric, count_include_pad=count_padding)
+        """The average over windows; without ``count_padding`` only over the pixels inside the image.
+
+        Args:
+            ceil: whether a last window that reaches beyond the padding counts, with what it has of it.
+            divisor: what sums are divided by instead of the number of pixels.
+        """
+        starts = self._windows(value, kernel, stride, padding, (1, 1), ceil)
+        left, right, top, bottom = padding
+        beyond = [
+            max(0, begin[-1] + size - length - after)
+            for begin, size, length, after in zip(starts, kernel, value.shape[1:], (bottom, right), strict=True)
+        ]
+        if left == right and top == bottom and not any(beyond) and divisor is None:
+            module = nn.AvgPool2d(kernel, stride, (top, left), count_include_pad=count_padding)
             return self.add(module, [value], label)
+        padded = self.pad(value, (left, right + beyond[1], top, bottom + beyond[0]), label)
+        counts = []
+        for begin, size, length, after in zip(starts, kernel, value.shape[1:], (bottom, right), strict=True):
+            least, most = (-size, length + after) if count_padding else (0, length)
+            counts.append([min(at + size, most) - max(at, least) for at in begin])
+        rows, columns = (torch.tensor(count, dtype=torch.float64) for count in counts)
+        if divisor is not None:
+            rows, columns = torch.full_like(rows, divisor), torch.ones_like(columns)
+        if min(float(rows.min()), float(columns.min())) <= 0:
+            raise UnsupportedOperationError("average pooling of a window without pixels is not supported")
         pooled = self.add(nn.AvgPool2d(kernel, stride), [padded], label)
-        if count_padding:
-            return pooled
-        inside = Pad(padding)(torch.ones(1, 1, *value.shape[1:], dtype=torch.float64))
-        share = nn.functional.avg_pool2d(inside, kernel, stride)[0]
-        return self.divide(pooled, share, label)
+        if pooled.shape[1:] != (len(starts[0]), len(starts[1])):
+            pooled = self.index(pooled, 1, slice(0, len(starts[0])), label)
+            pooled = self.index(pooled, 2, slice(0, len(starts[1])), label)
+        share = kernel[0] * kernel[1] / (rows[:, None] * columns)
+        return self.scale_shift(pooled, share, 0.0, label)
 
     def max_pool(
         self,
@@ -314,24 +346,76 @@ class Builder:
         dilation: Pair = (1, 1),
         ceil: bool = False,
     ) -> Value:
-        """The maximum over windows; padding, which never wins, must be symmetric."""
+        """The maximum over windows; padding never wins.
+
+        Windows that torch's own pooling does not have are put side by side, each pixel as often as it is read.
+        """
+        starts = self._windows(value, kernel, stride, padding, dilation, ceil)
+        plain = self._windows(value, kernel, stride, padding, dilation, False)
+        if padding[0] == padding[1] and padding[2] == padding[3] and starts == plain:
+            return self.add(nn.MaxPool2d(kernel, stride, (padding[2], padding[0]), dilation), [value], label)
+        channels, height, width = value.shape
+        read = []
+        for begin, size, step, length in zip(starts, kernel, dilation, (height, width), strict=True):
+            index = torch.tensor(begin)[None] + step * torch.arange(size)[:, None]
+            inside = torch.where((index >= 0) & (index < length), index, -1)
+            if int(inside.amax(0).min()) < 0:
+                raise InvalidInputError("max pooling: given a window that lies in the padding as a whole")
+            read.append(torch.where(inside < 0, inside.amax(0), inside))
+        rows, columns = read
+        positions = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten().tolist()
+        flat = self.reshape(value, (channels, height * width), label)
+        places = len(starts[0]) * len(starts[1])
+        apart = self.reshape(self.index(flat, 1, positions, label), (channels, len(positions) // places, places), label)
+        largest = self.add(nn.MaxPool2d((len(positions) // places, 1)), [apart], label)
+        return self.reshape(largest, (channels, len(starts[0]), len(starts[1])), label)
+
+    def _windows(
+        self, value: Value, kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool
+    ) -> tuple[range, range]:
+        """Where windows begin, by rows and by columns."""
         check_window(stride, padding, dilation, kernel)
-        check_ceil(value.shape, kernel, stride, padding, dilation, ceil)
-        if padding[0] != padding[1] or padding[2] != padding[3]:
-            raise UnsupportedOperationError(f"max pooling with asymmetric padding {padding} is not supported")
-        module = nn.MaxPool2d(kernel, stride, (padding[2], padding[0]), dilation)
-        return self.add(module, [value], label)
+        if value.rank != 3:
+            raise InvalidInputError(f"pooling of samples of shape {value.shape}: expected (channels, height, width)")
+        left, right, top, bottom = padding
+        return (
+            window_starts(value.shape[1], kernel[0], stride[0], top, bottom, dilation[0], ceil),
+            window_starts(value.shape[2], kernel[1], stride[1], left, right, dilation[1], ceil),
+        )
 
     def mean(self, value: Value, dims: Sequence[int], keep: bool, label: str) -> Value:
-        """The mean over height and width of (channels, height, width)."""
-        if value.rank != 3 or sorted(dims) != [1, 2]:
-            raise UnsupportedOperationError(
-                f"mean over dimensions {tuple(dims)} of samples of shape {value.shape} is not supported: "
-                "expected height and width of (channels, height, width)"
-            )
-        size = (value.shape[1], value.shape[2])
-        pooled = self.average_pool(value, size, label, stride=size)
-        return pooled if keep else self.reshape(pooled, value.shape[:1], label)
+        """The mean over dimensions."""
+        if value.rank == 3 and sorted(dims) == [1, 2]:
+            size = (value.shape[1], value.shape[2])
+            pooled = self.average_pool(value, size, label, stride=size)
+            return pooled if keep else self.reshape(pooled, value.shape[:1], label)
+        return self.sum(value, dims, keep, label, divisor=math.prod(value.shape[dim] for dim in dims))
+
+    def sum(self, value: Value, dims: Sequence[int], keep: bool, label: str, *, divisor: int = 1) -> Value:
+        """The sum over dimensions, divided by a number: a dense layer along them."""
+        rows, shape = self._reduced(value, dims, keep, label)
+        weight = torch.full((1, rows.shape[-1]), 1 / divisor, dtype=torch.float64)
+        return self.reshape(self.linear(rows, weight, None, label), shape, label)
+
+    def largest(self, value: Value, dims: Sequence[int], keep: bool, label: str) -> Value:
+        """The maximum over dimensions."""
+        rows, shape = self._reduced(value, dims, keep, label)
+        columns = self.reshape(rows, (math.prod(rows.shape[:-1]), rows.shape[-1], 1), label)
+        return self.reshape(self.add(nn.MaxPool2d((rows.shape[-1], 1)), [columns], label), shape, label)
+
+    def _reduced(self, value: Value, dims: Sequence[int], keep: bool, label: str) -> tuple[Value, tuple[int, ...]]:
+        """The value with all of these dimensions as the last one, and the shape of what is made of it without them."""
+        if not dims or len(set(dims)) != len(dims) or not all(0 <= dim < value.rank for dim in dims):
+            raise InvalidInputError(f"reduction over dimensions {tuple(dims)}: expected some of samples {value.shape}")
+        kept = [dim for dim in range(value.rank) if dim not in dims]
+        shape = tuple(value.shape[dim] for dim in kept) or (1,)
+        if keep:
+            shape = tuple(1 if dim in dims else size for dim, size in enumerate(value.shape))
+        elif not kept:
+            raise UnsupportedOperationError("a reduction of a whole sample to a number without dimensions")
+        turned = self.permute(value, [*kept, *sorted(dims)], label)
+        sizes = [value.shape[dim] for dim in kept]
+        return self.reshape(turned, (*sizes, math.prod(value.shape[dim] for dim in dims)), label), shape
 
     def reshape(self, value: Value, shape: Sequence[int], label: str) -> Value:
         """Reshapes every sample."""
@@ -369,6 +453,51 @@ class Builder:
         check_window((1, 1), amounts, (1, 1))
         return value if not any(amounts) else self.add(Pad(amounts), [value], label)
 
+    def surround(
+        self, value: Value, around: dict[int, Pair], label: str, *, mode: str = "constant", constant: float = 0.0
+    ) -> Value:
+        """Pads dimensions, each before and after; negative amounts cut off.
+
+        Args:
+            mode: "constant", "reflect", "replicate" or "circular".
+        """
+        for dim, (before, after) in around.items():
+            size = value.shape[dim]
+            if max(abs(before), abs(after)) > LARGEST:
+                raise UnsupportedOperationError(f"padding {(before, after)} is not supported: expected 0..{LARGEST}")
+            if mode != "constant":
+                value = self.index(value, dim, _mirrored(size, before, after, mode), label)
+                continue
+            if min(before, after) < 0:
+                value = self.index(value, dim, slice(max(0, -before), size + min(0, after)), label)
+                before, after = max(0, before), max(0, after)
+            if not before and not after:
+                continue
+            last = (*(k for k in range(value.rank) if k != dim), dim)
+            turned = self.permute(value, last, label)
+            turned = self.reshape(turned, (1, *turned.shape), label) if turned.rank == 1 else turned
+            padded = self.pad(turned, (before, after, 0, 0), label)
+            if constant:
+                shift = torch.zeros(padded.shape[-1], dtype=torch.float64)
+                shift[:before] = shift[padded.shape[-1] - after :] = constant
+                padded = self.scale_shift(padded, 1.0, shift, label)
+            padded = self.reshape(padded, padded.shape[1:], label) if value.rank == 1 else padded
+            value = self.permute(padded, [last.index(k) for k in range(value.rank)], label)
+        return value
+
+    def widen(self, value: Value, shape: Sequence[int], label: str) -> Value:
+        """Repeats what has size 1, or is not there, up to a shape."""
+        shape = tuple(shape)
+        if len(shape) < value.rank:
+            raise InvalidInputError(f"widening samples {value.shape} to {shape}: expected no fewer dimensions")
+        value = self.reshape(value, (*[1] * (len(shape) - value.rank), *value.shape), label)
+        for dim, size in enumerate(shape):
+            if value.shape[dim] != size:
+                if value.shape[dim] != 1:
+                    raise InvalidInputError(f"widening samples {value.shape} to {shape}: expected sizes of 1")
+                value = self.index(value, dim, [0] * size, label)
+        return value
+
     def total(self, values: Sequence[Value], label: str) -> Value:
         """The sum of values."""
         return values[0] if len(values) == 1 else self.add(Add(), values, label)
@@ -380,6 +509,18 @@ class Builder:
     def concatenate(self, values: Sequence[Value], dim: int, label: str) -> Value:
         """Values side by side along one dimension."""
         return values[0] if len(values) == 1 else self.add(Concatenate(dim), values, label)
+
+
+def _mirrored(size: int, before: int, after: int, mode: str) -> list[int]:
+    """Which entries stand where a dimension is padded by its own entries."""
+    places = range(-before, size + after)
+    if mode == "replicate":
+        return [min(max(place, 0), size - 1) for place in places]
+    if mode == "circular":
+        return [place % size for place in places]
+    if mode == "reflect" and max(before, after) < size:
+        return [abs(place) if place < size else 2 * (size - 1) - place for place in places]
+    raise UnsupportedOperationError(f"padding of {size} entries by {(before, after)} in mode {mode} is not supported")
 
 
 def _equals(constant: Tensor | float, number: float) -> bool:

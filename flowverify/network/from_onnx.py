@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.checker
+import onnx.defs
 import onnx.numpy_helper
 import onnx.reference
 import torch
@@ -19,16 +20,18 @@ from torch import Tensor
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
-from flowverify.network.onnx_operators import HANDLERS, check_value_first
+from flowverify.network.onnx_operators import ANY_PLACE, HANDLERS, OPSET, check_value_first, whole_shape
 from flowverify.network.operations import first_line
 from flowverify.network.reading import ORDER_KEPT, Ending, InputForm, Reading, input_form, softmax_over_classes
 from flowverify.network.rounding import rounding_of_value
 
-_OLDEST, _NEWEST = 7, 25
-_CONSTANT_FIRST = ("Add", "Sub", "Mul", "MatMul", "Sum")
+_OLDEST, _NEWEST = 7, onnx.defs.onnx_opset_version()
+_CONSTANT_FIRST = ("Add", "Sub", "Mul", "Div", "MatMul", "Sum", "Max", "Min", "Mean", "Concat")
 _FOLDABLE = (
     "Add", "Sub", "Mul", "Div", "Neg", "Gather", "Concat", "Slice", "Reshape", "Transpose", "Squeeze",
-    "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand",
+    "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand", "Tile",
+    "Sqrt", "Reciprocal", "Pow", "Exp", "Log", "Abs", "Max", "Min", "Clip", "ReduceSum", "ReduceProd", "ReduceMean",
+    "ReduceMax", "ReduceMin", "Floor", "Ceil", "Mod", "Less", "Greater", "Not", "And", "Or", "Trilu",
 )  # fmt: skip
 _LARGEST_CONSTANT = 1 << 28
 _AS_IT_IS = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Sub")  # leaves the axes where they are
@@ -142,13 +145,22 @@ def _compare(path: Path, reader: _Reader, network: Network) -> None:
         return
     with torch.no_grad():
         found, expected = reader.ending.answer(network(images)), expected.reshape(len(images), -1)
-        rounding = rounding_of_value(network, network.output, images).amax(1)
-    allowed = 1e-3 * expected.abs().amax(1) + 1e-5 + rounding
-    if found.shape != expected.shape or not bool(((found - expected).abs().amax(1) <= allowed).all()):
-        raise UnsupportedOperationError(
-            f"the network as it was read answers {found[0, :3].tolist()}, where the file itself answers "
-            f"{expected[0, :3].tolist()} for the same image"
-        )
+    if found.shape == expected.shape:
+        missed = (found - expected).abs().amax(1) - 1e-3 * expected.abs().amax(1) - 1e-5
+        if bool((missed <= 0).all()) or bool((missed <= _rounding(network, images)).all()):
+            return
+    raise UnsupportedOperationError(
+        f"the network as it was read answers {found[0, :3].tolist()}, where the file itself answers "
+        f"{expected[0, :3].tolist()} for the same image"
+    )
+
+
+def _rounding(network: Network, images: Tensor) -> Tensor:
+    """How far two computations may differ where large terms cancel, (B,); 0 where no rule says so."""
+    try:
+        return rounding_of_value(network, network.output, images).amax(1)
+    except UnsupportedOperationError:
+        return images.new_zeros(len(images))
 
 
 def _answers(path: Path, reader: _Reader, images: Tensor) -> Tensor | None:
@@ -203,7 +215,7 @@ class _Reader:
             if self.output in node.output:
                 break  # what comes after belongs to other outputs
         output = self.known.get(self.output)
-        if not isinstance(output, Value):
+        if not isinstance(output, Value) or output.batch:
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
         return self.builder.finish(self.ending.logits(self.builder, output))
 
@@ -234,6 +246,12 @@ class _Reader:
             raise UnsupportedOperationError("is not supported")
         if node.op_type not in _CONSTANT_FIRST:
             check_value_first(inputs)
+        if node.op_type not in ANY_PLACE and any(isinstance(one, Value) and one.batch for one in inputs):
+            raise UnsupportedOperationError("the batch has been moved, expected the batch first")
+        if node.op_type in ("Softmax", "LogSoftmax"):
+            attributes[OPSET] = self.opset
+        if node.op_type == "Split":
+            attributes["num_outputs"] = len(node.output)
         result = HANDLERS[node.op_type](self.builder, inputs, attributes, self._label(node))
         if attributes:
             raise UnsupportedOperationError(f"attribute {min(attributes)!r} is not supported")
@@ -269,13 +287,20 @@ class _Reader:
             name: array.astype(np.float64) if name in single and node.op_type != "Cast" else array
             for name, array in given.items()
         }
-        evaluator = onnx.reference.ReferenceEvaluator(node, opsets={"": self.opset})
-        results: Any = evaluator.run(None, feeds)
+        results: Any = onnx.reference.ReferenceEvaluator(self._model_of(node, feeds)).run(None, feeds)
         result = np.asarray(results[0])
         doubles = {name for name, array in given.items() if array.dtype == np.float64} - single
         if single and not doubles and result.dtype == np.float64 and node.op_type != "Cast":
             self.wide.add(node.output[0])
         return [_tensor(result)]
+
+    def _model_of(self, node: onnx.NodeProto, feeds: dict[str, Any]) -> onnx.ModelProto:
+        """A node alone, under the operator set of its file: for a node by itself the evaluator takes a newer one."""
+        kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
+        inputs = [onnx.helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in feeds.items()]
+        outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
+        graph = onnx.helper.make_graph([node], "constants", inputs, outputs)
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
 
 
 def _chosen_output(graph: onnx.GraphProto, wanted: str | None) -> str:
@@ -314,15 +339,19 @@ def _entries(operator: str, arrays: list[Any]) -> float:
             return float(np.abs(shape).prod())
         case "Expand", [value, shape]:
             return float(np.abs(shape).prod()) * value.size
+        case "Tile", [value, repeats]:
+            return float(np.abs(repeats).prod()) * value.size
         case "Range", [start, limit, step]:
             return float((limit - start) / step)
-        case (("ConstantOfShape" | "Expand" | "Range"), _):
+        case (("ConstantOfShape" | "Expand" | "Range" | "Tile"), _):
             return float("inf")
     return 0.0
 
 
 def _tensor(array: Any) -> Tensor:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.dtype == np.float16:
+    if isinstance(array, np.ndarray) and array.dtype == np.float16:
+        array = array.astype(np.float32)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise UnsupportedOperationError(f"a constant of type {getattr(array, 'dtype', type(array))} is not supported")
     kept = array.astype(np.int64) if array.dtype.kind == "u" else np.array(array, dtype=array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(kept).reshape(array.shape))
@@ -341,5 +370,5 @@ def _constant(attributes: dict[str, Any]) -> Tensor:
 
 
 def _shape(value: Any, attributes: dict[str, int]) -> Tensor:
-    shape = [1, *value.shape] if isinstance(value, Value) else list(value.shape)
+    shape = whole_shape(value) if isinstance(value, Value) else list(value.shape)
     return torch.tensor(shape[attributes.get("start", 0) : attributes.get("end", len(shape))], dtype=torch.int64)

@@ -6,20 +6,24 @@ A ``nn.Sequential`` of known layers is converted layer by layer; any other modul
 from __future__ import annotations
 
 import copy
+import math
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from flowverify.errors import FlowverifyError, InvalidInputError, UnsupportedOperationError
-from flowverify.network.aten import HANDLERS, RESHAPES, Handler
+from flowverify.network.aten import ANY_PLACE, HANDLERS, RESHAPES, Handler
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
 from flowverify.network.operations import first_line
 from flowverify.network.reading import Ending, InputForm, Reading, module_form, softmax_over_classes
 from flowverify.network.rounding import RoundingBound
+from flowverify.network.torch_modules import leave_batch_first
 
 _SIMPLE = (
     nn.Linear, nn.Conv2d, nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Flatten, nn.AvgPool2d, nn.MaxPool2d,
@@ -29,12 +33,14 @@ _CASTS = ("to", "_to_copy")
 _CREATIONS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 # Of an operator: where and how its result is kept, and what acts in training alone.
 _WITHOUT_EFFECT = (
-    "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "momentum", "cudnn_enabled", "p"
+    "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "momentum", "cudnn_enabled", "p",
+    "cudnn_enable", "dropout",
 )  # fmt: skip
 _ENDS = {
     "softmax": "Softmax", "_softmax": "Softmax", "_safe_softmax": "Softmax", "log_softmax": "LogSoftmax",
     "_log_softmax": "LogSoftmax", "sigmoid": "Sigmoid",
 }  # fmt: skip
+BATCH_FIRST = "an operation that mixes or moves the batch dimension is not supported"
 _SYMBOLIC_SAFE = ("sym_size", "slice", "zeros", "ones", "new_zeros", "new_ones", "expand", *RESHAPES)
 
 
@@ -58,6 +64,7 @@ def from_torch(module: nn.Module, input_shape: Sequence[int], reading: Reading |
         own = copy.deepcopy(module).cpu().eval().requires_grad_(False)
     except Exception as error:  # a module may define its own copying
         raise UnsupportedOperationError(f"{_title(module)} cannot be copied: {first_line(error)}") from error
+    own = own.float() if _is_half(own) else own
     reading = reading or Reading()
     channels, height, width = (int(size) for size in input_shape)
     frame = _Frame(module_form((channels, height, width), reading.layout), reading, _precision(own))
@@ -65,7 +72,9 @@ def from_torch(module: nn.Module, input_shape: Sequence[int], reading: Reading |
     if layers and all(type(layer) in _SIMPLE and not _is_modified(layer) for layer in layers):
         network = _from_layers(layers, frame)
     else:
-        network = _from_export(own, frame)
+        traced = copy.deepcopy(own)
+        leave_batch_first(traced)
+        network = _from_export(traced, frame)
     _compare(own, network, frame)
     network.notes = (*((frame.form.note,) if reading.layout else ()), *frame.ending.notes)
     return network
@@ -110,6 +119,13 @@ class _Frame:
 
 def _title(module: nn.Module) -> str:
     return f"module {type(module).__name__}"
+
+
+def _is_half(module: nn.Module) -> bool:
+    """Whether all weights are float16 or bfloat16, which float32 holds exactly."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    found = {tensor.dtype for _, tensor in tensors if tensor.is_floating_point()}
+    return bool(found) and found <= {torch.float16, torch.bfloat16}
 
 
 def _precision(module: nn.Module) -> torch.dtype:
@@ -190,9 +206,11 @@ def _value(result: Any) -> Value:
 def _from_export(module: nn.Module, frame: _Frame) -> Network:
     sample = torch.zeros(2, *frame.form.sample, dtype=frame.dtype)
     try:
-        program = torch.export.export(
-            module, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        ).run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch has to say about its own recurrent layers
+            program = torch.export.export(
+                module, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            ).run_decompositions({})
     except Exception as error:  # tracing runs the caller's code, which may raise anything
         raise UnsupportedOperationError(f"{_title(module)} cannot be traced: {first_line(error)}") from error
     return _Lowering(program, frame).network()
@@ -234,9 +252,10 @@ class _Lowering:
         return self._finish(output)
 
     def _finish(self, node: Any) -> Network:
-        if not isinstance(self.known.get(node), Value):
+        value = self.known.get(node)
+        if not isinstance(value, Value) or value.batch:
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
-        return self.frame.finish(self.builder, self.known[node])
+        return self.frame.finish(self.builder, value)
 
     def _lower(self, node: fx.Node) -> Any:
         target = node.target
@@ -274,14 +293,14 @@ class _Lowering:
         if not any(isinstance(argument, Value) for argument in flat):
             return self._constant(node, name, arguments, keywords)
         if name in RESHAPES:
-            shape = [int(size) for size in node.meta["val"].shape[1:]]
-            self._check_shape(node.meta["val"])
-            return self.builder.reshape(arguments[0], shape, node.name)
+            return self._reshaped(node, arguments[0])
         if node in self.tail and (kept := _ENDS.get(name)) is not None:
             axis = 1 if kept == "Sigmoid" else int(arguments[1])
             if kept == "Sigmoid" or softmax_over_classes(axis, arguments[0].shape):
                 self.frame.ending.drop(kept)
                 return arguments[0]
+        if name not in ANY_PLACE and any(isinstance(argument, Value) and argument.batch for argument in flat):
+            raise UnsupportedOperationError(BATCH_FIRST)
         if name not in HANDLERS or not isinstance(node.target, torch._ops.OpOverload):
             raise UnsupportedOperationError("is not supported")
         bound = {
@@ -307,24 +326,36 @@ class _Lowering:
             arguments, keywords = widened
         return _constant_result(node.target, arguments, keywords)
 
+    def _reshaped(self, node: fx.Node, value: Value) -> Value:
+        """Any change of shape that leaves as many entries before the batch as there were."""
+        traced = node.meta["val"]
+        batch = self._batch_of(traced)
+        sizes = [int(size) for position, size in enumerate(traced.shape) if position != batch]
+        if math.prod(sizes[:batch]) != math.prod(value.shape[: value.batch]):
+            raise UnsupportedOperationError(BATCH_FIRST)
+        return replace(self.builder.reshape(value, sizes, node.name), batch=batch)
+
     def _check(self, node: fx.Node, result: Any) -> None:
-        """The result must have the traced shape, with the batch (size 1 in constants) first or absent."""
+        """The result must have the traced shape, with the batch where it was traced; constants have a batch of 1."""
         traced = node.meta.get("val")
-        if isinstance(result, Value | Tensor) and isinstance(traced, Tensor):
-            batched = self._check_shape(traced)
-            expected = tuple(int(size) for size in traced.shape[1:]) if batched else tuple(traced.shape)
-            got = result.shape if isinstance(result, Value) else tuple(result.shape[1 if batched else 0 :])
-            if got != expected or (isinstance(result, Value) and not batched):
-                raise UnsupportedOperationError(f"has shape {got} for one sample, expected {expected}")
-            if isinstance(result, Value) and traced.dtype != self.builder.dtype:
+        if isinstance(result, Tensor) and isinstance(traced, Tensor):
+            sizes = tuple(1 if isinstance(size, torch.SymInt) else int(size) for size in traced.shape)
+            if tuple(result.shape) != sizes:
+                raise UnsupportedOperationError(f"is a constant of shape {tuple(result.shape)}, expected {sizes}")
+        if isinstance(result, Value) and isinstance(traced, Tensor):
+            batch = self._batch_of(traced)
+            expected = tuple(int(size) for position, size in enumerate(traced.shape) if position != batch)
+            if result.shape != expected or result.batch != batch:
+                raise UnsupportedOperationError(f"has shape {result.shape} for one sample, expected {expected}")
+            if traced.dtype != self.builder.dtype:
                 raise UnsupportedOperationError(f"a result of type {traced.dtype} is not supported")
 
-    def _check_shape(self, traced: Tensor) -> bool:
-        """Whether the batch is dimension 0; it must not be anywhere else."""
-        symbolic = [isinstance(size, torch.SymInt) for size in traced.shape]
-        if any(symbolic[1:]) or (symbolic and symbolic[0] and str(traced.shape[0]) != self.batch):
-            raise UnsupportedOperationError("an operation that mixes or moves the batch dimension is not supported")
-        return bool(symbolic and symbolic[0])
+    def _batch_of(self, traced: Tensor) -> int:
+        """Where the batch stands in a value: in one place, and whole."""
+        places = [position for position, size in enumerate(traced.shape) if isinstance(size, torch.SymInt)]
+        if len(places) != 1 or str(traced.shape[places[0]]) != self.batch:
+            raise UnsupportedOperationError(BATCH_FIRST)
+        return places[0]
 
 
 def _tail(output: Any) -> set[fx.Node]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
+from flowverify.network.curves import CURVES, Erf, Exp, Log, Power, Softplus
 
 
 class ScaleShift(nn.Module):
@@ -170,6 +171,58 @@ class Concatenate(nn.Module):
         return f"dim={self.dim}"
 
 
+class Multiply(nn.Module):
+    """The product of two values, entry by entry; sizes of 1 broadcast."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first * second
+
+
+class MatrixProduct(nn.Module):
+    """The matrix product of two values along their last two dimensions; the dimensions before broadcast."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first @ second
+
+
+class Softmax(nn.Module):
+    """exp(x) divided by its sum along one dimension of the sample."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = int(dim)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value.softmax(self.dim + 1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Standardise(nn.Module):
+    """c / sqrt(mean(c^2) + epsilon) along the last dimension, c = x - mean(x), or x itself if not ``centred``.
+
+    Layer, group and instance normalisation less their scales and shifts; not centred, that by the root mean square.
+
+    Raises:
+        InvalidInputError: epsilon is not a positive number.
+    """
+
+    def __init__(self, epsilon: float, centred: bool = True) -> None:
+        super().__init__()
+        self.epsilon, self.centred = float(epsilon), bool(centred)
+        if not 0 < self.epsilon < math.inf:
+            raise InvalidInputError(f"Standardise: given epsilon {epsilon}, expected a positive number")
+
+    def forward(self, value: Tensor) -> Tensor:
+        if self.centred:
+            value = value - value.mean(-1, keepdim=True)
+        return value * (value.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}, centred={self.centred}"
+
+
 @dataclass(frozen=True)
 class OperationRecord:
     """What is known about one canonical operation: the readers, the bounds and the tests all go by these records.
@@ -181,6 +234,9 @@ class OperationRecord:
         options: the options that are taken as they come.
         fixed: the options that are taken at one value only; any other one is refused by name.
         candidates: instances, one a choice of options, some of which take samples of the given shape.
+        steep: whether it has no largest slope, or rounding no rule for it (theory, section 15): only intervals bound
+            networks with it, and they carry their own rounding.
+        tried_on: an interval of numbers that it takes and does not make too large, or None for all.
     """
 
     kind: type[nn.Module]
@@ -189,6 +245,8 @@ class OperationRecord:
     options: tuple[str, ...]
     fixed: dict[str, object]
     candidates: Callable[[tuple[int, ...]], list[nn.Module]]
+    steep: bool = False
+    tried_on: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -271,6 +329,18 @@ def _reshapes(shape: tuple[int, ...]) -> list[nn.Module]:
     return [Reshape(other) for other in sorted(shapes)]
 
 
+def _softmaxes(shape: tuple[int, ...]) -> list[nn.Module]:
+    return [Softmax(dim) for dim in range(len(shape))]
+
+
+def _standardisations(shape: tuple[int, ...]) -> list[nn.Module]:
+    return [Standardise(1e-5), Standardise(0.1), Standardise(1e-3, centred=False)]
+
+
+def _powers(exponents: Sequence[float]) -> Callable[[tuple[int, ...]], list[nn.Module]]:
+    return lambda shape: [Power(exponent) for exponent in exponents]
+
+
 def _slopes(shape: tuple[int, ...]) -> list[nn.Module]:
     return [nn.LeakyReLU(slope) for slope in (0.01, 0.3, 1.0, 2.0, 5.0, -0.5, 0.0)]
 
@@ -297,6 +367,29 @@ OPERATIONS: tuple[OperationRecord, ...] = (
     OperationRecord(nn.LeakyReLU, False, 1, ("negative_slope",), {"inplace": False}, _slopes),
     OperationRecord(nn.Sigmoid, False, 1, (), {}, lambda shape: [nn.Sigmoid()]),
     OperationRecord(nn.Tanh, False, 1, (), {}, lambda shape: [nn.Tanh()]),
+    OperationRecord(
+        nn.ELU, False, 1, ("alpha",), {"inplace": False},
+        lambda shape: [nn.ELU(alpha) for alpha in (1.0, 0.3, 1.7, -0.5)],
+    ),
+    OperationRecord(
+        nn.GELU, False, 1, ("approximate",), {}, lambda shape: [nn.GELU(form) for form in ("none", "tanh")]
+    ),
+    OperationRecord(nn.SiLU, False, 1, (), {"inplace": False}, lambda shape: [nn.SiLU()]),
+    OperationRecord(nn.Mish, False, 1, (), {"inplace": False}, lambda shape: [nn.Mish()]),
+    OperationRecord(nn.Hardswish, False, 1, (), {"inplace": False}, lambda shape: [nn.Hardswish()]),
+    OperationRecord(nn.Softsign, False, 1, (), {}, lambda shape: [nn.Softsign()]),
+    OperationRecord(Softplus, False, 1, (), {}, lambda shape: [Softplus()]),
+    OperationRecord(Erf, False, 1, (), {}, lambda shape: [Erf()]),
+    OperationRecord(Exp, False, 1, (), {}, lambda shape: [Exp()], steep=True, tried_on=(-2.0, 3.0)),
+    OperationRecord(Log, False, 1, (), {}, lambda shape: [Log()], steep=True, tried_on=(0.1, 3.0)),
+    OperationRecord(
+        Power, False, 1, ("exponent",), {}, _powers((2.0, 0.5, -1.0, -0.5, 1.7)), steep=True,
+        tried_on=(0.1, 3.0),
+    ),
+    OperationRecord(Multiply, False, 2, (), {}, lambda shape: [Multiply()], steep=True),
+    OperationRecord(MatrixProduct, False, 2, (), {}, lambda shape: [MatrixProduct()], steep=True),
+    OperationRecord(Softmax, False, 1, ("dim",), {}, _softmaxes, steep=True),
+    OperationRecord(Standardise, False, 1, ("epsilon", "centred"), {}, _standardisations, steep=True),
     OperationRecord(nn.Flatten, True, 1, (), {"start_dim": 1, "end_dim": -1}, lambda shape: [nn.Flatten()]),
     OperationRecord(ScaleShift, True, 1, ("scale", "shift"), {}, _scale_shifts),
     OperationRecord(Reshape, True, 1, ("shape",), {}, _reshapes),
@@ -317,7 +410,8 @@ RECORDS: dict[type[nn.Module], OperationRecord] = {record.kind: record for recor
 CANONICAL: tuple[type[nn.Module], ...] = tuple(RECORDS)
 AFFINE: tuple[type[nn.Module], ...] = tuple(record.kind for record in OPERATIONS if record.affine)
 WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
+STEEP: tuple[type[nn.Module], ...] = tuple(record.kind for record in OPERATIONS if record.steep)
+ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, *CURVES)
 
 
 def is_affine(operation: nn.Module) -> bool:
@@ -326,7 +420,7 @@ def is_affine(operation: nn.Module) -> bool:
 
 
 def is_elementwise_activation(operation: nn.Module) -> bool:
-    """Whether the operation applies one non-affine scalar function to every entry."""
+    """Whether the operation applies one non-affine scalar function, with a largest slope, to every entry."""
     return type(operation) in ACTIVATIONS
 
 
@@ -392,10 +486,11 @@ def output_shape(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> tup
 
 def _shape_fault(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
     """What is wrong with these input shapes that running the operation would not reveal ("" if nothing)."""
-    if isinstance(operation, Add | Subtract | Concatenate):
+    if isinstance(operation, Add | Subtract | Concatenate | Multiply | MatrixProduct):
         few = 1 if isinstance(operation, Concatenate) else 2
-        if len(shapes) < few or (isinstance(operation, Subtract) and len(shapes) != 2):
-            return f"expected {'exactly' if isinstance(operation, Subtract) else 'at least'} {few} inputs"
+        two = isinstance(operation, Subtract | Multiply | MatrixProduct)
+        if len(shapes) < few or (two and len(shapes) != 2):
+            return f"expected {'exactly' if two else 'at least'} {few} inputs"
         if len({len(shape) for shape in shapes}) > 1:
             return "expected inputs of one rank"
     elif len(shapes) != 1:
@@ -403,9 +498,9 @@ def _shape_fault(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str
     rank = len(shapes[0])
     if isinstance(operation, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) and rank != 3:
         return "expected (channels, height, width)"
-    if isinstance(operation, Pad) and rank < 2:
+    if isinstance(operation, Pad | MatrixProduct) and rank < 2:
         return "expected a rank of at least 2"
-    if isinstance(operation, Index | Concatenate) and not 0 <= operation.dim < rank:
+    if isinstance(operation, Index | Concatenate | Softmax) and not 0 <= operation.dim < rank:
         return f"expected a dimension below {rank}, got {operation.dim}"
     if isinstance(operation, Permute) and sorted(operation.dims) != list(range(rank)):
         return f"expected a permutation of 0..{rank - 1}, got {operation.dims}"

@@ -36,15 +36,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowverify.errors import UnsupportedOperationError
+from flowverify.network.curves import CURVES, Exp, Log, Power
 from flowverify.network.graph import INPUT, Graph
 from flowverify.network.operations import (
+    STEEP,
     Add,
     Concatenate,
     Index,
+    MatrixProduct,
+    Multiply,
     Pad,
     Permute,
     Reshape,
     ScaleShift,
+    Softmax,
+    Standardise,
     Subtract,
     operation_name,
 )
@@ -87,6 +93,16 @@ def _fans(operation: nn.Module) -> tuple[int, int]:
         window = size * size if isinstance(size, int) else math.prod(size)
         return window, window
     return 1, 1
+
+
+def fan_in(operation: nn.Module) -> int:
+    """How many products an entry of an operation's result is the sum of."""
+    return _fans(operation)[0]
+
+
+def sum_of_terms(operation: nn.Module, inputs: list[Tensor], *, biased: bool) -> Tensor:
+    """Sums of the sizes of all terms of an affine operation, from the sizes of its inputs; with or without constants."""
+    return _through(operation, inputs, relaxed=False, biased=biased)
 
 
 def gamma(network: Graph) -> float:
@@ -160,14 +176,26 @@ def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, biased: 
         return inputs[0] + inputs[1]
     if isinstance(operation, _POSITIVE):
         return operation(*inputs)  # type: ignore[no-any-return]
-    if type(operation) not in _LIPSCHITZ:
-        raise UnsupportedOperationError(f"rounding: no rule for operation {operation_name(operation)}")
-    gain = _LIPSCHITZ[type(operation)](operation)
+    gain, at_zero = _largest_slope(operation)
     if relaxed:
         gain *= 2.0 if isinstance(operation, nn.ReLU) else 6.0
     if isinstance(operation, nn.MaxPool2d):
         return gain * operation(value)  # type: ignore[no-any-return]
-    return gain * value + (_AT_ZERO.get(type(operation), 0.0) if biased else 0.0)
+    return gain * value + (at_zero if biased else 0.0)
+
+
+def _largest_slope(operation: nn.Module) -> tuple[float, float]:
+    """The Lipschitz constant and |f(0)| of an activation.
+
+    Raises:
+        UnsupportedOperationError: there is no rule.
+    """
+    if type(operation) in CURVES:
+        curve = CURVES[type(operation)](operation)
+        return curve.steepest, abs(curve.at_zero)
+    if type(operation) not in _LIPSCHITZ:
+        raise UnsupportedOperationError(f"rounding: no rule for operation {operation_name(operation)}")
+    return _LIPSCHITZ[type(operation)](operation), _AT_ZERO.get(type(operation), 0.0)
 
 
 # The largest slope. With a gain of 6 L, LeakyReLU may as well be computed as a x + (1 - a) relu(x).
@@ -181,8 +209,42 @@ _LIPSCHITZ: dict[type[nn.Module], Callable[[Any], float]] = {
 _AT_ZERO: dict[type[nn.Module], float] = {nn.Sigmoid: 0.5}
 
 
+def is_steep(network: Graph) -> bool:
+    """Whether the network has operations without a largest slope, so that its bounds must carry their own rounding."""
+    return any(type(node.operation) in STEEP for node in network.nodes)
+
+
+def rounding_of_operation(operation: nn.Module, inputs: list[Tensor], result: Tensor) -> Tensor:
+    """By how much computed ends of the interval of an operation may be off, given those of its inputs.
+
+    Args:
+        inputs: the larger of the sizes of both ends of each input, (B, *shape).
+        result: the same of the operation's interval, before it is widened.
+
+    Raises:
+        UnsupportedOperationError: there is no rule.
+    """
+    largest = inputs[0].shape[-1]
+    if isinstance(operation, Multiply | Exp | Log | Power):
+        return FEW * UNIT * result + TINY
+    if isinstance(operation, MatrixProduct):
+        return (largest + FEW) * UNIT * INFLATED * (inputs[0] @ inputs[1]) + TINY
+    if isinstance(operation, Softmax):
+        return torch.full_like(result, (result.shape[operation.dim + 1] + FEW) * UNIT)
+    if isinstance(operation, Standardise):
+        share = (largest + FEW) * UNIT * INFLATED
+        centre = 2 * share * inputs[0].amax(-1, keepdim=True) / math.sqrt(operation.epsilon)
+        off = 2 * (1 + math.sqrt(largest)) * centre + share * math.sqrt(largest)
+        return torch.where(centre < 1, off, torch.inf).expand_as(result)
+    terms = _through(operation, inputs, relaxed=False, biased=True)
+    return (_fans(operation)[0] + FEW) * UNIT * INFLATED * terms + TINY
+
+
 class RoundingBound:
     """What rounding may change in lower bounds of margins of one network, and in its margins themselves.
+
+    Nothing for a steep network (:func:`is_steep`): its bounds are those of intervals that are widened as they are
+    computed (:mod:`flowverify.bounds.outward`), and other engines refuse it.
 
     Args:
         network: in float64.
@@ -192,6 +254,9 @@ class RoundingBound:
     """
 
     def __init__(self, network: Graph) -> None:
+        self._steep = is_steep(network)
+        if self._steep:
+            return
         self._gamma = gamma(network) * (1 + depth(network) / 2)
         self._output = magnitudes(network, relaxed=True)[network.output].flatten(1)
 
@@ -201,6 +266,8 @@ class RoundingBound:
         ``displaced`` is the mass by which the centres that are computed with differ from the images. Infinite or NaN
         where nothing can be said.
         """
+        if self._steep:
+            return torch.zeros_like(mass, dtype=torch.float64)
         fixed, moving = self._output.to(mass.device)
         logits = fixed + reach(mass.double(), budget)[:, None] * moving
         found: Tensor = 2 * self._gamma * logits.amax(1) + 2 * displaced * moving.amax()

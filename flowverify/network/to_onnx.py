@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, ModelFileError
+from flowverify.network.curves import Erf, Exp, Log, Power, Softplus
 from flowverify.network.graph import INPUT, Graph, Node
 from flowverify.network.operations import (
     Add,
     Concatenate,
     Index,
+    MatrixProduct,
+    Multiply,
     Pad,
     Permute,
     Reshape,
     ScaleShift,
+    Softmax,
+    Standardise,
     Subtract,
     operation_name,
 )
@@ -208,6 +214,58 @@ def _add(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
         value = writer.emit("Add", [value, other], target)
 
 
+def _times_gate(*kinds: str, **attributes: Any) -> Emitter:
+    """x times a chain of operators of x, of which the last has these attributes."""
+
+    def emit(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
+        gate = inputs[0]
+        for position, kind in enumerate(kinds):
+            given = attributes if position + 1 == len(kinds) else {}
+            gate = writer.emit(kind, [gate], f"{output}_gate{position}", **given)
+        writer.emit("Mul", [inputs[0], gate], output)
+
+    return emit
+
+
+def _gelu(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
+    """x (1 + erf(x / sqrt 2)) / 2, or x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+    operation: Any = node.operation
+
+    def number(label: str, value: float) -> str:
+        return writer.floats(node, label, torch.tensor(value))
+
+    inner = inputs[0]
+    if operation.approximate == "tanh":
+        cube = writer.emit("Pow", [inner, number("three", 3.0)], f"{output}_cube")
+        small = writer.emit("Mul", [cube, number("cubic", 0.044715)], f"{output}_small")
+        inner = writer.emit("Add", [inner, small], f"{output}_bent")
+    factor = math.sqrt(2 / math.pi) if operation.approximate == "tanh" else math.sqrt(0.5)
+    scaled = writer.emit("Mul", [inner, number("factor", factor)], f"{output}_scaled")
+    kind = "Tanh" if operation.approximate == "tanh" else "Erf"
+    level = writer.emit(kind, [scaled], f"{output}_level")
+    raised = writer.emit("Add", [level, number("one", 1.0)], f"{output}_raised")
+    half = writer.emit("Mul", [raised, number("half", 0.5)], f"{output}_half")
+    writer.emit("Mul", [inputs[0], half], output)
+
+
+def _power(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
+    operation: Any = node.operation
+    writer.emit("Pow", [*inputs, writer.floats(node, "exponent", torch.tensor(operation.exponent))], output)
+
+
+def _standardise(writer: _Writer, node: Node, inputs: list[str], output: str) -> None:
+    operation: Any = node.operation
+    value = inputs[0]
+    if operation.centred:
+        mean = writer.emit("ReduceMean", [value], f"{output}_mean", axes=[-1], keepdims=1)
+        value = writer.emit("Sub", [value, mean], f"{output}_centred")
+    squares = writer.emit("Mul", [value, value], f"{output}_squares")
+    variance = writer.emit("ReduceMean", [squares], f"{output}_variance", axes=[-1], keepdims=1)
+    epsilon = writer.floats(node, "epsilon", torch.tensor(operation.epsilon))
+    root = writer.emit("Sqrt", [writer.emit("Add", [variance, epsilon], f"{output}_above")], f"{output}_root")
+    writer.emit("Div", [value, root], output)
+
+
 def _plain(kind: str, attributes: Callable[[Any], dict[str, Any]] = lambda operation: {}) -> Emitter:
     return lambda writer, node, inputs, output: writer.emit(kind, inputs, output, **attributes(node.operation))
 
@@ -221,6 +279,21 @@ _EMITTERS: dict[type[nn.Module], Emitter] = {
     nn.LeakyReLU: _plain("LeakyRelu", lambda operation: {"alpha": float(operation.negative_slope)}),
     nn.Sigmoid: _plain("Sigmoid"),
     nn.Tanh: _plain("Tanh"),
+    nn.ELU: _plain("Elu", lambda operation: {"alpha": float(operation.alpha)}),
+    nn.GELU: _gelu,
+    nn.SiLU: _times_gate("Sigmoid"),
+    nn.Mish: _times_gate("Softplus", "Tanh"),
+    nn.Hardswish: _times_gate("HardSigmoid", alpha=1 / 6, beta=0.5),
+    nn.Softsign: _plain("Softsign"),
+    Softplus: _plain("Softplus"),
+    Erf: _plain("Erf"),
+    Exp: _plain("Exp"),
+    Log: _plain("Log"),
+    Power: _power,
+    Multiply: _plain("Mul"),
+    MatrixProduct: _plain("MatMul"),
+    Softmax: _plain("Softmax", lambda operation: {"axis": operation.dim + 1}),
+    Standardise: _standardise,
     nn.Flatten: _plain("Flatten", lambda operation: {"axis": 1}),
     ScaleShift: _scale_shift,
     Reshape: _reshape,

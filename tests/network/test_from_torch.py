@@ -1,4 +1,5 @@
 import copy
+import math
 import sys
 
 import pytest
@@ -21,6 +22,10 @@ class Lambda(nn.Module):
         self.function = function
         self.scale = nn.Parameter(torch.rand(2, 1, 1) + 0.5)
         self.register_buffer("matrix", torch.randn(PIXELS, 5))
+
+    def part(self, *shape):
+        """Constants of a shape."""
+        return self.matrix.flatten()[: math.prod(shape)].reshape(shape)
 
     def forward(self, x):
         return self.function(self, x)
@@ -159,6 +164,84 @@ FUNCTIONS = {
     "dropout": lambda m, x: functional.dropout(x, 0.5, m.training).flatten(1),
     "softened": lambda m, x: 2 * torch.sigmoid(functional.leaky_relu(x, 0.3)).flatten(1),
     "to": lambda m, x: x.to(torch.float32).detach().flatten(1),
+    "elu": lambda m, x: functional.elu(x - 0.5, 1.7).flatten(1),
+    "selu": lambda m, x: functional.selu(x - 0.5).flatten(1),
+    "celu": lambda m, x: functional.celu(x - 0.5, 0.3).flatten(1),
+    "gelu": lambda m, x: functional.gelu(x - 0.5).flatten(1),
+    "gelu by tanh": lambda m, x: functional.gelu(x - 0.5, approximate="tanh").flatten(1),
+    "silu": lambda m, x: functional.silu(x - 0.5).flatten(1),
+    "mish": lambda m, x: functional.mish(x - 0.5).flatten(1),
+    "softplus": lambda m, x: functional.softplus(x - 0.5, 3.0).flatten(1),
+    "log of sigmoid": lambda m, x: functional.logsigmoid(x - 0.5).flatten(1),
+    "hard swish": lambda m, x: functional.hardswish(8 * x - 4).flatten(1),
+    "hard sigmoid": lambda m, x: functional.hardsigmoid(8 * x - 4).flatten(1),
+    "hard tanh": lambda m, x: functional.hardtanh(x - 0.5, -0.2, 0.3).flatten(1),
+    "relu6": lambda m, x: functional.relu6(9 * x - 1).flatten(1),
+    "prelu": lambda m, x: functional.prelu(x - 0.5, m.matrix[:2, 0]).flatten(1),
+    "softsign": lambda m, x: functional.softsign(x - 0.5).flatten(1),
+    "erf": lambda m, x: torch.erf(x - 0.5).flatten(1),
+    "clamp": lambda m, x: x.clamp(0.2, 0.6).flatten(1),
+    "clamp from below": lambda m, x: x.clamp(min=0.2).flatten(1),
+    "absolute": lambda m, x: (x - 0.5).abs().flatten(1),
+    "maximum": lambda m, x: torch.maximum(x, 0.7 - x).flatten(1),
+    "minimum of a constant": lambda m, x: torch.minimum(x, m.scale).flatten(1),
+    "powers": lambda m, x: (x**2 + x.abs().sqrt() + (x.abs() + 1) ** 1.5).flatten(1),
+    "inverse powers": lambda m, x: ((x.abs() + 1).rsqrt() + 1 / (1 + x.abs())).flatten(1),
+    "exp and log": lambda m, x: (x.exp() - (x.abs() + 0.1).log()).flatten(1),
+    "product": lambda m, x: (x * torch.sigmoid(x)).flatten(1),
+    "quotient": lambda m, x: (x / (1 + x.abs().sum((1, 2, 3), keepdim=True))).flatten(1),
+    "sums": lambda m, x: x.sum(1).flatten(1) + x.mean((1, 3)).repeat(1, 8),
+    "largest": lambda m, x: x.amax(1).flatten(1) - x.min(2)[0].sum((1, 2), keepdim=True)[:, 0],
+    "variance": lambda m, x: x.var((2, 3)) + functional.normalize(x.flatten(1))[:, :2],
+    "softmax": lambda m, x: torch.softmax(x, 1).flatten(1),
+    "log of softmax": lambda m, x: (
+        functional.log_softmax(x, 2).flatten(1) + torch.logsumexp(x, (1, 2, 3), keepdim=True).flatten(1)
+    ),
+    "layer norm": lambda m, x: functional.layer_norm(x, (6, 8), m.part(6, 8), m.part(6, 8) + 1).flatten(1),
+    "group norm": lambda m, x: functional.group_norm(x, 1, m.matrix[:2, 0], m.matrix[:2, 1]).flatten(1),
+    "instance norm": lambda m, x: functional.instance_norm(x, weight=m.matrix[:2, 0]).flatten(1),
+    "root mean square": lambda m, x: functional.rms_norm(x, (8,), m.part(8), 1e-3).flatten(1),
+    "attention": lambda m, x: functional.scaled_dot_product_attention(x, 2 * x, x.exp()).flatten(1),
+    "attention to the past": lambda m, x: functional.scaled_dot_product_attention(
+        x, 2 * x, x.exp(), is_causal=True
+    ).flatten(1),
+    "transposed convolution": lambda m, x: functional.conv_transpose2d(
+        x, m.part(2, 2, 4, 3), m.part(4), (2, 3), (1, 2), (1, 0), 2, 2
+    ).flatten(1),
+    "transposed, cut": lambda m, x: functional.conv_transpose2d(x, m.part(2, 3, 2, 2), stride=1, padding=2).flatten(1),
+    "convolution of rows": lambda m, x: functional.conv1d(x.flatten(2), m.part(2, 2, 3), None, 2, 1).flatten(1),
+    "pools of rows": lambda m, x: (
+        functional.max_pool1d(x.flatten(2), 3, 2, 1).flatten(1)
+        + functional.avg_pool1d(x.flatten(2), 3, 2, 1).flatten(1)
+    ),
+    "nearest": lambda m, x: functional.interpolate(x, size=(5, 11)).flatten(1),
+    "bilinear": lambda m, x: functional.interpolate(x, scale_factor=1.5, mode="bilinear").flatten(1),
+    "bilinear to corners": lambda m, x: functional.interpolate(
+        x, size=(5, 11), mode="bilinear", align_corners=True
+    ).flatten(1),
+    "bicubic": lambda m, x: functional.interpolate(x, scale_factor=2, mode="bicubic").flatten(1),
+    "averages rounded up": lambda m, x: functional.avg_pool2d(x, 5, 3, 1, ceil_mode=True).flatten(1),
+    "averages of what is there": lambda m, x: functional.avg_pool2d(
+        x, 3, 2, 1, ceil_mode=True, count_include_pad=False
+    ).flatten(1),
+    "averages by a divisor": lambda m, x: functional.avg_pool2d(x, 3, 2, 1, divisor_override=4).flatten(1),
+    "maxima rounded up": lambda m, x: functional.max_pool2d(x, (5, 4), (3, 3), 1, ceil_mode=True).flatten(1),
+    "adaptive parts of two sizes": lambda m, x: functional.adaptive_avg_pool2d(x, (4, 5)).flatten(1),
+    "reflected": lambda m, x: functional.pad(x, (1, 2, 3, 0), mode="reflect").flatten(1),
+    "replicated": lambda m, x: functional.pad(x, (1, 2, 3, 0), mode="replicate").flatten(1),
+    "circular": lambda m, x: functional.pad(x, (1, 2, 3, 0), mode="circular").flatten(1),
+    "padded by a number": lambda m, x: functional.pad(x, (1, 2), value=0.5).flatten(1),
+    "padded channels": lambda m, x: functional.pad(x, (0, 0, -1, 0, 1, 2)).flatten(1),
+    "class token": lambda m, x: torch.cat([m.scale.expand(x.shape[0], 2, 1, 8), x], 2).flatten(1),
+    "stacked": lambda m, x: torch.stack([x, 2 * x], 2).flatten(1),
+    "repeated": lambda m, x: x.repeat(1, 2, 1, 3).flatten(1) + x[:, :1].expand(-1, 12, -1, -1).flatten(1)[:, :1],
+    "rolled": lambda m, x: torch.roll(x, (1, -2), (2, 3)).flatten(1),
+    "shuffled": lambda m, x: functional.pixel_shuffle(2 * functional.pixel_unshuffle(x, 2), 2).flatten(1),
+    "picked": lambda m, x: x[:, :, [2, 0, 1]].flatten(1),
+    "gated": lambda m, x: functional.glu(x, 1).flatten(1),
+    "channels last": lambda m, x: (
+        functional.linear(x.permute(0, 2, 3, 1), m.matrix[:5, :2]).permute(0, 3, 1, 2).flatten(1)
+    ),
 }
 
 
@@ -169,16 +252,16 @@ def test_traced_operations(name):
 
 
 REFUSED = {
-    "softmax": (
-        lambda m, x: 2 * torch.softmax(x.flatten(1), 1),
-        r"operation softmax \(softmax\): is not supported",
-    ),
-    "gelu": (lambda m, x: functional.gelu(x).flatten(1), "operation gelu"),
-    "product": (lambda m, x: (x * x).flatten(1), r"operation mul .*both depend on the input"),
-    "quotient": (lambda m, x: (1 / (x + 5)).flatten(1), r"operation (reciprocal|div)"),
+    "classes in place of logits": (lambda m, x: x.flatten(1).argmax(1), "operation argmax .*end the module with these"),
+    "steps": (lambda m, x: torch.round(x).flatten(1), "operation round .*it jumps"),
+    "sums by letters": (lambda m, x: torch.einsum("bchw,bchv->bwv", x, x).flatten(1), "operation einsum .*matmul"),
+    "sorted": (lambda m, x: x.flatten(1).sort(1)[0], "operation sort .*amax and max pooling"),
     "batch size": (lambda m, x: x.flatten(1) / x.shape[0], "div.*computing with the size of the batch"),
     "batch mean": (lambda m, x: x.flatten(1) - x.flatten(1).mean(0), "mean .*along the batch dimension"),
-    "batch moved": (lambda m, x: x.flatten(1).permute(1, 0).permute(1, 0), r"operation \w+ .*(mixes|batch)"),
+    "batch moved": (
+        lambda m, x: torch.relu(x.flatten(1).permute(1, 0)).permute(1, 0),
+        "operation relu .*moves the batch",
+    ),
     "batch merged": (lambda m, x: x.view(-1, 8)[:, :3].reshape(-1, 36), "mixes or moves the batch"),
     "batch slice": (lambda m, x: (x + x[:1]).flatten(1), "slice .*batch is not supported"),
     "random": (lambda m, x: (x + torch.rand(8)).flatten(1), "operation rand .*random"),
@@ -188,10 +271,9 @@ REFUSED = {
         "module Lambda cannot be traced: .*data-dependent",
     ),
     "crash": (lambda m, x: x.nothing(), "module Lambda cannot be traced: .*nothing"),
-    "adaptive pool": (lambda m, x: functional.adaptive_avg_pool2d(x, 5).flatten(1), "expected an integer ratio"),
-    "pad value": (lambda m, x: functional.pad(x, (1, 1), value=1.0).flatten(1), "anything but zeros"),
-    "crop": (lambda m, x: functional.pad(x, (-1, 0, 0, 0)).flatten(1), r"padding \(-1"),
-    "pool rounded up": (lambda m, x: functional.avg_pool2d(x, 5, ceil_mode=True).flatten(1), "rounded up"),
+    "adaptive pool": (lambda m, x: functional.adaptive_max_pool2d(x, 5).flatten(1), "expected an integer ratio"),
+    "jumping softplus": (lambda m, x: functional.softplus(x, 1.0, 2.0).flatten(1), "threshold of 14 or more"),
+    "two-dimensional index": (lambda m, x: x[:, [0, 1], [2, 3]].flatten(1), "several dimensions at once"),
     "precision": (lambda m, x: x.double().flatten(1), "torch.float64 is not supported"),
     "two outputs": (lambda m, x: (x.flatten(1), x), "returns 2 values: expected output= a position, 0 to 1"),
     "constant": (lambda m, x: torch.zeros(x.shape[0], 3), "does not depend on the input"),
@@ -246,8 +328,83 @@ def test_bad_input_shape_and_weights():
     module = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 3))
     with pytest.raises(InvalidInputError, match=r"input shape \(96,\): expected \(channels, height, width\)"):
         from_torch(module, (96,))
+    mixed = copy.deepcopy(module)
+    mixed[1].bias.data = mixed[1].bias.data.half()
     with pytest.raises(InvalidInputError, match="float16"):
-        from_torch(copy.deepcopy(module).half(), SHAPE)
+        from_torch(mixed, SHAPE)
     module[1].weight.data[0, 0] = float("nan")
     with pytest.raises(InvalidInputError, match="NaN"):
         from_torch(module, SHAPE)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_held_exactly(kind):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 3)).to(kind)
+    network = from_torch(module, SHAPE)
+    assert network.dtype == torch.float32
+    assert torch.equal(network.nodes[1].operation.weight.to(kind), module[1].weight)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over the rows of the image, and a dense one on what is left of it."""
+
+    def __init__(self, layer, how):
+        super().__init__()
+        self.layer, self.how = layer, how
+        sides = 2 if layer.bidirectional and how == "last output" else 1
+        self.last = nn.Linear(layer.hidden_size * sides, 3)
+
+    def forward(self, x):
+        rows = x[:, 0]
+        if self.how == "rows first":
+            return self.last(self.layer(rows.permute(1, 0, 2))[0][-1])
+        outputs, state = self.layer(rows)
+        if self.how == "last output":
+            return self.last(outputs[:, -1])
+        state = state[0] if isinstance(state, tuple) else state
+        return self.last(state[-1] if self.how == "last state" else state.squeeze(0))
+
+
+RECURRENT = {
+    "lstm": lambda: Recurrent(nn.LSTM(8, 5, batch_first=True), "last output"),
+    "lstm, two layers, both ways": lambda: Recurrent(
+        nn.LSTM(8, 5, 2, batch_first=True, bidirectional=True), "last output"
+    ),
+    "lstm, state": lambda: Recurrent(nn.LSTM(8, 5, batch_first=True), "last state"),
+    "gru, no bias": lambda: Recurrent(nn.GRU(8, 5, batch_first=True, bias=False), "squeezed state"),
+    "gru, rows first": lambda: Recurrent(nn.GRU(8, 5), "rows first"),
+    "rnn": lambda: Recurrent(nn.RNN(8, 5, batch_first=True), "last output"),
+    "rnn of relus": lambda: Recurrent(nn.RNN(8, 5, batch_first=True, nonlinearity="relu"), "last state"),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_written_out(name):
+    torch.manual_seed(0)
+    network = assert_converts(RECURRENT[name](), (1, 6, 8))
+    assert len(network.activations) >= 6
+
+
+def test_recurrent_layers_with_projections_are_refused():
+    module = Recurrent(nn.LSTM(8, 5, batch_first=True, proj_size=3), "last output")
+    module.last = nn.Linear(3, 3)
+    with pytest.raises(UnsupportedOperationError, match="lstm with projections"):
+        from_torch(module, (1, 6, 8))
+
+
+class Transformer(nn.Module):
+    def __init__(self, masked=False):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, activation="gelu")
+        self.last = nn.Linear(8, 3)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(6) if masked else None)
+
+    def forward(self, x):
+        return self.last(self.layer(x[:, 0], src_mask=self.mask).mean(1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_its_heads_apart_from_the_batch(masked):
+    torch.manual_seed(0)
+    network = assert_converts(Transformer(masked), (1, 6, 8))
+    assert any(type(node.operation).__name__ == "Softmax" for node in network.nodes)

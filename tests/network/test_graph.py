@@ -154,7 +154,7 @@ def test_predicates():
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.GELU(), r"operation GELU is not supported: expected one of Add, AvgPool2d"),
+        (nn.RReLU(), r"operation RReLU is not supported: expected one of Add, AvgPool2d"),
         (nn.Conv2d(1, 1, 3, padding_mode="circular"), "Conv2d with padding_mode='circular'"),
         (nn.Conv2d(1, 1, 3, padding="same"), "Conv2d with padding given as a word"),
         (nn.MaxPool2d(2, ceil_mode=True), "MaxPool2d with ceil_mode=True"),

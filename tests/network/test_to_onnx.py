@@ -24,7 +24,8 @@ from flowverify.network import (
     read_onnx,
     write_onnx,
 )
-from flowverify.network.operations import CANONICAL
+from flowverify.network.curves import Erf, Exp, Log, Power, Softplus
+from flowverify.network.operations import CANONICAL, MatrixProduct, Multiply, Softmax, Standardise
 
 SHAPE = (2, 6, 8)
 
@@ -52,6 +53,20 @@ def several_inputs():
     )
 
 
+def products():
+    shape = SHAPE
+    return Network(
+        shape,
+        [
+            Node("a", nn.Tanh(), ("input",), shape),
+            Node("b", Multiply(), ("a", "input"), shape),
+            Node("c", Permute((0, 2, 1)), ("a",), (2, 8, 6)),
+            Node("d", MatrixProduct(), ("b", "c"), (2, 6, 6)),
+            Node("e", nn.Flatten(), ("d",), (72,)),
+        ],
+    )
+
+
 NETWORKS = {
     "linear": lambda: sequential(nn.Flatten(), nn.Linear(96, 4), nn.ReLU(), nn.Linear(4, 3, bias=False)),
     "linear on rows": lambda: sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 2, bias=False)),
@@ -63,6 +78,10 @@ NETWORKS = {
     "scale and shift": lambda: sequential(ScaleShift(2.0, torch.rand(2, 6, 8)), ScaleShift()),
     "shapes": lambda: sequential(Reshape((4, 24)), Permute((1, 0)), Pad((1, 0, 2, 0))),
     "index": lambda: sequential(Index(2, slice(1, 7, 2)), Index(1, [2, -1, 2]), Index(0, -1)),
+    "curves": lambda: sequential(nn.ELU(0.7), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish()),
+    "more curves": lambda: sequential(nn.Softsign(), Erf(), Softplus(), Log(), Exp(), Power(2.0), Power(1.5)),
+    "normalised": lambda: sequential(Softmax(0), Standardise(0.1), Standardise(0.01, centred=False), Softmax(2)),
+    "products": products,
     "several inputs": several_inputs,
 }
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowverify.bounds.relaxations import pieces
 from flowverify.errors import UnsupportedOperationError
+from flowverify.network.curves import CURVES, Curve, slopes_between
 from flowverify.network.operations import operation_name
 
 BISECTIONS = 40
@@ -42,6 +44,8 @@ def secants(operation: nn.Module, lower: Tensor, centre: Tensor, upper: Tensor) 
         return _two_pieces(float(operation.negative_slope), lower, centre, upper)
     if isinstance(operation, nn.Sigmoid | nn.Tanh):
         return _s_shaped(operation, lower, centre, upper)
+    if type(operation) in CURVES:
+        return _curved(operation, CURVES[type(operation)](operation), lower, centre, upper)
     raise UnsupportedOperationError(f"lifted bounds: no rule for {operation_name(operation)}")
 
 
@@ -111,4 +115,38 @@ def _s_shaped(operation: nn.Module, lower: Tensor, centre: Tensor, upper: Tensor
 
     least_right, most_right = extremes(upper, +1)
     least_left, most_left = extremes(lower, -1)
+    return Secants(most_right, least_left, least_right, most_left)
+
+
+def _curved(operation: nn.Module, curve: Curve, lower: Tensor, centre: Tensor, upper: Tensor) -> Secants:
+    """Piece by piece: for z from a to b, f(z) is at most f(a) + s (z - a), s the largest slope on the piece.
+
+    The slope of the secant to z is then at most (f(a) - f(z0) + s (z - a)) / (z - z0), which is monotone in z: the
+    largest of it is at an end of the piece, on the first piece it is s itself. It holds on both sides of z0, and for
+    the least slopes as well.
+    """
+    epsilon, tiny = 4 * torch.finfo(centre.dtype).eps, torch.finfo(centre.dtype).tiny
+    value = operation(centre)
+
+    def extremes(end: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest slope from the centre to one side, up to the end."""
+        begin, stop = pieces(centre, end)
+        least, largest = slopes_between(curve, torch.minimum(begin, stop), torch.maximum(begin, stop))
+        known = operation(begin)
+        gain = known - value
+        doubt = epsilon * (known.abs() + value.abs())
+
+        def quotients(place: Tensor, numerator: Tensor) -> tuple[Tensor, Tensor]:
+            far = place - centre
+            size = far.abs().clamp(min=tiny)
+            slope, off = numerator * far.sign() / size, doubt / size
+            return slope - off, slope + off
+
+        at_begin, way = quotients(begin, gain), stop - begin
+        low = torch.cat([at_begin[0][1:], quotients(stop, gain + least * way)[0][1:], least[:1]]).amin(0)
+        high = torch.cat([at_begin[1][1:], quotients(stop, gain + largest * way)[1][1:], largest[:1]]).amax(0)
+        return torch.maximum(low, least.amin(0)), torch.minimum(high, largest.amax(0))
+
+    least_right, most_right = extremes(upper)
+    least_left, most_left = extremes(lower)
     return Secants(most_right, least_left, least_right, most_left)
