@@ -1,10 +1,10 @@
 """Zonotopes: affine forms of the image and of what is not known, through every operation, products included.
 
-Each entry of a value is, on the whole ball, c + R . (nu - mu) + S . xi + e: its value at the image, a row over the pixels,
-a row over *symbols* xi in [-1, 1], one for each linearisation, which all values share, so that what is not known of one
-cancels where it meets itself; and an e, |e| <= slack, for rounding. Affine operations act on c, R and S; a function of one
-number is replaced by a line with a new symbol for how far it departs from it; of a product what is not linear becomes a
-symbol. At the image all symbols vanish (theory, section 22).
+Each entry of a value is, on the whole ball, c + R . (nu - mu) + S . xi + e: its value at the image, a row over the
+pixels, a row over *symbols* xi in [-1, 1], one for each linearisation, which all values share, so that what is not
+known of one cancels where it meets itself; and an e, |e| <= slack, for rounding. Affine operations act on c, R and S; a
+function of one number is replaced by a line with a new symbol for how far it departs from it; of a product what is not
+linear becomes a symbol. At the image all symbols vanish (theory, section 22).
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class _Forms:
     def _softmax(self, operation: Softmax, form: Form, interval: Interval) -> tuple[Form, Tensor]:
         """The derivative at the centre; along a direction d of span D, a second one is at most s_i D^2 in size."""
         dim = operation.dim + 1
-        share = operation(form.centre)
+        share: Tensor = operation(form.centre)
 
         def derivative(parts: Tensor) -> Tensor:
             own = share[:, None] * parts
@@ -282,7 +282,11 @@ class _Forms:
         size = form.centre.shape[-1]
 
         def mean(value: Tensor) -> Tensor:
-            return value.mean(-1, keepdim=True)
+            average: Tensor = value.mean(-1, keepdim=True)
+            return average
+
+        def centre(value: Tensor) -> Tensor:
+            return value - mean(value)
 
         def mapped(form: Form, on: Callable[[Tensor], Tensor], sizes: Callable[[Tensor], Tensor]) -> Form:
             """A linear function, and what it makes of sizes."""
@@ -290,7 +294,7 @@ class _Forms:
             slack = sizes(form.slack) * INFLATED + rounding
             return Form(on(form.centre), on(form.rows), on(form.symbols), slack)
 
-        centred = mapped(form, lambda x: x - mean(x), lambda x: x + mean(x)) if operation.centred else form
+        centred = mapped(form, centre, lambda sizes: sizes + mean(sizes)) if operation.centred else form
         squares = self._function(Power(2.0), centred, self._own(centred))
         average = mapped(squares, mean, mean)
         above = Form(

@@ -22,7 +22,6 @@ from flowverify.network.curves import Erf, Exp, Log
 
 Arguments = dict[str, Any]
 Handler = Callable[[Builder, Arguments, str], Any]
-MASKED = -1e30  # what attention adds in the place of minus infinity: the share that is left is 0 in float64
 
 
 def sample_dim(dim: int, value: Value) -> int:
@@ -64,7 +63,7 @@ def _combine(builder: Builder, first: Any, second: Any, alpha: float, beta: floa
     if not isinstance(first, Value):
         first, second, alpha, beta = second, first, beta, alpha
     if not isinstance(second, Value):
-        shift = times(second, beta) if isinstance(second, Tensor) else beta * second
+        shift = compose.finite(times(second, beta)) if isinstance(second, Tensor) else beta * second
         return builder.scale_shift(first, alpha, shift, label)
     first, second = compose.ranked(builder, first, second, label)
     if (alpha, beta) == (1, -1):
@@ -451,7 +450,6 @@ def _attention(builder: Builder, a: Arguments, label: str) -> Value:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
-    mask = None if mask is None else mask.clamp(min=MASKED)
     return compose.attention(builder, query, key, value, label, scale=a["scale"], mask=mask)
 
 

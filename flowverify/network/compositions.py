@@ -18,6 +18,7 @@ from flowverify.network.curves import Exp, Log, Power, Softplus
 from flowverify.network.operations import MatrixProduct, Multiply, Softmax, Standardise
 
 Operand = Value | Tensor | float
+MASKED = -1e30  # in the place of minus infinity, as masks add it before a softmax: the share left is 0 in float64
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848, 1.0507009873554804934
 
 
@@ -123,15 +124,20 @@ def minimum(builder: Builder, first: Operand, second: Operand, label: str) -> Va
 
 
 def combined(builder: Builder, first: Operand, second: Operand, factor: float, label: str) -> Value:
-    """first + factor * second for a factor of 1 or -1."""
+    """first + factor * second for a factor of 1 or -1; what a constant has of minus infinity is :data:`MASKED`."""
     if isinstance(first, Value) and isinstance(second, Value):
         first, second = ranked(builder, first, second, label)
         return builder.total([first, second], label) if factor > 0 else builder.difference(first, second, label)
     if isinstance(first, Value):
         assert not isinstance(second, Value)
-        return builder.scale_shift(first, 1.0, second * factor, label)
+        return builder.scale_shift(first, 1.0, finite(second * factor), label)
     assert isinstance(second, Value)
-    return builder.scale_shift(second, factor, first, label)
+    return builder.scale_shift(second, factor, finite(first), label)
+
+
+def finite(constant: Tensor | float) -> Tensor | float:
+    """A constant to add, with :data:`MASKED` for minus infinity."""
+    return constant.clamp(min=MASKED) if isinstance(constant, Tensor) and constant.is_floating_point() else constant
 
 
 def ranked(builder: Builder, first: Value, second: Value, label: str) -> tuple[Value, Value]:
@@ -246,7 +252,7 @@ def attention(
     order = (*range(key.rank - 2), key.rank - 1, key.rank - 2)
     scores = matrix_product(builder, query, builder.permute(key, order, label), label)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = builder.scale_shift(scores, factor, 0.0 if mask is None else mask, label)
+    scores = builder.scale_shift(scores, factor, 0.0 if mask is None else finite(mask), label)
     return matrix_product(builder, softmax(builder, scores, scores.rank - 1, label), value, label)
 
 

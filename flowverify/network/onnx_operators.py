@@ -266,6 +266,9 @@ def _matmul(builder: Builder, inputs: list[Any], attributes: Attributes, label: 
     matrix = first if isinstance(second, Value) else second
     while matrix.ndim > 2 and matrix.shape[0] == 1:
         matrix = matrix[0]
+    if matrix.ndim == 1 and isinstance(first, Value):
+        product = builder.linear(first, matrix[None], None, label)
+        return builder.reshape(product, product.shape[:-1], label)
     if matrix.ndim != 2:
         raise UnsupportedOperationError(f"MatMul with a constant of rank {matrix.ndim} is not supported")
     if isinstance(second, Value):

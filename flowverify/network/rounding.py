@@ -101,8 +101,9 @@ def fan_in(operation: nn.Module) -> int:
 
 
 def sum_of_terms(operation: nn.Module, inputs: list[Tensor], *, biased: bool) -> Tensor:
-    """Sums of the sizes of all terms of an affine operation, from the sizes of its inputs; with or without constants."""
-    return _through(operation, inputs, relaxed=False, biased=biased)
+    """Sums of the sizes of all terms of an affine operation, from those of its inputs; with or without constants."""
+    found = _through(operation, [one.double() for one in inputs], relaxed=False, biased=biased)
+    return found.to(inputs[0].dtype)
 
 
 def gamma(network: Graph) -> float:
@@ -236,7 +237,7 @@ def rounding_of_operation(operation: nn.Module, inputs: list[Tensor], result: Te
         centre = 2 * share * inputs[0].amax(-1, keepdim=True) / math.sqrt(operation.epsilon)
         off = 2 * (1 + math.sqrt(largest)) * centre + share * math.sqrt(largest)
         return torch.where(centre < 1, off, torch.inf).expand_as(result)
-    terms = _through(operation, inputs, relaxed=False, biased=True)
+    terms = sum_of_terms(operation, inputs, biased=True)
     return (_fans(operation)[0] + FEW) * UNIT * INFLATED * terms + TINY
 
 
