@@ -53,7 +53,6 @@ class AffineMapSettings:
     """The network as matrices."""
 
     most_entries: int = option(1 << 26, "of all matrices; larger networks are refused")
-    chunk_entries: int = option(1 << 23, "that are computed at a time")
 
 
 @dataclass(frozen=True)
