@@ -14,6 +14,7 @@ from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.problem import affine_maps
 from flowverify.certifiers.complete.radius_search import RadiusSearch
+from flowverify.certifiers.complete.roots import Roots
 from flowverify.certifiers.complete.tree import LeastMargin, least_margin
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import InvalidInputError, UnknownNameError
@@ -56,7 +57,21 @@ class CompleteCertifier(BaseCertifier):
             raise UnknownNameError("complete method", method, BRANCH_AND_BOUND)
         super().__init__(model, method, "branch-and-bound", input_shape)
         self.options = CompleteOptions() if options is None else options
-        self.maps = affine_maps(self.network, self.options.settings.maps)
+        settings = self.options.settings
+        self.maps = affine_maps(self.network, settings.maps)
+        self.roots = Roots(self.precise, settings.bound, settings.neurons.tolerance)
+
+    def prepare(self, threat: Threat | None = None) -> None:
+        super().prepare(threat)
+        threat = Threat() if threat is None else threat
+        image = torch.ones(1, *self.network.input_shape, dtype=torch.float64, device=self.device)
+        if threat.cap is not None:
+            image *= threat.cap
+        specification = margin_specification(
+            torch.zeros(1, dtype=torch.int64, device=self.device), self.network.num_classes, torch.float64
+        )
+        covered = threat if self.method == "complete" else Threat("l1", positive=False)
+        self.roots.over(covered.ball(image, 1e-6), specification[0])
 
     def start(self, image: Tensor, label: int, ground: str = "l1", cap: float | None = None) -> RadiusSearch:
         """The search for one image (C, H, W), not yet run; ``run`` it with one deadline after the other.
@@ -167,7 +182,7 @@ class CompleteCertifier(BaseCertifier):
             settings=options.settings.counterexamples,
         )  # fmt: skip
         return RadiusSearch(
-            self.maps, nearest, specification, tolerance=options.tolerance, adversary=options.adversary,
+            self.maps, self.roots, nearest, specification, tolerance=options.tolerance, adversary=options.adversary,
             progress=options.progress, settings=options.settings,
         )  # fmt: skip
 

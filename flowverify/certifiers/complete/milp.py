@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
+from flowverify.bounds.recipes import Bound
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.deadline import Deadline
@@ -167,15 +168,16 @@ class DualProof:
 
 
 THREAT = Threat()  # the only one that the program knows
+NEURONS = Bound("what neurons are bounded by", ("interval", "lifted", "crown"), ("interval",))
 
 
 class MilpCertifier(BaseCertifier):
-    """The exact answer by HiGHS, on the flows that lead to images, with neurons' bounds from fine-tuned CROWN.
+    """The exact answer by HiGHS, on the flows that lead to images, with neurons' bounds from lifted bounds and CROWN.
 
     For small networks, and as an oracle. HiGHS's word proves nothing: a certificate rests on
 
-    - the neurons' bounds, which are CROWN's (:class:`flowverify.bounds.margins.MarginBounds`), widened by what
-      rounding may change in them;
+    - the neurons' bounds, the tighter of both at each (:class:`flowverify.bounds.margins.MarginBounds`), widened by
+      what rounding may change in them;
     - a bound for every other class, over a tree of phases, by weak duality in our own arithmetic, rounding included
       (:mod:`flowverify.certifiers.complete.milp`). HiGHS only proposes the multipliers.
 
@@ -203,7 +205,7 @@ class MilpCertifier(BaseCertifier):
         # Built once without bounds, so that what is unsupported comes out first.
         empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
         NetworkProgram(self.network, torch.ones(self.network.input_shape), 1.0, empty)
-        self._bounds = MarginBounds(self.network, Threat(), "crown", dtype=torch.float64)
+        self._bounds = MarginBounds(self.network, Threat(), NEURONS, dtype=torch.float64)
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``: one program for each other class.

@@ -27,8 +27,10 @@ from flowverify.certifiers.complete.counterexamples import Adversary, NearestCou
 from flowverify.certifiers.complete.deadline import Deadline, Workers
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
 from flowverify.certifiers.complete.problem import AffineMaps, Problem, SingleBall
+from flowverify.certifiers.complete.roots import RootBounds, Roots
 from flowverify.certifiers.complete.tree import Counts, Tree
 from flowverify.certifiers.options import DEFAULTS, ScheduleSettings, SearchSettings
+from flowverify.certifiers.radius import Bracket
 from flowverify.grid import Grid
 
 
@@ -108,6 +110,7 @@ class RadiusSearch:
     def __init__(
         self,
         maps: AffineMaps,
+        roots: Roots,
         nearest: NearestCounterexample,
         specification: Tensor,
         *,
@@ -117,6 +120,7 @@ class RadiusSearch:
         settings: SearchSettings = DEFAULTS,
     ) -> None:
         self.maps, self.nearest, self.specification, self.settings = maps, nearest, specification, settings
+        self._roots = roots
         threat = nearest.threat
         self.limit = self.budget(threat.largest_radius(Grid.of(nearest.image[None])))
         self._tolerance = float((1 + tolerance) ** threat.cost.power) - 1  # of budgets
@@ -216,22 +220,19 @@ class RadiusSearch:
         if not self._provable:
             self._started = self.exhausted = True
             return
-        low, high = 0.0, min(self.limit, self.nearest.budget)
-        trial = min(self.budget(self.settings.schedule.first_radius), high / 2)
-        for _ in range(self.settings.schedule.bisections):
-            if deadline.stop() or high <= low * 1.02:
+        schedule, upper = self.settings.schedule, self.upper
+        last = self.limit if upper > self.limit else self._inside(upper)
+        first, least = (self.budget(radius) for radius in (schedule.first_radius, schedule.least_radius))
+        clean = float(self.nearest.margins(self.nearest.image[None]))
+        bracket = Bracket(0.0, clean, last, schedule.root_tolerance, min(first, last / 2), least)
+        for _ in range(schedule.root_trials):
+            if deadline.stop() or bracket.finished:
                 break
-            margin = self._root_margin(trial)
-            if margin > 0:
-                low, self.margin = trial, margin
-            else:
-                high = trial
-            trial = (
-                min(2 * trial, (low + high) / 2)
-                if low == 0 or high == min(self.limit, self.nearest.budget)
-                else ((low + high) / 2)
-            )
-        self.proven, self._started = max(self.proven, low), True
+            trial = bracket.trial()
+            bracket.update(trial, self._root_margin(trial))
+        if bracket.low > self.proven:
+            self.proven, self.margin = bracket.low, bracket.low_margin
+        self._started = True
 
     @property
     def _provable(self) -> bool:
@@ -244,8 +245,17 @@ class RadiusSearch:
 
     def _root_margin(self, budget: float) -> float:
         problem = self.problem(budget)
-        tree = Tree(problem, neuron_bounds(problem, iterations=1), self.nearest, iterations=4)
-        return float(tree.root_bounds.min()) if len(tree.root_bounds) else math.inf
+        if not len(self.specification):
+            return math.inf
+        known = self._roots.over(problem.ball.ball, self.specification)
+        if bool((known.margins > 0).all()) or self._large(known.neurons):
+            return float(known.margins.min())
+        bounds = neuron_bounds(problem, known=known.neurons, iterations=1)
+        return float(Tree(problem, bounds, self.nearest, known=known.margins, iterations=4).root_bounds.min())
+
+    def _large(self, neurons: NeuronBounds) -> bool:
+        """Whether so many neurons above the first layer have both signs that better bounds of each do not pay."""
+        return neurons.unstable_above > self.settings.neurons.most_refined
 
     def _target(self) -> float:
         """The budget of the next stage."""
@@ -302,34 +312,34 @@ class RadiusSearch:
     def _shrink(self, tree: Tree, budget: float) -> None:
         self._trial = budget
         problem = self.problem(budget)
-        bounds = neuron_bounds(problem, iterations=1)
-        small = bounds.unstable_above <= self.settings.neurons.most_refined
-        tree.shrink(problem, neuron_bounds(problem) if small else bounds)
+        known = self._roots.over(problem.ball.ball, self.specification)
+        iterations = 1 if self._large(known.neurons) else None
+        tree.shrink(problem, neuron_bounds(problem, known=known.neurons, iterations=iterations))
 
     def _plant(self, budget: float, deadline: Deadline) -> None:
         """A tree at this budget; one that is not done soon starts again from refined bounds of the neurons."""
         self._begun, self._before = self._deadline.left, self.counts.nodes
         problem = self.problem(budget)
-        bounds = neuron_bounds(problem, iterations=1)
-        tree = Tree(problem, bounds, self.nearest, counts=self.counts)
+        known = self._roots.over(problem.ball.ball, self.specification)
+        bounds = neuron_bounds(problem, known=known.neurons, iterations=1)
+        tree = Tree(problem, bounds, self.nearest, known=known.margins, counts=self.counts)
         if len(tree.open):
-            self._tree, self._trial, known = tree, budget, self.nearest.budget
+            self._tree, self._trial, upper = tree, budget, self.nearest.budget
             easy = deadline.child(
-                nodes=self.settings.schedule.easy_nodes, until=lambda: self.nearest.budget < min(known, budget)
+                nodes=self.settings.schedule.easy_nodes, until=lambda: self.nearest.budget < min(upper, budget)
             )
             tree.grow(self._watched(easy))
         if len(tree.open) and self.nearest.budget > budget and not deadline.stop():
-            tree = self._strengthened(problem, bounds, deadline)
+            tree = self._strengthened(problem, bounds, known, deadline)
         self._tree, self._trial = tree, budget
 
-    def _strengthened(self, problem: Problem, bounds: NeuronBounds, deadline: Deadline) -> Tree:
+    def _strengthened(self, problem: Problem, bounds: NeuronBounds, known: RootBounds, deadline: Deadline) -> Tree:
         """A tree from better bounds of the neurons, where they pay, with joint limits."""
-        settings = self.settings.neurons
-        small = bounds.unstable_above <= settings.most_refined
+        small = not self._large(bounds)
         if small and self.maps.layers > 1:
-            part = deadline.child(share=settings.refining_share)
-            bounds = refine(problem, neuron_bounds(problem, deadline=part), part)
-        tree = Tree(problem, bounds, self.nearest, counts=self.counts)
+            part = deadline.child(share=self.settings.neurons.refining_share)
+            bounds = refine(problem, neuron_bounds(problem, known=known.neurons, deadline=part), part)
+        tree = Tree(problem, bounds, self.nearest, known=known.margins, counts=self.counts)
         tree.limit(deadline, None if small else 1)
         return tree
 
