@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowverify.attack.base import AttackedModel
 from flowverify.ball import Threat
 from flowverify.certifiers.options import DEFAULTS, CounterexampleSettings
 from flowverify.network.subject import Subject
@@ -59,6 +60,7 @@ class NearestCounterexample:
         self.disputed = float("inf")
         self._lock = RLock()
         self._subject, self._precise = subject, subject.precise
+        self._attacked = AttackedModel(subject.precise)
         with torch.no_grad():
             logits: Tensor = self._precise(image[None])
         self._classes, self.largest = logits.shape[1], float(logits.abs().max())
@@ -181,30 +183,27 @@ class NearestCounterexample:
         """DeepFool in W1: the nearest image to the boundary as linearised at the last one, again and again."""
         current = point
         for _ in range(self._settings.descent_steps):
-            leaf = current[None].clone().requires_grad_(True)
-            with torch.enable_grad():
-                logits = self._precise(leaf)[0]
-                if target is None:
-                    others = logits.detach().clone()
-                    others[self.label] = -torch.inf
-                    target = int(others.argmax())
-                gain = logits[target] - logits[self.label]
-            gradient = torch.autograd.grad(gain, leaf)[0][0]
-            wanted = self._settings.overshoot * (
-                -float(gain.detach()) - float((gradient * (self.image - current)).sum())
-            )
+            if target is None:
+                with torch.no_grad():
+                    others = self._precise(current[None])[0]
+                others[self.label] = -torch.inf
+                target = int(others.argmax())
+            labels, targets = (torch.tensor([one], device=current.device) for one in (self.label, target))
+            found = self._attacked.gradients(current[None], labels, targets)
+            gain, gradient = float(found[0]), found[1][0]
+            wanted = self._settings.overshoot * (-gain - float((gradient * (self.image - current)).sum()))
             if not bool(torch.isfinite(gradient).all()) or wanted <= 0:
                 return
-            found = least_budget(
+            nearest = least_budget(
                 gradient[None, None],
                 self.image[None],
                 gradient.new_tensor([[wanted]]),
                 maximiser=True,
                 ground=self.threat.ground,
             )
-            if not float(found.budget) < self.budget * self._settings.farther**self.threat.cost.power:
+            if not float(nearest.budget) < self.budget * self._settings.farther**self.threat.cost.power:
                 return
-            assert found.maximiser is not None
-            current = self._repaired(found.maximiser[0])[0]
+            assert nearest.maximiser is not None
+            current = self._repaired(nearest.maximiser[0])[0]
             if float(self.margins(current[None])) < 0:
                 self._take(current)
