@@ -12,6 +12,7 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
+from flowverify.certifiers.complete.piecewise import relus_only
 from flowverify.certifiers.complete.problem import affine_maps
 from flowverify.certifiers.complete.radius_search import RadiusSearch
 from flowverify.certifiers.complete.roots import Roots
@@ -40,7 +41,7 @@ class CompleteCertifier(BaseCertifier):
 
     Raises:
         UnknownNameError: another method.
-        UnsupportedOperationError: an activation other than ReLU, named; a network that is too large.
+        UnsupportedOperationError: an activation that is not piecewise linear, named; a network that is too large.
     """
 
     batched = False
@@ -58,8 +59,9 @@ class CompleteCertifier(BaseCertifier):
         super().__init__(model, method, "branch-and-bound", input_shape)
         self.options = CompleteOptions() if options is None else options
         settings = self.options.settings
-        self.maps = affine_maps(self.network, settings.maps)
-        self.roots = Roots(self.precise, settings.bound, settings.neurons.tolerance)
+        searched = relus_only(self.precise)
+        self.maps = affine_maps(searched, settings.maps)
+        self.roots = Roots(searched, settings.bound, settings.neurons.tolerance)
 
     def prepare(self, threat: Threat | None = None) -> None:
         super().prepare(threat)

@@ -30,6 +30,7 @@ from flowverify.bounds.recipes import Bound
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.certifiers.complete.piecewise import relus_only
 from flowverify.certifiers.complete.program import Array, NetworkProgram, Objective, gamma
 from flowverify.certifiers.options import DEFAULTS, CompleteOptions, ProgramSettings
 from flowverify.errors import InvalidInputError, SolverError
@@ -186,7 +187,7 @@ class MilpCertifier(BaseCertifier):
     neurons of the first layer are bounded, and the replay.
 
     Raises:
-        UnsupportedOperationError: an activation other than ReLU, named.
+        UnsupportedOperationError: an activation that is not piecewise linear, named.
         DependencyError: auto_LiRPA cannot be used.
     """
 
@@ -202,10 +203,11 @@ class MilpCertifier(BaseCertifier):
     ) -> None:
         super().__init__(model, method, "highs", input_shape)
         self.options = CompleteOptions() if options is None else options
+        self._posed = relus_only(self.precise)
         # Built once without bounds, so that what is unsupported comes out first.
-        empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
-        NetworkProgram(self.network, torch.ones(self.network.input_shape), 1.0, empty)
-        self._bounds = MarginBounds(self.network, Threat(), NEURONS, dtype=torch.float64)
+        empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self._posed.activations]
+        NetworkProgram(self._posed, torch.ones(self.network.input_shape), 1.0, empty)
+        self._bounds = MarginBounds(self._posed, Threat(), NEURONS, dtype=torch.float64)
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``: one program for each other class.
@@ -228,7 +230,7 @@ class MilpCertifier(BaseCertifier):
         """
         image = image.double()
         bounds = self._bounds.neurons(THREAT.ball(image, budget))
-        return NetworkProgram(self.network, image, budget, bounds)
+        return NetworkProgram(self._posed, image, budget, bounds)
 
     def _each(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> list[Certificate]:
         if threat != THREAT:
