@@ -256,9 +256,7 @@ def test_planted_ties_are_never_certified(seed: int) -> None:
 class TestBadInput:
     def test_activations_are_refused_by_name(self) -> None:
         for kind in (CompleteCertifier, MilpCertifier):
-            with pytest.raises(
-                UnsupportedOperationError, match="Tanh; expected affine layers and ReLU, LeakyReLU"
-            ):
+            with pytest.raises(UnsupportedOperationError, match="Tanh; expected affine layers and ReLU, LeakyReLU"):
                 kind(network_of("recurrent"))
 
     def test_options(self) -> None:
