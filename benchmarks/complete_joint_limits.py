@@ -46,7 +46,7 @@ def main() -> None:
         parts = []
         for limited in (False, True):
             search = certifier.start(data.images[index], int(data.labels[index]))
-            late, problem = Deadline(options.seconds, clock=time.process_time), search.problem(radius)
+            late, problem = Deadline(options.seconds, clock=time.process_time), search.problem(search.budget(radius))
             tree = Tree(problem, refine(problem, neuron_bounds(problem), late), search.nearest)
             if limited:
                 tree.limit(late)

@@ -15,7 +15,16 @@ from flowverify.network.subject import Subject
 
 
 def replay(subject: Subject, ball: Ball, labels: Tensor, others: Tensor) -> Tensor:
-    """The distances of the counterexamples among other images; infinite where one is none, or beyond its ball.
+    """The distances of the counterexamples among other images, as :func:`replayed_price`.
+
+    Returns:
+        W_p of normalised images, in pixels, by an exact solver: float64 (B,).
+    """
+    return ball.with_budget(replayed_price(subject, ball, labels, others)).radius
+
+
+def replayed_price(subject: Subject, ball: Ball, labels: Tensor, others: Tensor) -> Tensor:
+    """What plans to the counterexamples among other images cost; infinite where one is none, or beyond its ball.
 
     Args:
         ball: around B images in float64; :meth:`~flowverify.ball.Threat.unlimited` for those at any distance.
@@ -23,7 +32,7 @@ def replay(subject: Subject, ball: Ball, labels: Tensor, others: Tensor) -> Tens
         others: float64 (B, C, H, W).
 
     Returns:
-        W_p of normalised images, in pixels, by an exact solver: float64 (B,).
+        The cost of the cheapest plans, in mass times ground cost, by an exact solver: float64 (B,).
 
     Raises:
         SolverError: an exact distance could not be computed.
@@ -32,7 +41,6 @@ def replay(subject: Subject, ball: Ball, labels: Tensor, others: Tensor) -> Tens
     rows = ball.threat.admits(ball.images, others).nonzero().flatten()
     rows = rows[subject.fooled(others[rows], labels[rows])] if rows.numel() else rows
     if rows.numel():
-        images = ball.images[rows]
-        price = ball.threat.price(images, others[rows])
-        found[rows] = torch.where(price <= ball.budget[rows], ball.threat.radius(price, images), torch.inf)
+        price = ball.threat.price(ball.images[rows], others[rows])
+        found[rows] = torch.where(price <= ball.budget[rows], price, torch.inf)
     return found

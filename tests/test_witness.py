@@ -159,7 +159,7 @@ def pulled(method):
         subject, positive = CompleteCertifier(network, method).subject, method == "complete"
         nearest = NearestCounterexample(subject, IMAGE[0].double(), label, Threat(), positive=positive)
         nearest.offer(MOVED.double())
-        return nearest.radius <= 1.0
+        return nearest.budget <= float(IMAGE[0].sum())
 
     return ask
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flowverify.ball import Ball, Threat, WassersteinBall, between
 from flowverify.errors import InvalidInputError
@@ -30,6 +31,30 @@ from flowverify.witness import replay
 ROUNDING = 16  # units in the last place of the largest logit: how far beyond a tie a search goes at least
 
 
+class LeakyGradients(TorchFunctionMode):
+    """Within it ReLUs keep their values and have the gradient of a leaky ReLU, whatever module calls them.
+
+    Args:
+        slope: below 0.
+    """
+
+    def __init__(self, slope: float = 0.1) -> None:
+        super().__init__()
+        self._slope = slope
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in _RELUS:
+            return function(*arguments, **(options or {}))
+        read = arguments[0] if arguments else (options or {})["input"]
+        leaky = torch.where(read > 0, read, self._slope * read)
+        return leaky + (read.detach().clamp(min=0) - leaky.detach())
+
+
+_RELUS = (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+
+
 class AttackedModel(Subject):
     """A classifier with the gradients that a search follows.
 
@@ -37,16 +62,39 @@ class AttackedModel(Subject):
     :mod:`flowverify.network.subject`. The module should be differentiable where its gradient is to lead anywhere.
     """
 
-    def gradients(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """f_t - f_y and its gradient in the image, float64 (B,) and (B, C, H, W); NaN gradients become 0."""
+    def gradients(
+        self, images: Tensor, labels: Tensor, targets: Tensor, *, leaky: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """f_t - f_y and the direction of :meth:`gradient_of`, float64 (B,) and (B, C, H, W); NaN gradients become 0.
+
+        Args:
+            leaky: the gradient as if ReLUs had a slope below 0, for all.
+        """
 
         def margin(logits: Tensor) -> Tensor:
             return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
 
-        return self.gradient_of(images, margin)
+        if not leaky:
+            return self.gradient_of(images, margin)
+        with LeakyGradients():
+            return self._differentiated(images, margin)
 
     def gradient_of(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Values (B,) of a function of the logits, and the gradients of each in its image, float64."""
+        """Values (B,) of a function of the logits, and a direction of ascent of each in its image, float64.
+
+        It is the gradient, unless that is 0: then, where all ReLUs that lead on are off, the gradient as if they had a
+        slope below 0, which leads to where one switches on (Section 3.3 of Athalye et al. 2018, "Obfuscated Gradients
+        Give a False Sense of Security", replaces gradients that are no use in the same way).
+        """
+        values, gradient = self._differentiated(images, function)
+        if bool((gradient.flatten(1) == 0).all(1).any()):
+            with LeakyGradients():
+                leaky = self._differentiated(images, function)[1]
+            flat = (gradient.flatten(1) == 0).all(1)
+            gradient = torch.where(flat[:, None, None, None], leaky, gradient)
+        return values, gradient
+
+    def _differentiated(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         variable = images.to(self.dtype).detach().requires_grad_(True)
         with torch.enable_grad():
             values = function(self.call(self.own, variable))

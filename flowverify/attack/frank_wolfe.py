@@ -192,12 +192,17 @@ def step_along(
 
 
 class Round(NamedTuple):
-    """``iterations`` for the ``targets`` most promising classes of each image, or only of those not yet fooled."""
+    """``iterations`` for the ``targets`` most promising classes of each image, or only of those not yet fooled.
+
+    With ``leaky`` it begins anew at the clean image, and follows gradients in which ReLUs that are off take part: those
+    of the ReLUs that are on may lead nowhere.
+    """
 
     targets: int
     iterations: int
     growth: float = 1.25
     only_unfooled: bool = False
+    leaky: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,11 +220,11 @@ class Effort:
     steps: tuple[float, ...] = (1.0, 0.4, 0.12)
 
 
-UNFOOLED = Round(1, 6, 2.0, only_unfooled=True)
+UNFOOLED = Round(1, 6, 2.0, only_unfooled=True), Round(1, 6, 2.0, only_unfooled=True, leaky=True)
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(2, (Round(1, 3, 1.3), UNFOOLED), overshoot=1.3, steps=(1.0, 0.4)),
-    "normal": Effort(9, (Round(9, 2), Round(3, 10), Round(1, 20), UNFOOLED)),
-    "thorough": Effort(20, (Round(9, 59), Round(3, 60), UNFOOLED)),
+    "fast": Effort(2, (Round(1, 3, 1.3), *UNFOOLED), overshoot=1.3, steps=(1.0, 0.4)),
+    "normal": Effort(9, (Round(9, 2), Round(3, 10), Round(1, 20), *UNFOOLED)),
+    "thorough": Effort(20, (Round(9, 59), Round(3, 60), *UNFOOLED)),
 }
 BEYOND = 0.02  # past the boundary, so that the final search on the segment has both sides of it
 NEAR = 0.005  # of the clean margin: so near the boundary a point is near enough while the search goes on
@@ -261,6 +266,10 @@ class MinimalRadius(BaseAttack):
         for one in self.effort.rounds:
             kept = _most_promising(rows.owner, promise, len(batch), one.targets)
             rows, promise = rows[kept], promise[kept]
+            if one.leaky:
+                unfooled = torch.isinf(state.cost[rows.owner])
+                rows, promise = Rows.start(batch, rows.owner[unfooled], rows.target[unfooled]), promise[unfooled]
+                overshoot = self.effort.overshoot
             for iteration in range(one.iterations):
                 cost = state.cost[rows.owner]
                 alive = torch.isinf(cost) if one.only_unfooled else cost > enough[rows.owner]
@@ -269,16 +278,16 @@ class MinimalRadius(BaseAttack):
                 if not len(rows):
                     break
                 overshoot *= one.growth
-                goal = self._goal(rows, state, overshoot)
+                goal = self._goal(rows, state, overshoot, one.leaky)
                 last = one.only_unfooled or (one.targets == 1 and iteration == one.iterations - 1)
                 promise = self._advance(rows, promise, state, goal, self.effort.steps, pull_back=not last)
         return state.image
 
-    def _goal(self, rows: Rows, state: _Best, overshoot: float) -> Moves:
+    def _goal(self, rows: Rows, state: _Best, overshoot: float, leaky: bool) -> Moves:
         """Where the f_t - f_y that is linearised at each row's iterate leads: to the best point of the next ball around
         the clean image, or, while nothing has been found, to the nearest one beyond the linearised boundary.
         """
-        margin, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
+        margin, gradient = self.model.gradients(rows.iterate, rows.label, rows.target, leaky=leaky)
         bound = (state.cost * (1 - state.gap))[rows.owner]
         rows.pull_back(bound)
         known = torch.isfinite(bound)

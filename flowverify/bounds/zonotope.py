@@ -4,7 +4,7 @@ Each entry of a value is, on the whole ball, c + R . (nu - mu) + S . xi + e: its
 pixels, a row over *symbols* xi in [-1, 1], one for each linearisation, which all values share, so that what is not
 known of one cancels where it meets itself; and an e, |e| <= slack, for rounding. Affine operations act on c, R and S; a
 function of one number is replaced by a line with a new symbol for how far it departs from it; of a product what is not
-linear becomes a symbol. At the image all symbols vanish (theory, section 22).
+linear becomes a symbol. At the image all symbols vanish (theory, section 23).
 """
 
 from __future__ import annotations

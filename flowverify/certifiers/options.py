@@ -53,7 +53,6 @@ class AffineMapSettings:
     """The network as matrices."""
 
     most_entries: int = option(1 << 26, "of all matrices; larger networks are refused")
-    chunk_entries: int = option(1 << 23, "that are computed at a time")
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,10 @@ class TreeSettings:
 class ScheduleSettings:
     """Which radius is tried next."""
 
-    bisections: int = option(10, "for the largest radius that a root proves")
+    root_trials: int = option(8, "for the largest radius that a root proves")
+    root_tolerance: float = option(0.02, "of that radius, relative")
     first_radius: float = option(0.05, "pixels: where those begin")
-    first: float = option(0.6, "of the way from there to the nearest counterexample: where the first tree stands")
+    first: float = option(0.5, "of the way from there to the nearest counterexample: where the first tree stands")
     growth: float = option(24.0, "1 + x times the radius costs exp(growth x) times as much, until trees have told")
     growth_range: tuple[float, float] = option((16.0, 40.0), "what trees can tell")
     safe: float = option(0.45, "of the budget left: what a tree that closes the bracket may cost by the forecast")
@@ -188,6 +188,7 @@ class SearchSettings:
     schedule: ScheduleSettings = ScheduleSettings()
     counterexamples: CounterexampleSettings = CounterexampleSettings()
     program: ProgramSettings = ProgramSettings()
+    bound: str = option("lifted", "whose engines bound neurons and margins at the roots")
     compiled: bool = option(True, "numba's kernels on the CPU; without, what runs on a GPU runs there too")
 
 

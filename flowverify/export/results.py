@@ -108,8 +108,9 @@ def falsify(
         best, margin = descend(subject, start, centre, label, larger)
         margins.append(margin)
         nearest.offer(torch.stack([point, start, best]).to(subject.device), descend=True)
-        if nearest.witness is not None and nearest.radius <= ball.radius:
-            return Replay(True, nearest.witness.cpu(), nearest.radius)
+        radius = float(ball.threat.radius(centre.new_tensor([nearest.budget]), centre[None]))
+        if nearest.witness is not None and radius <= ball.radius:
+            return Replay(True, nearest.witness.cpu(), radius)
     return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 

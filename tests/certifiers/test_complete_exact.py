@@ -39,7 +39,7 @@ def test_equal_to_the_enumeration_of_all_patterns(part: int) -> None:
         network, image, label, radius = tiny(seed)
         exact = min(exact_margins(network, image[0], label, radius * float(image.sum())))
         ball = WassersteinBall(radius)
-        certifier = CompleteCertifier(network)
+        certifier = CompleteCertifier(network, options=CompleteOptions(timeout=None, nodes=20000))
         found = certifier.least_margin(image[0], label, ball)
         assert found.lower - 1e-6 <= exact <= found.upper + 1e-6, (seed, exact, found)
         assert found.upper - found.lower <= 1e-6, (seed, found)
@@ -60,7 +60,7 @@ def test_mixed_integer_program_gives_the_value_and_the_distance(seed: int) -> No
     budget = radius * float(image.sum())
     exact = exact_margins(network, image[0], label, budget)
     certifier = MilpCertifier(network)
-    program = certifier.program(image[0], radius)
+    program = certifier.program(image[0], budget)
     others = [t for t in range(3) if t != label]
     for other, value in zip(others, exact, strict=True):
         assert program.least_margin(label, other, budget, None).bound == pytest.approx(value, abs=1e-6)
@@ -110,20 +110,21 @@ def test_brackets_close_to_a_percent_around_the_radius_where_the_margin_ends(par
     for seed in range(part, COUNT, 2):
         network, image, label = dead(seed)
         certifier = CompleteCertifier(network, options=CompleteOptions(timeout=None, nodes=20000))
-        labels, mass = torch.tensor([label]), float(image.sum())
+        labels = torch.tensor([label])
         if not bool(certifier.clean(image, labels)[1]):
             continue
         search = certifier.start(image[0], label)
         search.run(certifier.options.deadline())
-        end = min(search.upper_radius, search.undecided, search.limit)
-        assert search.radius <= end <= max(search.radius * 1.0101, 1e-9), seed
-        assert min(exact_margins(network, image[0], label, search.radius * mass)) > 0, seed
-        assert search.radius == end or min(exact_margins(network, image[0], label, end * mass)) <= 1e-9, seed
+        end = min(search.upper, search.undecided, search.limit)
+        assert search.proven <= end <= max(search.proven * 1.0101, 1e-8), seed
+        assert min(exact_margins(network, image[0], label, search.proven)) > 0, seed
+        assert search.proven == end or min(exact_margins(network, image[0], label, end)) <= 1e-9, seed
         if not search.finished:
             found = certifier.search(image, labels)[0]
-            assert found.radius == search.radius
-            assert search.tie and f"from radius {search.undecided:.6g} on, a tie to within rounding" in found.note
-            assert min(exact_margins(network, image[0], label, end * mass)) >= -1e-9, seed
+            assert found.radius == search.radius(search.proven)
+            undecided = search.radius(search.undecided)
+            assert search.tie and f"from radius {undecided:.6g} on, a tie to within rounding" in found.note
+            assert min(exact_margins(network, image[0], label, end)) >= -1e-9, seed
             ties += 1
     assert ties
 
@@ -188,14 +189,16 @@ def test_where_float32_rounds_the_first_counterexamples_away_a_bracket_says_so()
     certifier = CompleteCertifier(network, options=CompleteOptions(timeout=None, nodes=2000))
     search = certifier.start(image, 0)
     search.run(certifier.options.deadline())
-    assert search.tie and search.radius < search.undecided <= search.radius * 1.0101
-    assert search.undecided * 1.0101 < search.upper_radius < 0.0945
-    assert search.radius < search.nearest.disputed < search.upper_radius
+    assert search.tie and search.proven < search.undecided <= search.proven * 1.0101
+    assert search.undecided * 1.0101 < search.upper < search.budget(0.0945)
+    assert search.proven < search.nearest.disputed < search.upper
     before, at, beyond = (
-        min(exact_margins(copy.deepcopy(network).double(), image, 0, radius * float(image.sum())))
-        for radius in (search.radius, search.undecided, search.upper_radius / 1.01)
+        min(exact_margins(copy.deepcopy(network).double(), image, 0, budget))
+        for budget in (search.proven, search.undecided, search.upper / 1.01)
     )
     assert before > -1e-6 and abs(at) < 1e-5 and -2e-4 < beyond < 0
     found = certifier.search(image[None], torch.tensor([0]))[0]
-    assert found.note.endswith(f"from radius {search.undecided:.6g} on, a tie to within rounding of torch.float32")
+    assert found.note.endswith(
+        f"from radius {search.radius(search.undecided):.6g} on, a tie to within rounding of torch.float32"
+    )
     assert found.witness is not None and int(network(found.witness[None].float()).argmax()) != 0

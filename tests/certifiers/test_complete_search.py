@@ -90,7 +90,7 @@ class TestBracket:
         gaps = []
         for nodes in (1, 4, 100_000):
             search.run(Deadline(nodes=nodes))
-            gaps.append(search.upper_radius / search.radius)
+            gaps.append(search.upper / search.proven)
         assert not gaps[0] <= 1.0001
         assert gaps[0] >= gaps[1] >= gaps[2]
         assert search.finished
@@ -101,9 +101,9 @@ class TestBracket:
         trials: list[tuple[float, float]] = []
         real = search_module.RadiusSearch._shrink
 
-        def shrink(self, tree, radius):  # type: ignore[no-untyped-def]
-            trials.append((self._trial, radius))
-            real(self, tree, radius)
+        def shrink(self, tree, budget):  # type: ignore[no-untyped-def]
+            trials.append((self._trial, budget))
+            real(self, tree, budget)
 
         monkeypatch.setattr(search_module.RadiusSearch, "_shrink", shrink)
         options = CompleteOptions(timeout=600, clock=count(step=1e-3).__next__)  # a millisecond whenever it is asked
@@ -210,8 +210,8 @@ def test_a_counterexample_overrules_a_proof() -> None:
     search = certifier.start(images[0], int(labels[0]))
     search.run(Deadline(nodes=0))
     search.nearest.descend()
-    assert math.isfinite(search.upper_radius)
-    search.radius = search.upper_radius * 1.001
+    assert math.isfinite(search.upper)
+    search.proven = search.upper * 1.001
     verdict, radius, _, note = certifier_module._found(search)
     assert (verdict, radius) == (Verdict.UNKNOWN, 0.0)
     assert "a counterexample within the radius" in note
@@ -256,7 +256,7 @@ def test_planted_ties_are_never_certified(seed: int) -> None:
 class TestBadInput:
     def test_activations_are_refused_by_name(self) -> None:
         for kind in (CompleteCertifier, MilpCertifier):
-            with pytest.raises(UnsupportedOperationError, match="Tanh; expected affine layers and ReLU only"):
+            with pytest.raises(UnsupportedOperationError, match="Tanh; expected affine layers and ReLU, LeakyReLU"):
                 kind(network_of("recurrent"))
 
     def test_options(self) -> None:

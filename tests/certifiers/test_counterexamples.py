@@ -40,8 +40,8 @@ def moved(share: float) -> Tensor:
 def test_a_point_is_pulled_back_to_the_boundary() -> None:
     nearest = NearestCounterexample(Hesitant(0.0), IMAGE, 0, Threat())
     nearest.offer(moved(0.9))
-    assert 0.5 < nearest.radius <= 0.5 * (1 + 1e-6)
-    assert nearest.witness is not None and float(nearest.witness[0, 0, 1]) == pytest.approx(nearest.radius)
+    assert 0.5 < nearest.budget <= 0.5 * (1 + 1e-6)
+    assert nearest.witness is not None and float(nearest.witness[0, 0, 1]) == pytest.approx(nearest.budget)
     assert nearest.disputed == math.inf
 
 
@@ -49,12 +49,12 @@ def test_a_point_is_pulled_back_to_the_boundary() -> None:
 def test_where_its_own_precision_hesitates_it_is_looked_for_farther_out(surplus: float) -> None:
     nearest = NearestCounterexample(Hesitant(surplus), IMAGE, 0, Threat())
     nearest.offer(moved(0.9))
-    assert 0.5 + surplus < nearest.radius <= 0.5 + surplus + 0.4 / 32
+    assert 0.5 + surplus < nearest.budget <= 0.5 + surplus + 0.4 / 32
     assert nearest.disputed == math.inf
 
 
 def test_what_its_own_precision_never_confirms_is_disputed_and_no_counterexample() -> None:
     nearest = NearestCounterexample(Hesitant(0.5), IMAGE, 0, Threat())
     nearest.offer(moved(0.9))
-    assert (nearest.radius, nearest.witness) == (math.inf, None)
+    assert (nearest.budget, nearest.witness) == (math.inf, None)
     assert nearest.disputed == pytest.approx(0.5)

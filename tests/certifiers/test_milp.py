@@ -66,8 +66,9 @@ def test_any_scale(scale: float, mass: float, last: float) -> None:
 def posed(seed: int, radius: float) -> tuple[NetworkProgram, Objective, float]:
     """The program of a case, the margin over one other class, and its least value by enumeration."""
     network, image, label = case(seed)
-    exact = exact_margins(network, image[0], label, radius * float(image.sum()))[0]
-    program = MilpCertifier(network).program(image[0], radius)
+    budget = radius * float(image.sum())
+    exact = exact_margins(network, image[0], label, budget)[0]
+    program = MilpCertifier(network).program(image[0], budget)
     return program, program.margin(label, 0 if label else 1), exact
 
 
@@ -86,7 +87,7 @@ def test_any_multipliers_give_a_bound(seed: int, radius: float, draw: int) -> No
 def test_the_tree_comes_within_any_gap_of_the_optimum(seed: int) -> None:
     network, image, label = case(seed)
     budget = 0.5 * float(image.sum())
-    program = MilpCertifier(network).program(image[0], 0.5)
+    program = MilpCertifier(network).program(image[0], budget)
     proof, others = DualProof(program, budget, Deadline()), [t for t in range(3) if t != label]
     for other, exact in zip(others, exact_margins(network, image[0], label, budget), strict=True):
         gap, objective = 1e-6 * (1 + abs(exact)), program.margin(label, other)

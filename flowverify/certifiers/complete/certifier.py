@@ -12,8 +12,10 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
+from flowverify.certifiers.complete.piecewise import relus_only
 from flowverify.certifiers.complete.problem import affine_maps
 from flowverify.certifiers.complete.radius_search import RadiusSearch
+from flowverify.certifiers.complete.roots import Roots
 from flowverify.certifiers.complete.tree import LeastMargin, least_margin
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import InvalidInputError, UnknownNameError
@@ -39,7 +41,7 @@ class CompleteCertifier(BaseCertifier):
 
     Raises:
         UnknownNameError: another method.
-        UnsupportedOperationError: an activation other than ReLU, named; a network that is too large.
+        UnsupportedOperationError: an activation that is not piecewise linear, named; a network that is too large.
     """
 
     batched = False
@@ -56,7 +58,22 @@ class CompleteCertifier(BaseCertifier):
             raise UnknownNameError("complete method", method, BRANCH_AND_BOUND)
         super().__init__(model, method, "branch-and-bound", input_shape)
         self.options = CompleteOptions() if options is None else options
-        self.maps = affine_maps(self.network, self.options.settings.maps)
+        settings = self.options.settings
+        searched = relus_only(self.precise)
+        self.maps = affine_maps(searched, settings.maps)
+        self.roots = Roots(searched, settings.bound, settings.neurons.tolerance)
+
+    def prepare(self, threat: Threat | None = None) -> None:
+        super().prepare(threat)
+        threat = Threat() if threat is None else threat
+        image = torch.ones(1, *self.network.input_shape, dtype=torch.float64, device=self.device)
+        if threat.cap is not None:
+            image *= threat.cap
+        specification = margin_specification(
+            torch.zeros(1, dtype=torch.int64, device=self.device), self.network.num_classes, torch.float64
+        )
+        covered = threat if self.method == "complete" else Threat("l1", positive=False)
+        self.roots.over(covered.ball(image, 1e-6), specification[0])
 
     def start(self, image: Tensor, label: int, ground: str = "l1", cap: float | None = None) -> RadiusSearch:
         """The search for one image (C, H, W), not yet run; ``run`` it with one deadline after the other.
@@ -97,7 +114,7 @@ class CompleteCertifier(BaseCertifier):
             largest = max(
                 float(value.abs().max()) for value in self.precise.values(search.nearest.image[None]).values()
             )
-        problem = search.problem(ball.radius)
+        problem = search.problem(search.budget(ball.radius))
         gap = max(tolerance * largest, 2 * float(self.allowance(search.nearest.image[None], problem.ball.budget)))
         return least_margin(problem, search.nearest, gap, self.options.deadline())
 
@@ -124,7 +141,9 @@ class CompleteCertifier(BaseCertifier):
             if witness is not None and not bool((witness >= 0).all()):
                 witness, note = None, "; ".join(filter(None, [note, NO_IMAGE]))
                 verdict = Verdict.UNKNOWN if verdict is Verdict.FALSIFIED else verdict
-            upper = search.upper_radius if math.isfinite(search.upper_radius) else None
+            upper = search.radius(search.upper) if math.isfinite(search.upper) else None
+            if upper is not None and verdict is Verdict.FALSIFIED:
+                upper = min(upper, radius)  # its plan costs no more than the budget of that
             if not search.nearest.positive and (threat.ground != "l1" or threat.cap is not None):
                 # What was searched is an l1 ball of flows around the ball: the witness may lie outside of that.
                 upper = self._distance(search, witness, threat)
@@ -142,7 +161,7 @@ class CompleteCertifier(BaseCertifier):
             if asked is None and search.limit > 0:
                 search.run(self.options.deadline())
             else:
-                decided = search.decide(asked or 0.0, self.options.deadline())
+                decided = search.decide(search.budget(asked or 0.0), self.options.deadline())
         except KeyboardInterrupt:
             raise Interrupted([report(None)]) from None
         return report(decided)
@@ -165,9 +184,8 @@ class CompleteCertifier(BaseCertifier):
             settings=options.settings.counterexamples,
         )  # fmt: skip
         return RadiusSearch(
-            self.maps, nearest, specification, limit=threat.largest_radius(self.network.grid),
-            tolerance=options.tolerance, adversary=options.adversary, progress=options.progress,
-            settings=options.settings,
+            self.maps, self.roots, nearest, specification, tolerance=options.tolerance, adversary=options.adversary,
+            progress=options.progress, settings=options.settings,
         )  # fmt: skip
 
 
@@ -176,24 +194,26 @@ Finding = tuple[Verdict, float, float | None, str]  # verdict, radius, margin, n
 
 def _found(search: RadiusSearch) -> Finding:
     """What a radius search says; nothing, should a replayed counterexample lie within what it takes for proven."""
-    if search.upper_radius <= search.radius:
-        return Verdict.UNKNOWN, 0.0, None, f"a counterexample within the radius {search.radius:g} that seemed proven"
+    radius = search.radius(search.proven)
+    if search.upper <= search.proven:
+        return Verdict.UNKNOWN, 0.0, None, f"a counterexample within the radius {radius:g} that seemed proven"
     note, verdict = "", Verdict.CERTIFIED
     if not search.finished:
         note = f"bracket not closed: {_undecided(search) if search.exhausted else 'out of budget'}"
-        if not search.radius > 0:
+        if not search.proven > 0:
             verdict = Verdict.UNKNOWN if search.exhausted else Verdict.TIMEOUT
-    return verdict, search.radius, search.margin, note
+    return verdict, radius, search.margin, note
 
 
 def _undecided(search: RadiusSearch) -> str:
     """Why a search has ended between what is proven and the nearest counterexample."""
     if not math.isfinite(search.undecided):
         return "a tie to within rounding at the image itself"
+    undecided = search.radius(search.undecided)
     if search.tie:
-        precision = f" of {search.nearest.dtype}" if search.nearest.disputed < search.upper_radius else ""
-        return f"from radius {search.undecided:.6g} on, a tie to within rounding{precision}"
-    return f"at radius {search.undecided:.6g} neither bounds nor counterexamples decide what is left"
+        precision = f" of {search.nearest.dtype}" if search.nearest.disputed < search.upper else ""
+        return f"from radius {undecided:.6g} on, a tie to within rounding{precision}"
+    return f"at radius {undecided:.6g} neither bounds nor counterexamples decide what is left"
 
 
 def _decided(search: RadiusSearch, decided: bool | None, radius: float) -> Finding:

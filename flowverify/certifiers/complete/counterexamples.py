@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowverify.attack.base import AttackedModel
 from flowverify.ball import Threat
 from flowverify.certifiers.options import DEFAULTS, CounterexampleSettings
 from flowverify.network.subject import Subject
 from flowverify.transport.least_budget import least_budget
-from flowverify.witness import replay
+from flowverify.witness import replayed_price
 
 FLOW_MASS_TOLERANCE = 1e-6  # of what is lost and gained
 
@@ -39,11 +40,11 @@ class NearestCounterexample:
         positive: whether only images count; otherwise any image + A d, by ||d||_1.
 
     Attributes:
-        radius: distance of the nearest counterexample, of normalised images; infinite while there is none.
+        budget: what the cheapest plan to the nearest counterexample costs; infinite while there is none.
         witness: that image (C, H, W), or None.
         least_margin: the least min over t of f_y - f_t at any point that was looked at.
-        disputed: the least distance of an image that float64 puts into another class and the network's own precision
-            does not; infinite where there is none.
+        disputed: the least cost of a plan to an image that float64 puts into another class and the network's own
+            precision does not; infinite where there is none.
         largest: the largest absolute value of the image's logits.
     """
 
@@ -53,12 +54,13 @@ class NearestCounterexample:
     ) -> None:  # fmt: skip
         self.image, self.label, self.threat, self.positive = image, label, threat, positive
         self._settings = settings
-        self.radius = float("inf")
+        self.budget = float("inf")
         self.witness: Tensor | None = None
         self.least_margin = float("inf")
         self.disputed = float("inf")
         self._lock = RLock()
         self._subject, self._precise = subject, subject.precise
+        self._attacked = AttackedModel(subject.precise)
         with torch.no_grad():
             logits: Tensor = self._precise(image[None])
         self._classes, self.largest = logits.shape[1], float(logits.abs().max())
@@ -102,7 +104,7 @@ class NearestCounterexample:
             return False
         if self.positive:
             points = self._repaired(points)
-        margins, before = self.margins(points), self.radius
+        margins, before = self.margins(points), self.budget
         self.least_margin = min(self.least_margin, float(margins.min()))
         wrong = (margins < 0).nonzero().flatten()
         for index in wrong[margins[wrong].argsort()][: self._settings.nearest].tolist():
@@ -110,7 +112,7 @@ class NearestCounterexample:
         if descend and self.positive:
             for point in points[margins.argsort()[: self._settings.nearest]]:
                 self._descend(point)
-        return self.radius < before
+        return self.budget < before
 
     def _repaired(self, points: Tensor) -> Tensor:
         """As images of the threat model."""
@@ -119,7 +121,7 @@ class NearestCounterexample:
 
     def _take(self, point: Tensor) -> None:
         """Pulls a misclassified point to the boundary along the segment from the image, and replays it."""
-        away = self._distance(point)
+        away = self._price(point)
         low, high = 0.0, 1.0
         for _ in range(self._settings.halvings):
             middle = (low + high) / 2
@@ -129,7 +131,7 @@ class NearestCounterexample:
                 low = middle
             if high - low < 1e-12:
                 break
-        if away * high >= self.radius:
+        if away * high >= self.budget:
             return
         for nudge in self._settings.nudges:
             if self._keep(self._between(point, min(1.0, high * (1 + nudge)))):
@@ -146,8 +148,8 @@ class NearestCounterexample:
     def _keep(self, candidate: Tensor) -> bool:
         """Whether it is a counterexample; the nearest is kept."""
         reached = self._replayed(candidate)
-        if reached < self.radius:
-            self.radius, self.witness = reached, candidate
+        if reached < self.budget:
+            self.budget, self.witness = reached, candidate
         return math.isfinite(reached)
 
     def _between(self, point: Tensor, share: float) -> Tensor:
@@ -155,16 +157,16 @@ class NearestCounterexample:
         return between.clamp(min=0) if self.positive else between
 
     def _replayed(self, point: Tensor) -> float:
-        """Its distance if it is a counterexample, a point of the set that is searched; infinite if not."""
+        """What it costs if it is a counterexample, a point of the set that is searched; infinite if not."""
         label = torch.tensor([self.label], device=point.device)
         if self.positive:
-            return float(replay(self._subject, self.threat.unlimited(self.image[None]), label, point[None]))
-        return self._distance(point) if bool(self._subject.fooled(point[None], label)) else math.inf
+            return float(replayed_price(self._subject, self.threat.unlimited(self.image[None]), label, point[None]))
+        return self._price(point) if bool(self._subject.fooled(point[None], label)) else math.inf
 
-    def _distance(self, point: Tensor) -> float:
-        """Of normalised images; off the images, between the positive and the negative part of the difference."""
+    def _price(self, point: Tensor) -> float:
+        """Of the cheapest plan; off the images, between the positive and the negative part of the difference."""
         if self.positive:
-            return float(self.threat.distance(self.image[None], point[None]))
+            return float(self.threat.price(self.image[None], point[None]))
         difference = (point - self.image)[None]
         # As what is lost and gained: next to the pixels themselves small differences would be rounded.
         lost, gained = (-difference).clamp(min=0), difference.clamp(min=0)
@@ -172,37 +174,36 @@ class NearestCounterexample:
             return 0.0
         flows = Threat("l1", positive=False)
         price = flows.price(lost, gained, FLOW_MASS_TOLERANCE)
-        return self.threat.cost.from_l1(float(flows.radius(price, self.image[None])))
+        if self.threat.ground == "l1":
+            return float(price)
+        radius = self.threat.cost.from_l1(float(flows.radius(price, self.image[None])))
+        return float(self.threat.budget(radius, self.image[None]))
 
     def _descend(self, point: Tensor, target: int | None = None) -> None:
         """DeepFool in W1: the nearest image to the boundary as linearised at the last one, again and again."""
         current = point
         for _ in range(self._settings.descent_steps):
-            leaf = current[None].clone().requires_grad_(True)
-            with torch.enable_grad():
-                logits = self._precise(leaf)[0]
-                if target is None:
-                    others = logits.detach().clone()
-                    others[self.label] = -torch.inf
-                    target = int(others.argmax())
-                gain = logits[target] - logits[self.label]
-            gradient = torch.autograd.grad(gain, leaf)[0][0]
-            wanted = self._settings.overshoot * (
-                -float(gain.detach()) - float((gradient * (self.image - current)).sum())
-            )
+            if target is None:
+                with torch.no_grad():
+                    others = self._precise(current[None])[0]
+                others[self.label] = -torch.inf
+                target = int(others.argmax())
+            labels, targets = (torch.tensor([one], device=current.device) for one in (self.label, target))
+            found = self._attacked.gradients(current[None], labels, targets)
+            gain, gradient = float(found[0]), found[1][0]
+            wanted = self._settings.overshoot * (-gain - float((gradient * (self.image - current)).sum()))
             if not bool(torch.isfinite(gradient).all()) or wanted <= 0:
                 return
-            found = least_budget(
+            nearest = least_budget(
                 gradient[None, None],
                 self.image[None],
                 gradient.new_tensor([[wanted]]),
                 maximiser=True,
                 ground=self.threat.ground,
             )
-            reach = float(self.threat.budget(self.radius * self._settings.farther, self.image[None]))
-            if not float(found.budget) < reach:
+            if not float(nearest.budget) < self.budget * self._settings.farther**self.threat.cost.power:
                 return
-            assert found.maximiser is not None
-            current = self._repaired(found.maximiser[0])[0]
+            assert nearest.maximiser is not None
+            current = self._repaired(nearest.maximiser[0])[0]
             if float(self.margins(current[None])) < 0:
                 self._take(current)

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import MarginBounds
+from flowverify.bounds.recipes import Bound
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.certifiers.complete.piecewise import relus_only
 from flowverify.certifiers.complete.program import Array, NetworkProgram, Objective, gamma
 from flowverify.certifiers.options import DEFAULTS, CompleteOptions, ProgramSettings
 from flowverify.errors import InvalidInputError, SolverError
@@ -64,6 +66,7 @@ class DualProof:
         self._system, self._right = program.system, program.right
         self._transposed = program.system.T.tocsr()
         self._sizes = abs(self._transposed).tocsr()
+        # Among the roundings are the budget's, a product with a sum over the pixels: there are more flows than those.
         self._gamma = gamma(2 * sum(program.system.shape) + 16)
 
     def least(self, objective: Objective, enough: float) -> float:
@@ -166,16 +169,16 @@ class DualProof:
 
 
 THREAT = Threat()  # the only one that the program knows
-MASS_ROUNDING = 1 + 1e-12  # a budget is a product with a sum over the pixels
+NEURONS = Bound("what neurons are bounded by", ("interval", "lifted", "crown"), ("interval",))
 
 
 class MilpCertifier(BaseCertifier):
-    """The exact answer by HiGHS, on the flows that lead to images, with neurons' bounds from fine-tuned CROWN.
+    """The exact answer by HiGHS, on the flows that lead to images, with neurons' bounds from lifted bounds and CROWN.
 
     For small networks, and as an oracle. HiGHS's word proves nothing: a certificate rests on
 
-    - the neurons' bounds, which are CROWN's (:class:`flowverify.bounds.margins.MarginBounds`), widened by what
-      rounding may change in them;
+    - the neurons' bounds, the tighter of both at each (:class:`flowverify.bounds.margins.MarginBounds`), widened by
+      what rounding may change in them;
     - a bound for every other class, over a tree of phases, by weak duality in our own arithmetic, rounding included
       (:mod:`flowverify.certifiers.complete.milp`). HiGHS only proposes the multipliers.
 
@@ -184,7 +187,7 @@ class MilpCertifier(BaseCertifier):
     neurons of the first layer are bounded, and the replay.
 
     Raises:
-        UnsupportedOperationError: an activation other than ReLU, named.
+        UnsupportedOperationError: an activation that is not piecewise linear, named.
         DependencyError: auto_LiRPA cannot be used.
     """
 
@@ -200,10 +203,11 @@ class MilpCertifier(BaseCertifier):
     ) -> None:
         super().__init__(model, method, "highs", input_shape)
         self.options = CompleteOptions() if options is None else options
+        self._posed = relus_only(self.precise)
         # Built once without bounds, so that what is unsupported comes out first.
-        empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self.network.activations]
-        NetworkProgram(self.network, torch.ones(self.network.input_shape), 1.0, empty)
-        self._bounds = MarginBounds(self.network, Threat(), "crown", dtype=torch.float64)
+        empty = [(torch.zeros(1, *n.shape), torch.zeros(1, *n.shape)) for n in self._posed.activations]
+        NetworkProgram(self._posed, torch.ones(self.network.input_shape), 1.0, empty)
+        self._bounds = MarginBounds(self._posed, Threat(), NEURONS, dtype=torch.float64)
 
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``: one program for each other class.
@@ -218,16 +222,15 @@ class MilpCertifier(BaseCertifier):
         """The least distance to a counterexample of each image; raises as :meth:`certify`."""
         return self._each(images, labels, threat or THREAT, None)
 
-    def program(self, image: Tensor, radius: float) -> NetworkProgram:
-        """The program for one image (C, H, W), with bounds that hold up to this radius.
+    def program(self, image: Tensor, budget: float) -> NetworkProgram:
+        """The program for one image (C, H, W), with bounds that hold up to this budget.
 
         Raises:
             SolverError: bounds that are not finite.
         """
         image = image.double()
-        budget = self._budget(image, radius)
         bounds = self._bounds.neurons(THREAT.ball(image, budget))
-        return NetworkProgram(self.network, image, budget, bounds)
+        return NetworkProgram(self._posed, image, budget, bounds)
 
     def _each(self, images: Tensor, labels: Tensor, threat: Threat, radius: float | None) -> list[Certificate]:
         if threat != THREAT:
@@ -243,11 +246,15 @@ class MilpCertifier(BaseCertifier):
         return self.one_by_one(images, labels, threat, radius, one)
 
     def _budget(self, image: Tensor, radius: float) -> float:
-        return float(THREAT.budget(radius, image[None])) * MASS_ROUNDING
+        return float(THREAT.budget(radius, image[None]))
+
+    def _radius(self, image: Tensor, budget: float) -> float:
+        return float(THREAT.radius(image.new_tensor([budget]), image[None]))
 
     def _decide(self, image: Tensor, label: Tensor, prediction: Tensor, radius: float) -> Certificate:
         nearest, deadline = self._nearest(image, label), self.options.deadline()
-        program, budget = self.program(image, radius), self._budget(image, radius)
+        budget = self._budget(image, radius)
+        program = self.program(image, budget)
         proof, least = self._proof(program, budget, deadline), math.inf
         for other in self._others(int(label)):
             if deadline.stop():
@@ -258,12 +265,12 @@ class MilpCertifier(BaseCertifier):
                 raise SolverError("mixed-integer program: HiGHS finds the ball empty, which has the image itself")
             if found.image is not None:
                 nearest.offer(torch.from_numpy(found.image).to(image)[None])
-            if nearest.radius <= radius:
+            if nearest.budget <= budget:
                 break
             if least > 0:
                 least = min(least, proof.least(program.margin(int(label), other), 0.0))
         verdict = Verdict.TIMEOUT if deadline.stop() else Verdict.UNKNOWN
-        if nearest.radius <= radius:
+        if nearest.budget <= budget:
             verdict = Verdict.FALSIFIED
         elif least > 0:
             verdict = Verdict.CERTIFIED
@@ -275,42 +282,41 @@ class MilpCertifier(BaseCertifier):
         if self.options.adversary is not None:
             nearest.ask(self.options.adversary)
         nearest.descend()
-        limit = THREAT.largest_radius(self.network.grid)
-        upper = min(nearest.radius * (1 + 1e-6), limit)
+        limit = self._budget(image, THREAT.largest_radius(self.network.grid))
+        upper = min(nearest.budget * (1 + 1e-6), limit)
         program = self.program(image, upper)
         least = upper
         for other in self._others(int(label)):
             if deadline.stop():
                 least = 0.0
                 break
-            found = program.least_budget(int(label), other, self._budget(image, upper), self._share(deadline))
-            cheapest = image.new_tensor([max(0.0, found.bound)])
-            least = min(least, float(THREAT.radius(cheapest, image[None])))
+            found = program.least_budget(int(label), other, upper, self._share(deadline))
+            least = min(least, max(0.0, found.bound))
             if found.image is not None:
                 # The optimum is a tie; a little farther the class changes.
                 point, centre = torch.from_numpy(found.image).to(image), image.flatten()
                 nearest.offer(torch.stack([point, centre + (1 + 1e-6) * (point - centre)]), descend=True)
-        radius, margin = 0.0, None
-        first, farthest = min(least, nearest.radius), min(nearest.radius, limit)
+        proven, margin = 0.0, None
+        first, farthest = min(least, nearest.budget), min(nearest.budget, limit)
         for trial in self._trials(first, limit) + (self._trials(farthest, limit) if first < farthest else []):
-            margin = self._proven(program, image, int(label), trial, deadline)
+            margin = self._proven(program, int(label), trial, deadline)
             if margin is not None:
-                radius = trial
+                proven = trial
                 break
         verdict = Verdict.TIMEOUT if deadline.stop() else Verdict.UNKNOWN
-        if margin is not None and (radius > 0 or limit == 0):
+        if margin is not None and (proven > 0 or limit == 0):
             verdict = Verdict.CERTIFIED
         seconds, note = deadline.elapsed, ""
-        if radius < limit and not nearest.radius <= radius * (1 + self.options.tolerance):
-            why = f"the nearest image by HiGHS, at radius {first:.6g}, is a tie to within its tolerances"
+        if proven < limit and not nearest.budget <= proven * (1 + self.options.tolerance):
+            radius = self._radius(image, first)
+            why = f"the nearest image by HiGHS, at radius {radius:.6g}, is a tie to within its tolerances"
             note = f"bracket not closed: {'out of budget' if deadline.stop() else why}"
+        radius = self._radius(image, proven)
         return self._certified(nearest, label, prediction, verdict, radius, margin, seconds, note)
 
-    def _proven(
-        self, program: NetworkProgram, image: Tensor, label: int, radius: float, deadline: Deadline
-    ) -> float | None:
-        """The least margin that is proven at this radius, if it is positive for all classes."""
-        proof, least = self._proof(program, self._budget(image, radius), deadline), math.inf
+    def _proven(self, program: NetworkProgram, label: int, budget: float, deadline: Deadline) -> float | None:
+        """The least margin that is proven over the ball of this budget, if it is positive for all classes."""
+        proof, least = self._proof(program, budget, deadline), math.inf
         for other in self._others(label):
             least = min(least, proof.least(program.margin(label, other), 0.0))
             if not least > 0:
@@ -330,10 +336,10 @@ class MilpCertifier(BaseCertifier):
         left = deadline.seconds_left
         return None if left == math.inf else self.options.settings.program.solver_share * left
 
-    def _trials(self, radius: float, limit: float) -> list[float]:
-        """Radii to prove, up to the distance of a nearest image; the limit itself, which nothing is beyond."""
+    def _trials(self, budget: float, limit: float) -> list[float]:
+        """Budgets to prove, up to that of a nearest image; the limit itself, which nothing is beyond."""
         shares = self.options.settings.program.shares
-        return ([limit] if radius >= limit else []) + [share * radius for share in shares if radius > 0]
+        return ([limit] if budget >= limit else []) + [share * budget for share in shares if budget > 0]
 
     def _others(self, label: int) -> list[int]:
         return [t for t in range(self.network.num_classes) if t != label]
@@ -349,7 +355,9 @@ class MilpCertifier(BaseCertifier):
         seconds: float,
         note: str = "",
     ) -> Certificate:
-        upper = nearest.radius if math.isfinite(nearest.radius) else None
+        upper = self._radius(nearest.image, nearest.budget) if math.isfinite(nearest.budget) else None
+        if upper is not None and verdict is Verdict.FALSIFIED:
+            upper = min(upper, radius)  # its plan costs no more than the budget of that
         return self.certificate(
             label, prediction, verdict, THREAT, radius, seconds, margin=margin, upper_radius=upper, note=note,
             witness=nearest.witness,

@@ -139,11 +139,18 @@ class NeuronBounds:
         return sum(int(((low < 0) & (high > 0)).sum()) for low, high in above)
 
 
-def neuron_bounds(problem: Problem, *, iterations: int | None = None, deadline: Deadline | None = None) -> NeuronBounds:
+def neuron_bounds(
+    problem: Problem,
+    *,
+    known: NeuronBounds | None = None,
+    iterations: int | None = None,
+    deadline: Deadline | None = None,
+) -> NeuronBounds:
     """Bounds of every layer, from below: CROWN with slopes optimised for each side of each unstable neuron.
 
     Args:
         problem: whose maps and ball they are for.
+        known: bounds over the ball from elsewhere; neurons that they settle are not looked at.
         iterations: fewer than the settings say; 1 for those of CROWN's first slopes.
         deadline: asked between chunks; once it is over, bounds are those.
     """
@@ -155,8 +162,18 @@ def neuron_bounds(problem: Problem, *, iterations: int | None = None, deadline: 
         width = len(bias)
         identity = torch.eye(width, dtype=torch.float64, device=bias.device)
         both = problem.at(stage, torch.cat([identity, -identity]))
-        every = workers.parts(torch.arange(2 * width, device=bias.device), settings.chunk)
-        values = torch.cat(workers.each(lambda part: _crown(both.rows(part), found, 1), every))  # noqa: B023
+        if known is None:
+            values = identity.new_full((2 * width,), -torch.inf)
+            rows = torch.arange(2 * width, device=bias.device)
+        else:
+            lower, upper = known.lower[stage], known.upper[stage]
+            values = torch.cat([lower, -upper])
+            # The first layer's are exact.
+            rows = ((lower < 0) & (upper > 0) & (stage > 0)).repeat(2).nonzero().flatten()
+        if len(rows):
+            every = workers.parts(rows, settings.chunk)
+            crown = torch.cat(workers.each(lambda part: _crown(both.rows(part), found, 1), every))  # noqa: B023
+            values[rows] = torch.fmax(values[rows], crown) if known is not None else crown
         if stage > 0 and steps > 1:
             lower, upper = values[:width], -values[width:]
             open_rows = ((lower < 0) & (upper > 0)).repeat(2).nonzero().flatten()

@@ -24,7 +24,7 @@ from flowverify.certifiers.complete.deadline import Workers
 from flowverify.certifiers.options import DEFAULTS, AffineMapSettings, SearchSettings
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
-from flowverify.network.affine import drop_biases
+from flowverify.network.affine import linear_part, matrix
 from flowverify.network.graph import INPUT
 from flowverify.network.rounding import gamma, magnitudes, reach
 from flowverify.transport.compiled import Prepared
@@ -97,8 +97,7 @@ def affine_maps(network: Network, settings: AffineMapSettings = DEFAULTS.maps) -
             )
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     precise = copy.deepcopy(network).cpu().double()
-    linear = copy.deepcopy(precise)
-    drop_biases(linear)
+    linear = linear_part(precise)
     relus = [node for node in precise.nodes if isinstance(node.operation, nn.ReLU)]
     names = [node.inputs[0] for node in relus] + [precise.output]
     sources = [INPUT, *(node.name for node in relus)]
@@ -119,13 +118,11 @@ def affine_maps(network: Network, settings: AffineMapSettings = DEFAULTS.maps) -
     zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
     with torch.no_grad():
         constant = _values(precise, dict(zip(sources, zeros, strict=True)))
-        blocks: dict[tuple[str, int], Tensor] = {}
-        for index, (source, shape, size) in enumerate(zip(sources, shapes, sizes, strict=True)):
-            wanted = sorted(reached[index] & set(names))
-            for name, rows in _columns(
-                linear, sources, zeros, source, shape, size, wanted, settings.chunk_entries
-            ).items():
-                blocks[name, index] = rows.to(device)
+        blocks = {
+            (name, index): rows.to(device)
+            for index in range(len(sources))
+            for name, rows in _matrices(linear, sources, zeros, index, sorted(reached[index] & set(names))).items()
+        }
     stages = tuple(
         Stage(
             constant[name].flatten().to(device),
@@ -159,31 +156,24 @@ def _values(network: Network, sources: dict[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
-def _columns(
-    linear: Network,
-    sources: list[str],
-    zeros: list[Tensor],
-    source: str,
-    shape: tuple[int, ...],
-    size: int,
-    wanted: list[str],
-    entries: int,
+def _matrices(
+    linear: nn.Module, sources: list[str], zeros: list[Tensor], position: int, wanted: list[str]
 ) -> dict[str, Tensor]:
-    """The matrices from one source: images of its unit vectors under the maps without biases."""
-    widest = max(math.prod(node.shape) for node in linear.nodes)
-    chunk = max(1, entries // max(widest, size))
-    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    """The matrices from one source to the wanted values, the other sources being 0."""
+    assert isinstance(linear, Network)
     if not wanted:
         return {}
-    for start in range(0, size, chunk):
-        count = min(chunk, size - start)
-        basis = torch.zeros(count, size, dtype=torch.float64)
-        basis[torch.arange(count), torch.arange(start, start + count)] = 1
-        own = {name: zero.expand(count, *zero.shape[1:]) for name, zero in zip(sources, zeros, strict=True)}
-        values = _values(linear, {**own, source: basis.reshape(count, *shape)})
-        for name in wanted:
-            parts[name].append(values[name].flatten(1).T)
-    return {name: torch.cat(columns, 1).contiguous() for name, columns in parts.items()}
+    sizes = [math.prod(_shape(linear, name)) for name in wanted]
+
+    def values(units: Tensor) -> Tensor:
+        own = {name: zero.expand(len(units), *zero.shape[1:]) for name, zero in zip(sources, zeros, strict=True)}
+        found = _values(linear, {**own, sources[position]: units})
+        return torch.cat([found[name].flatten(1) for name in wanted], 1)
+
+    widest = max(sum(sizes), *(math.prod(node.shape) for node in linear.nodes))
+    whole = matrix(values, zeros[position].shape[1:], like=zeros[position], widest=widest)
+    parts = torch.split(whole, sizes)
+    return {name: part.contiguous() for name, part in zip(wanted, parts, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from flowverify.bounds.intervals import Interval
 from flowverify.errors import SolverError, UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
-from flowverify.network.affine import drop_biases
+from flowverify.network.affine import operation_matrices
 from flowverify.network.graph import INPUT
 from flowverify.network.rounding import FEW, INFLATED, TINY, UNIT
 from flowverify.quiet import quiet
@@ -58,37 +58,6 @@ class Value:
     magnitude: Array
     error: Array
     path: Array
-
-
-def _run(operation: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = operation(*inputs)
-    return result.reshape(len(result), -1)
-
-
-def at_zero(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> Array:
-    zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
-    result: Array = _run(operation, zeros)[0].numpy()
-    return result
-
-
-def matrices_of(operation: nn.Module, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The matrix of an operation without biases for each of its inputs: images of unit vectors, without rounding.
-
-    (An average is rounded once.)
-    """
-    if isinstance(operation, nn.Linear) and len(shapes[0]) == 1:
-        return [sparse.csr_array(operation.weight.detach().numpy())]
-    result = []
-    for position, shape in enumerate(shapes):
-        size, parts = int(np.prod(shape)), []
-        for start in range(0, size, 512):
-            stop = min(size, start + 512)
-            inputs = [torch.zeros(stop - start, *other, dtype=torch.float64) for other in shapes]
-            inputs[position] = torch.eye(size, dtype=torch.float64)[start:stop].reshape(-1, *shape)
-            parts.append(sparse.csr_array(_run(operation, inputs).T.numpy()))
-        result.append(sparse.hstack(parts).tocsr())
-    return result
 
 
 def affine_value(matrices: Sequence[Any], bias: Array, values: Sequence[Value]) -> Value:
@@ -189,18 +158,17 @@ class NetworkProgram:
         scarce = np.flatnonzero(self._image < self._budget)
         self._add(-self._to_image[scarce] / self.unit, self._image[scarce] / self.unit)
         known = iter(bounds)
-        linear = copy.deepcopy(self._precise)
-        drop_biases(linear)
         sizes = [int(np.prod(node.shape)) for node in self._precise.nodes]
         self._gamma = gamma(8 * (self._image.size + sum(sizes)) + FEW * (len(sizes) + 2)) * (1 + len(bounds))
-        for node, without in zip(self._precise.nodes, linear.nodes, strict=True):
+        for node in self._precise.nodes:
             if isinstance(node.operation, nn.ReLU):
                 low, high = (end.reshape(-1).double().cpu().numpy() for end in next(known))
                 values[node.name] = self._relu(values[node.inputs[0]], low, high)
             elif is_affine(node.operation):
                 shapes = [self._precise.input_shape if n == INPUT else self._precise.node(n).shape for n in node.inputs]
-                matrices, bias = matrices_of(without.operation, shapes), at_zero(node.operation, shapes)
-                values[node.name] = affine_value(matrices, bias, [values[n] for n in node.inputs])
+                columns, bias = operation_matrices(node.operation, shapes, torch.zeros(0, dtype=torch.float64))
+                matrices = [sparse.vstack([sparse.csr_array(p.numpy()) for p in parts]).T.tocsr() for parts in columns]
+                values[node.name] = affine_value(matrices, bias.numpy(), [values[n] for n in node.inputs])
             else:
                 raise UnsupportedOperationError(
                     f"complete certification: layer {node.name!r} is {operation_name(node.operation)}; expected affine "

@@ -168,6 +168,7 @@ class Tree:
         bounds: of the neurons over the ball.
         nearest: sees the minimiser of every bound.
         enough: a node is done once its bound exceeds this.
+        known: lower bounds (R,) of the rows over the ball from elsewhere.
         iterations: for the bounds of the roots, where not those of the settings.
 
     Attributes:
@@ -181,6 +182,7 @@ class Tree:
         nearest: NearestCounterexample,
         *,
         enough: float = 0.0,
+        known: Tensor | None = None,
         counts: Counts | None = None,
         iterations: int | None = None,
     ) -> None:
@@ -195,8 +197,12 @@ class Tree:
         self.done = 0.0
         rows = torch.arange(len(problem.specification), device=problem.specification.device)
         nodes = roots(rows, bounds.lower, bounds.upper)
-        if len(nodes):
-            nodes = self._improve(nodes, self.settings.root_iterations if iterations is None else iterations)
+        if known is not None:
+            nodes.bound = torch.maximum(nodes.bound, known)
+        rest = self._undone(nodes)
+        if bool(rest.any()):
+            better = self._improve(nodes[rest], self.settings.root_iterations if iterations is None else iterations)
+            nodes = join([nodes[~rest], better])
         self.root_bounds = nodes.bound
         undone = self._undone(nodes)
         self.least = float(nodes.bound[~undone].min()) if bool((~undone).any()) else float("inf")
