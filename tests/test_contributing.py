@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 import flowverify as fv
 from flowverify.certifiers.linear import LinearCertifier
 from flowverify.cli import app
+from flowverify.network.curves import CURVES, FUNCTIONS
+from flowverify.network.operations import ADDED, RECORDS
 from flowverify.registry import imported
 from flowverify.training.losses import build_loss
 from flowverify.transport import ground as grounds
@@ -219,6 +221,31 @@ class _Run:
 
 combined = Bound("intervals, and values where nothing moves", ("interval",), ("interval", "contributed.bound:Centre"))
 '''
+ACTIVATION = '''
+"""An activation of one's own: the Gudermannian function."""
+
+import torch
+
+from flowverify.network.curves import Bend, Curve
+from flowverify.network.operations import register_activation
+
+
+class Gudermannian(torch.nn.Module):
+    def forward(self, value):
+        return 2 * torch.atan(torch.tanh(value / 2))
+
+
+register_activation(
+    Gudermannian, lambda operation: Curve(lambda x: 1 / torch.cosh(x), (), (Bend(0.0, 1.0, 1.0),), 1.0, 0.0)
+)
+
+
+class Wrong(Gudermannian):
+    pass
+
+
+register_activation(Wrong, lambda operation: Curve(lambda x: 1 / torch.cosh(x), (), (), 1.0, 0.0))
+'''
 FILES = {
     "ground": GROUND,
     "bound": BOUND,
@@ -227,6 +254,7 @@ FILES = {
     "data": DATA,
     "loss": LOSS,
     "kind": KIND,
+    "activation": ACTIVATION,
 }
 SUITE = """
 name: contributed
@@ -251,6 +279,9 @@ def contributed(tmp_path_factory):
         patch.setenv("PYTHONPATH", f"{folder}", prepend=":")
         patch.setattr(grounds, "GROUNDS", dict(grounds.GROUNDS))
         yield folder
+    for kind in list(ADDED):
+        for table in (CURVES, FUNCTIONS, RECORDS, ADDED):
+            table.pop(kind)
     for known in (grounds._find, grounds._outside):
         known.cache_clear()
 
@@ -388,6 +419,33 @@ def test_suite_with_a_data_set_an_attack_and_a_kind(tmp_path):
         == sum(one.get("method") == "vanilla" for one in found)
         == 8
     )
+
+
+class TestActivation:
+    @pytest.fixture(scope="class")
+    def kind(self, contributed):
+        return imported("contributed.activation:Gudermannian")
+
+    def network(self, kind):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(25, 8), kind(), torch.nn.Linear(8, 6), kind(), torch.nn.Linear(6, 4)
+        )
+
+    def test_every_bound_but_crown_takes_it(self, kind, problem):
+        network, (_, images, _) = self.network(kind), problem
+        labels = network(images).argmax(1)
+        nearest = fv.find_adversarial(network, images, labels)
+        for bound in ("ibp", "lifted", "best"):
+            radii = fv.certified_radius(network, images, labels, bound=bound)
+            assert bool((radii > 0).all()) and bool((radii <= nearest.radius).all())
+        with pytest.raises(fv.FlowverifyError, match="Gudermannian"):
+            fv.certified_radius(network, images, labels, bound="crown")
+
+    def test_a_curve_that_is_none_is_said(self, kind, problem):
+        network, images, labels = self.network(imported("contributed.activation:Wrong")), *problem[1:]
+        with pytest.raises(fv.FlowverifyError, match="curve of Wrong: a place where its slope turns that is not named"):
+            fv.certified_radius(network, images, labels)
 
 
 def test_the_page_names_what_is_there():

@@ -8,6 +8,7 @@ monotone, between two bends its slope is. Its range on an interval, and that of 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowverify.errors import UnsupportedOperationError
+from flowverify.errors import InvalidInputError, UnsupportedOperationError
 
 
 class Softplus(nn.Module):
@@ -224,6 +225,49 @@ FUNCTIONS: dict[type[nn.Module], Callable[[Any], Curve]] = {
     Log: lambda operation: Curve(torch.reciprocal, (), (), math.inf, math.nan), Power: _power,
 }  # fmt: skip
 """All functions of one number, those without a largest slope among them."""
+
+
+LOOKED_AT = torch.linspace(-30, 30, 12001, dtype=torch.float64)
+
+
+def check_curve(operation: nn.Module, curve: Curve) -> None:
+    """Looks at a curve of somebody else's at many places; what it says beyond them is believed.
+
+    Raises:
+        InvalidInputError: its value at 0, its slopes, or where it turns and bends are not what they are said to be.
+    """
+    with torch.no_grad():
+        values, slopes = operation(LOOKED_AT), curve.slope(LOOKED_AT)
+        at_zero = float(operation(LOOKED_AT.new_zeros(())))
+    name = type(operation).__name__
+    steps = (values[1:] - values[:-1]) / (LOOKED_AT[1:] - LOOKED_AT[:-1])
+    least, largest = slopes_between(curve, LOOKED_AT[:-1], LOOKED_AT[1:])
+    room = 1e-7 * (1 + curve.steepest)
+    faults = {
+        "values that are not finite": not bool(torch.isfinite(values).all() & torch.isfinite(slopes).all()),
+        f"f(0) = {at_zero:g}, not {curve.at_zero:g}": not abs(at_zero - curve.at_zero) <= 1e-12 * (1 + abs(at_zero)),
+        f"a slope larger than {curve.steepest:g}": not bool((slopes.abs() <= curve.steepest + room).all()),
+        "differences of values beyond the slopes there": not bool(
+            ((steps >= least - room) & (steps <= largest + room)).all()
+        ),
+        "a place where it turns that is not named": _changes(steps, curve.turns, room),
+        "a place where its slope turns that is not named": _changes(
+            slopes[1:] - slopes[:-1], tuple(bend.place for bend in curve.bends), 1e-12 * (1 + curve.steepest)
+        ),
+    }
+    for fault, present in faults.items():
+        if present:
+            raise InvalidInputError(f"curve of {name}: {fault}")
+
+
+def _changes(differences: Tensor, places: tuple[float, ...], room: float) -> bool:
+    """Whether differences between neighbours have both signs between two places."""
+    ends = [-math.inf, *places, math.inf]
+    for low, high in itertools.pairwise(ends):
+        inside = differences[(LOOKED_AT[:-1] > low) & (LOOKED_AT[1:] < high)]
+        if bool((inside > room).any()) and bool((inside < -room).any()):
+            return True
+    return False
 
 
 def slopes_between(curve: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from flowverify.errors import FlowverifyError, InvalidInputError, UnsupportedOpe
 from flowverify.network.aten import ANY_PLACE, HANDLERS, RESHAPES, Handler
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
-from flowverify.network.operations import first_line
+from flowverify.network.operations import ADDED, first_line
 from flowverify.network.reading import Ending, InputForm, Reading, module_form, softmax_over_classes
 from flowverify.network.rounding import RoundingBound
 from flowverify.network.torch_modules import leave_batch_first
@@ -69,7 +69,7 @@ def from_torch(module: nn.Module, input_shape: Sequence[int], reading: Reading |
     channels, height, width = (int(size) for size in input_shape)
     frame = _Frame(module_form((channels, height, width), reading.layout), reading, _precision(own))
     layers = list(_layers(own))
-    if layers and all(type(layer) in _SIMPLE and not _is_modified(layer) for layer in layers):
+    if layers and all(_is_simple(layer) for layer in layers):
         network = _from_layers(layers, frame)
     else:
         traced = copy.deepcopy(own)
@@ -138,6 +138,10 @@ def _precision(module: nn.Module) -> torch.dtype:
     return found.pop() if found else torch.float32
 
 
+def _is_simple(layer: nn.Module) -> bool:
+    return (type(layer) in _SIMPLE or type(layer) in ADDED) and not _is_modified(layer)
+
+
 def _is_modified(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
@@ -185,6 +189,8 @@ def _from_layer(builder: Builder, layer: nn.Module, value: Value, label: str) ->
             return value
         case nn.LeakyReLU():
             return builder.add(nn.LeakyReLU(layer.negative_slope), [value], label)
+        case _ if type(layer) in ADDED:
+            return builder.add(copy.deepcopy(layer), [value], label)
         case nn.ReLU() | nn.Sigmoid() | nn.Tanh():
             return builder.add(type(layer)(), [value], label)
         case nn.Flatten():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
-from flowverify.network.curves import CURVES, Erf, Exp, Log, Power, Softplus
+from flowverify.network.curves import CURVES, FUNCTIONS, Curve, Erf, Exp, Log, Power, Softplus, check_curve
 
 
 class ScaleShift(nn.Module):
@@ -409,9 +409,25 @@ OPERATIONS: tuple[OperationRecord, ...] = (
 RECORDS: dict[type[nn.Module], OperationRecord] = {record.kind: record for record in OPERATIONS}
 CANONICAL: tuple[type[nn.Module], ...] = tuple(RECORDS)
 AFFINE: tuple[type[nn.Module], ...] = tuple(record.kind for record in OPERATIONS if record.affine)
+ADDED: dict[type[nn.Module], OperationRecord] = {}  # by :func:`register_activation`
 WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 STEEP: tuple[type[nn.Module], ...] = tuple(record.kind for record in OPERATIONS if record.steep)
 ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, *CURVES)
+
+
+def register_activation(kind: type[nn.Module], curve: Callable[[Any], Curve], options: tuple[str, ...] = ()) -> None:
+    """Adds an activation of one's own: a module that applies one function, with a largest slope, to every entry.
+
+    From then on it is read as a layer of an ``nn.Sequential``, and known to intervals, lines, lifted bounds, zonotopes,
+    rounding and attacks. CROWN and exported files do without it.
+
+    Args:
+        kind: the class; it takes batches of any shape, in float32 and float64.
+        curve: from an instance to what is known of its function. It is looked at whenever a network has one.
+        options: what torch lists in its ``__constants__``.
+    """
+    CURVES[kind] = FUNCTIONS[kind] = curve
+    RECORDS[kind] = ADDED[kind] = OperationRecord(kind, False, 1, options, {}, lambda shape: [])
 
 
 def is_affine(operation: nn.Module) -> bool:
@@ -421,7 +437,7 @@ def is_affine(operation: nn.Module) -> bool:
 
 def is_elementwise_activation(operation: nn.Module) -> bool:
     """Whether the operation applies one non-affine scalar function, with a largest slope, to every entry."""
-    return type(operation) in ACTIVATIONS
+    return type(operation) in ACTIVATIONS or type(operation) in ADDED
 
 
 def operation_name(operation: nn.Module) -> str:
@@ -438,8 +454,10 @@ def check_operation(operation: nn.Module) -> None:
     name = operation_name(operation)
     record = RECORDS.get(type(operation))
     if record is None:
-        known = ", ".join(sorted(kind.__name__ for kind in CANONICAL))
+        known = ", ".join(sorted(kind.__name__ for kind in RECORDS))
         raise UnsupportedOperationError(f"operation {name} is not supported: expected one of {known}")
+    if type(operation) in ADDED:
+        check_curve(operation, CURVES[type(operation)](operation))
     # torch lists a module's options there: one that a newer release adds is not to be passed over.
     unknown = set(getattr(operation, "__constants__", ())) - set(record.options) - set(record.fixed)
     faults = {
