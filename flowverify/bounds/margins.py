@@ -84,11 +84,11 @@ class MarginBounds:
         self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * 128))
 
     def _build(self, name: str, otherwise: str) -> None:
-        """An engine, or the one that takes its place, or none where there is another one for the margins."""
+        """An engine, or the one that takes its place where it does not know an operation, or none."""
         try:
             self._engines[name] = ENGINES.find(name)(self.network, self.threat, self.dtype, self.options)
         except (UnsupportedOperationError, BoundError) as error:
-            if not otherwise or otherwise in self._engines:
+            if isinstance(error, BoundError) or not otherwise or otherwise in self._engines:
                 self._without(name, error)
                 return
             self._notes.append(f"bounded by {otherwise} in place of {name}: {error}")

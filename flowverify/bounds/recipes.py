@@ -32,7 +32,7 @@ class Bound:
         neurons: who bounds what activations read: the tightest at every neuron, one activation after another, in this
             order. Interval propagation always decides first which neurons need a bound.
         margins: who bounds the margins: the largest.
-        otherwise: who takes the place of an engine that cannot take a network; nobody if empty.
+        otherwise: who takes the place of an engine that does not know an operation; nobody if empty.
     """
 
     description: str
