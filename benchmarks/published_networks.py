@@ -92,6 +92,7 @@ RESNET = Reading(mean=_CIFAR_MEAN, std=(0.2471, 0.2435, 0.2616))
 SDP = Reading(mean=(0.4914, 0.4824, 0.4467), std=(0.2471, 0.2435, 0.2616))
 ETH_CIFAR = Reading(mean=_CIFAR_MEAN, std=(0.2023, 0.1994, 0.2010))
 ETH_MNIST = Reading(mean=(0.1307,), std=(0.3081,))
+GREY_LEVELS = Reading(std=(1 / 255,))  # of networks that take 0 to 255
 AS_THEY_ARE = Reading()
 
 
@@ -141,6 +142,7 @@ NETWORKS = (
         "sigmoid/logsig_200_100_50_onnx.onnx sigmoid/logsig_200_50_onnx.onnx sigmoid/logsig_256_100_50_onnx.onnx "
         "sigmoid/logsig_256_100_onnx.onnx tanh/tansig_200_100_50_onnx.onnx tanh/tansig_200_50_onnx.onnx "
         "tanh/tansig_256_100_50_onnx.onnx tanh/tansig_256_50_onnx.onnx tanh/tansig_256_onnx.onnx",
+        GREY_LEVELS,
     ),
     *_files(
         VNN_2021, "vnn21", "benchmarks/mnistfc", "mnist",

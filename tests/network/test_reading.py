@@ -61,6 +61,8 @@ SIZES = [
     (GREY, (1, 20, 1), "nchw"),
     (GREY, (1, 1, 20), "nchw"),
     (GREY, (20,), "nchw"),
+    (GREY, (1, 1, 1, 20), "nchw"),
+    (GREY, (None, 20, 1, 1), "nchw"),
     (GREY, (None, None, None, None), "nchw"),
     (COLOUR, (None, 3, 4, 5), "nchw"),
     (COLOUR, (None, 4, 5, 3), "nhwc"),
@@ -80,7 +82,7 @@ def test_inputs_of_every_shape(shape, sizes, layout, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("sizes", [(None, 60), (60,), (1, 60, 1)])
+@pytest.mark.parametrize("sizes", [(None, 60), (60,), (1, 60, 1), (1, 1, 1, 60), (None, 60, 1, 1)])
 def test_rows_of_coloured_pixels_need_an_order(sizes, layout, tmp_path) -> None:
     path = dense(tmp_path / "m.onnx", sizes, COLOUR)
     with pytest.raises(InvalidInputError, match=r"order of \(C, H, W\) or of \(H, W, C\)\? expected layout nchw or"):
@@ -90,6 +92,20 @@ def test_rows_of_coloured_pixels_need_an_order(sizes, layout, tmp_path) -> None:
     expected = entries(images, layout) @ torch.from_numpy(weights(3, 60)).T
     torch.testing.assert_close(network(images), expected)
     assert network.notes[0].endswith("channels last" if layout == "nhwc" else "channels first")
+
+
+def test_a_convolution_over_a_row_of_pixels_says_nothing_of_their_order(tmp_path) -> None:
+    """Its one channel is no channel of the image. Files made by MATLAB begin so."""
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("Flatten", ["c"], ["out"])]
+    path = write(tmp_path / "m.onnx", nodes, (1, 1, 1, 60), {"w": weights(3, 60).reshape(3, 1, 1, 60)})
+    with pytest.raises(InvalidInputError, match="expected layout nchw or nhwc to be given"):
+        read_onnx(path, COLOUR)
+    images = torch.rand(2, *COLOUR)
+    for layout in ("nchw", "nhwc"):
+        expected = entries(images, layout) @ torch.from_numpy(weights(3, 60)).T
+        torch.testing.assert_close(read_onnx(path, COLOUR, Reading(layout=layout))(images), expected)
+    assert read_onnx(path, (1, 1, 60)).input_shape == (1, 1, 60)
+    assert read_onnx(path).input_shape == (1, 1, 60)
 
 
 def test_a_reshape_tells_the_order_of_a_row(tmp_path) -> None:
