@@ -1,14 +1,16 @@
 """Image classifiers that other people have published: are they read, do they agree with onnxruntime, what is certified?
 
-    python -m benchmarks.published_networks --repositories FOLDER [--only PART] [--seconds 60] [--bounds ibp best]
+    python -m benchmarks.published_networks --repositories FOLDER [--only PART ...] [--seconds 60]
 
-FOLDER holds clones of the repositories as OWNER+NAME/repo, OWNER/NAME or NAME, bare or not; the files are taken from the
+FOLDER holds clones of the repositories as OWNER+NAME/repo, OWNER/NAME or NAME, bare or not; files are taken from the
 commits that are named here. Networks whose files are not there are named with the reason, and nothing is downloaded.
 
-One row a network: how its input was read; the largest difference between its outputs and those of onnxruntime (of the
-module itself, where it is one) on 8 test images; how many of the first test images it classifies right; the median
-certified radius of the first ones that it classifies right, by the first of the bounds that gives a positive median
-within the time limit; the median radius of the nearest adversarial images that the attack finds for the same ones.
+One row a network: how its input was read; the largest difference between its outputs and those of onnxruntime (of
+the module itself, where it is one) on 8 test images; how many of the first test images it classifies right; what
+margins are lowered by for rounding, as a share of the margin at the image, the median of those (nothing can be
+certified where it is 1 or more, and no bound is tried); the seconds of reading; the median certified radius of the
+first ones that it classifies right, by the first of the bounds that gives a positive median within the time limit, and
+the seconds of its search; the median radius of the nearest adversarial images that the attack finds for the same ones.
 Each question is asked in a process of its own, and ended at the time limit. Refusals are listed below the table.
 
 FACTORIES RUN CODE of the repository that they are from; --no-factories leaves them out.
@@ -17,6 +19,7 @@ FACTORIES RUN CODE of the repository that they are from; --no-factories leaves t
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import multiprocessing
 import os
@@ -24,7 +27,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from flowverify.attack import make_attack
 from flowverify.network.graph import Network
 from flowverify.network.load import load_network, make_module
 from flowverify.network.reading import ORDER_KEPT, Reading
+from flowverify.network.rounding import RoundingBound
 
 BOUNDS = ("ibp", "crown-ibp", "best")
 POINTER = b"version https://git-lfs"
@@ -65,7 +69,7 @@ class Published:
     repository: Repository
     path: str
     data: str
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     code: Repository | None = None
 
     @property
@@ -266,11 +270,14 @@ def read(question: Question, images: Tensor, labels: Tensor) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     with torch.no_grad():
         logits = network(images)
-    right = (logits.argmax(1) == labels).tolist()
+    right = logits.argmax(1) == labels
+    best = logits.double().topk(2).values
+    allowance = RoundingBound(copy.deepcopy(network).double()).margins(images.double().flatten(1).sum(1))
     return {
         "layout": "; ".join(network.notes) or "module",
         "difference": _difference(question, network, images[:8]),
-        "right": [index for index, good in enumerate(right) if good],
+        "right": right.nonzero().flatten().tolist(),
+        "rounding": (allowance / (best[:, 0] - best[:, 1])).tolist(),
         "seconds": seconds,
     }
 
@@ -341,7 +348,7 @@ def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> tup
 
 
 def _median(values: list[float]) -> float:
-    return float(np.median(values))
+    return float(np.median(values)) if values else float("nan")
 
 
 def row(question: Question, data: dict[str, fv.Dataset], options: argparse.Namespace) -> tuple[str, list[str]]:
@@ -352,31 +359,33 @@ def row(question: Question, data: dict[str, fv.Dataset], options: argparse.Names
         return refusal, []
     cells = [
         found["layout"], f"{found['difference']:.1g}", f"{len(found['right'])}/{options.images}",
-        f"{found['seconds']:.1f}",
+        f"{_median([found['rounding'][k] for k in found['right']]):.1g}", f"{found['seconds']:.1f}",
     ]  # fmt: skip
     right = chosen[torch.tensor(found["right"][: options.certified], dtype=torch.long)]
     if not options.certified or not len(right):
         return "", [*cells, "", "", "", ""]
-    best, failures, seconds = "", [], 0.0
-    for bound in options.bounds:
+    certified, failures, seconds = "", [], 0.0
+    beyond = _median([found["rounding"][k] for k in found["right"][: options.certified]]) >= 1
+    if beyond:
+        failures.append("none: rounding")
+    for bound in () if beyond else options.bounds:
         start = time.perf_counter()
         reason, radii = within(options.seconds, radius, question, right.images, right.labels, bound)
         seconds = time.perf_counter() - start
         if radii is None or _median(radii) == 0:
             failures.append(f"{bound}: {reason or 'nothing'}")
         else:
-            best = f"{_median(radii):.4f}"
-            failures = []
+            certified = f"{_median(radii):.2g}"
             break
     last, radii = within(options.seconds, attack, question, right.images, right.labels)
-    attacked = last if radii is None else f"{_median(radii):.4f}"
-    return "", [*cells, best, bound if best else "; ".join(failures), f"{seconds:.1f}", attacked]
+    attacked = last if radii is None else f"{_median(radii):.2g}"
+    return "", [*cells, certified, bound if certified else "; ".join(failures), f"{seconds:.1f}", attacked]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repositories", type=Path, default=Path("repositories"), help="a folder of clones")
-    parser.add_argument("--only", default="", help="networks whose names contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="networks whose names contain one of these")
     parser.add_argument("--no-factories", action="store_true", help="files only: run nobody's code")
     parser.add_argument("--images", type=int, default=50, help="test images that are classified")
     parser.add_argument("--certified", type=int, default=3, help="how many of those get radii; 0 for none")
@@ -384,12 +393,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="limit of each question about a network")
     options = parser.parse_args()
     chosen = [
-        one for one in NETWORKS if options.only in one.name and not (options.no_factories and one.reading.weights)
+        one
+        for one in NETWORKS
+        if any(part in one.name for part in options.only) and not (options.no_factories and one.reading.weights)
     ]
     header(f"Published networks: {len(chosen)}")
     data = {name: fv.load_dataset(name) for name in {one.data for one in chosen}}
-    print("\n| network | read as | difference | right | s | certified | bound | s | attack |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| network | read as | difference | right | rounding | s | certified | bound | s | attack |")
+    print("| --- " * 10 + "|")
     refused, absent, count = [], [], 0
     for published in chosen:
         with tempfile.TemporaryDirectory() as name:
@@ -409,8 +420,8 @@ def main() -> None:
         print(f"| {' | '.join([published.name, *cells])} |", flush=True)
     print(f"\n{count} of {count + len(refused)} networks are read; {len(absent)} are not there.")
     for title, lines in (("Refused", refused), ("Not there", absent)):
-        print(f"\n{title}:" if lines else "")
-        print("\n".join(f"- {line}" for line in lines))
+        if lines:
+            print("\n".join([f"\n{title}:\n", *(f"- {line}" for line in lines)]))
 
 
 if __name__ == "__main__":

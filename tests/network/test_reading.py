@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.network import from_torch, read_onnx
 from flowverify.network.reading import InputForm, Reading, input_form
+from flowverify.network.rounding import rounding_of_value
 
 COLOUR, GREY = (3, 4, 5), (1, 4, 5)
 
@@ -330,3 +331,27 @@ def test_a_file_that_is_read_wrongly_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(InputForm, "arrange", lambda self, images: images.flip(-1))
     with pytest.raises(UnsupportedOperationError, match=r"answers \[.*\], where the file itself answers \["):
         read_onnx(path)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_deep_networks_are_compared_as_sharply(wrong, tmp_path, monkeypatch) -> None:
+    """A bound on rounding that multiplies from layer to layer would allow any answer: Marabou's network of six
+    LeakyReLU layers has logits up to 10, and such a bound of 700,000."""
+    pytest.importorskip("onnxruntime")
+    generator, layers = np.random.default_rng(1), 7
+    constants = {f"w{k}": generator.normal(0, 1, (20, 20)).astype(np.float32) for k in range(layers)}
+    values = ["flat", *(f"v{k}" for k in range(layers - 1)), "out"]
+    nodes = [helper.make_node("Flatten", ["x"], ["flat"])]
+    for k, (before, after) in enumerate(itertools.pairwise(values)):
+        scores = [after] if k == layers - 1 else [f"s{k}"]
+        nodes.append(helper.make_node("Gemm", [before, f"w{k}"], scores))
+        if k < layers - 1:
+            nodes.append(helper.make_node("LeakyRelu", scores, [after], alpha=0.1))
+    path = write(tmp_path / "m.onnx", nodes, (None, *GREY), constants)
+    network = read_onnx(path)
+    images = torch.rand(4, *GREY)
+    assert float(rounding_of_value(network, "out", images).min()) > 10 * float(network(images).abs().max())
+    if wrong:
+        monkeypatch.setattr(InputForm, "arrange", lambda self, images: images.flip(-1))
+        with pytest.raises(UnsupportedOperationError, match="where the file itself answers"):
+            read_onnx(path)
