@@ -69,7 +69,7 @@ def load_network(
             return read_onnx(source, input_shape, reading)
         _check_shape(input_shape, text)
         if made:
-            source = _made(text, reading.weights)
+            source = make_module(text, reading.weights)
         elif path.suffix == ".pt2":
             source = _Exported(path)
         else:
@@ -122,8 +122,8 @@ def _from_script(path: Path, input_shape: Sequence[int], reading: Reading) -> Ne
         return read_onnx(target, input_shape, reading)
 
 
-def _made(text: str, weights: str | None) -> nn.Module:
-    """What a factory returns, with its weights.
+def make_module(text: str, weights: str | None = None) -> nn.Module:
+    """What the factory of PATH.py:FACTORY or MODULE:FACTORY returns, with the weights of a file; its code is run.
 
     Raises:
         ModelFileError: the code cannot be run, or makes no module, or the weights do not fit.
@@ -161,7 +161,7 @@ def _fill(module: nn.Module, path: Path) -> None:
     with _reading(path, "a state dict (torch.save(module.state_dict(), PATH))"):
         found = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model", "net"):
-            if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            if isinstance(found, Mapping) and isinstance(found.get(key), (Mapping, list)):
                 found = found[key]
         if isinstance(found, (list, tuple)) and len(found) == 1:
             found = found[0]

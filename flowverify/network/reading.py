@@ -151,6 +151,8 @@ def input_form(
         InvalidInputError: ``given`` is missing or does not fit, or several readings do; the choice is named.
         UnsupportedOperationError: no image has such a shape.
     """
+    if len(sizes) == 4 and _is_row(sizes, given):
+        return _flat(tuple(sizes[1:]), given, layout, True, what)  # what is told is about its one channel
     if layout is not None and told is not None and layout != told and len(sizes) == 4:
         raise InvalidInputError(f"layout {layout}: expected {told}, as {what} is used as such")
     wanted = layout or told
@@ -179,6 +181,14 @@ def input_form(
         raise InvalidInputError(f"{what}: channels first or last? expected layout nchw or nhwc to be given with it")
     (order, shape), *_ = fitting
     return replace(module_form(shape, order), batched=batched)
+
+
+def _is_row(sizes: Sequence[int], given: Sequence[int] | None) -> bool:
+    """Whether (N, C, H, W) or (N, H, W, C) are all pixels of another image in a row, as layers of MATLAB have them."""
+    sample = sorted(sizes[1:])
+    if given is None or 1 in given[1:] or sizes[0] not in (0, 1):  # a row of pixels may be the image itself
+        return False
+    return sample[:-1] == [1, 1] and sample[-1] == math.prod(given)
 
 
 def _fitting(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.network import from_torch, read_onnx
 from flowverify.network.reading import InputForm, Reading, input_form
+from flowverify.network.rounding import rounding_of_value
 
 COLOUR, GREY = (3, 4, 5), (1, 4, 5)
 
@@ -61,6 +62,8 @@ SIZES = [
     (GREY, (1, 20, 1), "nchw"),
     (GREY, (1, 1, 20), "nchw"),
     (GREY, (20,), "nchw"),
+    (GREY, (1, 1, 1, 20), "nchw"),
+    (GREY, (None, 20, 1, 1), "nchw"),
     (GREY, (None, None, None, None), "nchw"),
     (COLOUR, (None, 3, 4, 5), "nchw"),
     (COLOUR, (None, 4, 5, 3), "nhwc"),
@@ -80,7 +83,7 @@ def test_inputs_of_every_shape(shape, sizes, layout, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("sizes", [(None, 60), (60,), (1, 60, 1)])
+@pytest.mark.parametrize("sizes", [(None, 60), (60,), (1, 60, 1), (1, 1, 1, 60), (None, 60, 1, 1)])
 def test_rows_of_coloured_pixels_need_an_order(sizes, layout, tmp_path) -> None:
     path = dense(tmp_path / "m.onnx", sizes, COLOUR)
     with pytest.raises(InvalidInputError, match=r"order of \(C, H, W\) or of \(H, W, C\)\? expected layout nchw or"):
@@ -90,6 +93,20 @@ def test_rows_of_coloured_pixels_need_an_order(sizes, layout, tmp_path) -> None:
     expected = entries(images, layout) @ torch.from_numpy(weights(3, 60)).T
     torch.testing.assert_close(network(images), expected)
     assert network.notes[0].endswith("channels last" if layout == "nhwc" else "channels first")
+
+
+def test_a_convolution_over_a_row_of_pixels_says_nothing_of_their_order(tmp_path) -> None:
+    """Its one channel is no channel of the image. Files made by MATLAB begin so."""
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("Flatten", ["c"], ["out"])]
+    path = write(tmp_path / "m.onnx", nodes, (1, 1, 1, 60), {"w": weights(3, 60).reshape(3, 1, 1, 60)})
+    with pytest.raises(InvalidInputError, match="expected layout nchw or nhwc to be given"):
+        read_onnx(path, COLOUR)
+    images = torch.rand(2, *COLOUR)
+    for layout in ("nchw", "nhwc"):
+        expected = entries(images, layout) @ torch.from_numpy(weights(3, 60)).T
+        torch.testing.assert_close(read_onnx(path, COLOUR, Reading(layout=layout))(images), expected)
+    assert read_onnx(path, (1, 1, 60)).input_shape == (1, 1, 60)
+    assert read_onnx(path).input_shape == (1, 1, 60)
 
 
 def test_a_reshape_tells_the_order_of_a_row(tmp_path) -> None:
@@ -314,3 +331,27 @@ def test_a_file_that_is_read_wrongly_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(InputForm, "arrange", lambda self, images: images.flip(-1))
     with pytest.raises(UnsupportedOperationError, match=r"answers \[.*\], where the file itself answers \["):
         read_onnx(path)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_deep_networks_are_compared_as_sharply(wrong, tmp_path, monkeypatch) -> None:
+    """A bound on rounding that multiplies from layer to layer would allow any answer: Marabou's network of six
+    LeakyReLU layers has logits up to 10, and such a bound of 700,000."""
+    pytest.importorskip("onnxruntime")
+    generator, layers = np.random.default_rng(1), 7
+    constants = {f"w{k}": generator.normal(0, 1, (20, 20)).astype(np.float32) for k in range(layers)}
+    values = ["flat", *(f"v{k}" for k in range(layers - 1)), "out"]
+    nodes = [helper.make_node("Flatten", ["x"], ["flat"])]
+    for k, (before, after) in enumerate(itertools.pairwise(values)):
+        scores = [after] if k == layers - 1 else [f"s{k}"]
+        nodes.append(helper.make_node("Gemm", [before, f"w{k}"], scores))
+        if k < layers - 1:
+            nodes.append(helper.make_node("LeakyRelu", scores, [after], alpha=0.1))
+    path = write(tmp_path / "m.onnx", nodes, (None, *GREY), constants)
+    network = read_onnx(path)
+    images = torch.rand(4, *GREY)
+    assert float(rounding_of_value(network, "out", images).min()) > 10 * float(network(images).abs().max())
+    if wrong:
+        monkeypatch.setattr(InputForm, "arrange", lambda self, images: images.flip(-1))
+        with pytest.raises(UnsupportedOperationError, match="where the file itself answers"):
+            read_onnx(path)
