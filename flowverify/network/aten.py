@@ -597,6 +597,10 @@ def _recurrent(cell: recurrent.Cell) -> Handler:
             raise UnsupportedOperationError(f"{cell} is supported in evaluation mode, on batches of (steps, features)")
         number = 4 if a["has_biases"] else 2
         sides = 2 if a["bidirectional"] else 1
+        if len(a["params"]) != number * sides * a["num_layers"]:
+            raise UnsupportedOperationError(
+                f"{cell} with projections is not supported: expected states of their own size"
+            )
         states: list[Value] = []
         memories: list[Value | None] = []
         for layer in range(a["num_layers"]):
@@ -604,8 +608,6 @@ def _recurrent(cell: recurrent.Cell) -> Handler:
             for side in range(sides):
                 at = layer * sides + side
                 own = a["params"][at * number : (at + 1) * number]
-                if len(own) != number or (number == 4 and own[3].ndim != 1):
-                    raise UnsupportedOperationError(f"{cell} with projections is not supported")
                 zeros = own[0].new_zeros(len(own[0]))
                 weights = recurrent.Direction(
                     own[0], own[1], *(own[2:] if number == 4 else (zeros, zeros)), *(one[at, 0] for one in begin)
