@@ -79,10 +79,15 @@ class TestFiles:
         (tmp_path / "beside.py").write_text("SIZE = 20\n")
         module = nn.Sequential(nn.Flatten(), nn.Linear(20, 3))
         source = f"{tmp_path / 'net.py'}:make"
-        for state in (module.state_dict(), {"state_dict": {f"module.{k}": v for k, v in module.state_dict().items()}}):
+        weights = module.state_dict()
+        parallel = {f"module.{name}": value for name, value in weights.items()}
+        for state in (weights, {"state_dict": parallel}, [weights], {"epoch": 3, "state_dict": [weights]}):
             torch.save(state, tmp_path / "weights.pt")
             self.same(module, source, reading=Reading(weights=str(tmp_path / "weights.pt")))
         assert load_network(source, self.SHAPE).num_classes == 3
+        torch.save({"state_dict": [weights, weights]}, tmp_path / "weights.pt")
+        with pytest.raises(ModelFileError, match=r"it holds list.*expected a state dict"):
+            load_network(source, self.SHAPE, Reading(weights=str(tmp_path / "weights.pt")))
 
     @pytest.mark.parametrize(
         ("end", "weights", "message"),
