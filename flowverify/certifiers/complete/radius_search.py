@@ -262,6 +262,10 @@ class RadiusSearch:
         upper = min(self.upper, self.limit)
         if self.undecided < upper:
             return (self.proven + self.undecided) / 2
+        if not math.isfinite(self.upper):
+            schedule = self.settings.schedule
+            farther = self.proven * float(schedule.blind**self.nearest.threat.cost.power)
+            return min(upper, max(farther, self.budget(schedule.first_radius)))
         last = upper if upper == self.limit else self._inside(upper)
         return self._schedule.target(self.proven, upper, last, self._deadline.left)
 
