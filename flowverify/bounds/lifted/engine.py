@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.bounds.lifted.activations import secants
 from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
+from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
 from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
 from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows, rows_of_pixels, total
 from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value
@@ -96,6 +97,7 @@ class LiftedBounds:
     Args:
         network: in canonical form; it is copied.
         feasible: whether balls hold nonnegative images only (fine-tuned), or are the L1 balls of flows (vanilla).
+        moves: in which rows are written: those of l1, or of another ground cost.
         dtype: precision of the bounds.
         tolerance: relative gap at which the search for a multiplier stops.
         steps: up the gradient, by which rows and chords are mixed for the margins; 0 for rows alone.
@@ -112,6 +114,7 @@ class LiftedBounds:
         network: Network,
         *,
         feasible: bool = True,
+        moves: Moves = NEIGHBOURS,
         dtype: torch.dtype = torch.float64,
         tolerance: float = 1e-3,
         steps: int = 0,
@@ -122,6 +125,7 @@ class LiftedBounds:
     ) -> None:
         self.steps, self.rate, self.first_share, self.goal = steps, rate, first_share, goal
         self.network = copy.deepcopy(network).to(dtype)
+        self.moves = moves
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
             known = is_affine(node.operation) or is_elementwise_activation(node.operation)
@@ -143,7 +147,7 @@ class LiftedBounds:
         Args:
             images: (B, C, H, W), nonnegative, of positive mass; converted to the engine's precision.
             labels: y, (B,).
-            budget: radius times mass, (B,), for l1 ground cost.
+            budget: what moves may cost, (B,): radius times mass for l1 ground cost.
             known: bounds (B, *shape) of values of the network from elsewhere, by name.
             warm: how earlier bounds of the same images mixed their rows; taken as a start, and brought up to date.
         """
@@ -228,7 +232,7 @@ class _Batch:
         shape, batch = self.shapes[name], len(self.images)
         device, dtype = self.images.device, self.images.dtype
         anywhere = open_.any(0)
-        moves = 4 * math.prod(self.network.input_shape)
+        moves = len(self.engine.moves) * math.prod(self.network.input_shape)
         if len(shape) == 3 and shape[1] * shape[2] > 1:
             channels, height, width = shape
             chosen = anywhere.any(0)
@@ -263,7 +267,7 @@ class _Batch:
             for_upper = for_lower = torch.where(upper > lower, -settled, settled)
         enough = torch.stack([for_upper, for_lower], 2).reshape(batch, -1)
         found = maximum(
-            rows, self.images, self.budget, feasible=self.engine.feasible, enough=enough,
+            rows, self.images, self.budget, feasible=self.engine.feasible, moves=self.engine.moves, enough=enough,
             tolerance=self.engine.tolerance,
         )  # fmt: skip
         rise, fall = found.value.to(centre.dtype).reshape(batch, len(query), 2, -1).nan_to_num(nan=torch.inf).unbind(2)
@@ -407,7 +411,7 @@ class _Batch:
             for read, part in zip(node.inputs, inner, strict=True):
                 pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
         if INPUT in pending:
-            parts.append(rows_of_pixels(pending[INPUT], self.network.input_shape))
+            parts.append(rows_of_pixels(pending[INPUT], self.network.input_shape, self.engine.moves))
         return total(parts, self.network.input_shape[-2:]), constant
 
     def margins(self, labels: Tensor) -> Tensor:
@@ -419,7 +423,9 @@ class _Batch:
         logits, rises = self.values[self.network.output], -specification
         query = Coefficients(rises[:, None], None)
         clean = -(rises @ logits[..., None]).squeeze(-1)
-        options: dict[str, Any] = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
+        options: dict[str, Any] = {
+            "feasible": self.engine.feasible, "moves": self.engine.moves, "tolerance": self.engine.tolerance / 10
+        }  # fmt: skip
         rows, _ = self._rows(self.network.output, query)
         best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
         if self.engine.steps:
@@ -438,8 +444,9 @@ class _Batch:
             choices[name], stored[name] = Choice(torch.full_like(slope, share), slope), one.rows_above
         rows, constant = self._rows(self.network.output, Coefficients(rises[:, None], None), choices, stored)
         found = maximum(
-            rows, self.images, self.budget, feasible=self.engine.feasible, tolerance=self.engine.tolerance / 10
-        )
+            rows, self.images, self.budget, feasible=self.engine.feasible, moves=self.engine.moves,
+            tolerance=self.engine.tolerance / 10,
+        )  # fmt: skip
         return (clean - constant - found.value.to(clean.dtype)).nan_to_num(nan=-torch.inf)
 
     def _mixed_margins(self, rises: Tensor, clean: Tensor, best: Tensor, options: dict[str, Any]) -> Tensor:
@@ -505,7 +512,7 @@ class _Batch:
         assert rows is not None
         assert chord is not None
         entries = chord.bent.any(0).flatten().nonzero().flatten()
-        moves = 4 * math.prod(self.network.input_shape)
+        moves = len(self.engine.moves) * math.prod(self.network.input_shape)
         if isinstance(rows, ListedRows) or len(entries) * moves * len(self.images) > self.engine.chunk_entries:
             return rows
         return rows.listed(entries, self.network.input_shape[-2:])

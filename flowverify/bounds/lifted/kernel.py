@@ -14,7 +14,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, UNIT
+from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD
+from flowverify.bounds.lifted.sweeps import UNIT
 
 Array = NDArray[Any]
 

@@ -9,7 +9,7 @@ from flowverify.ball import Threat
 from flowverify.bounds.engine import Batch, EngineOptions
 from flowverify.bounds.intervals import Interval
 from flowverify.bounds.lifted.engine import Chunks, LiftedBounds, _Batch
-from flowverify.errors import BoundError
+from flowverify.bounds.lifted.moves import moves_of
 from flowverify.network import Network
 from flowverify.network.operations import is_affine
 
@@ -21,14 +21,13 @@ class LiftedEngine:
 
     Raises:
         UnsupportedOperationError: an operation without a rule, named.
-        BoundError: another ground cost than l1, which covers the others.
+        BoundError: a ground cost whose moves do not lead from neighbour to neighbour.
     """
 
     def __init__(self, network: Network, threat: Threat, dtype: torch.dtype, options: EngineOptions) -> None:
-        if threat.ground != "l1":
-            raise BoundError(f"lifted bounds of ground cost {threat.ground}: expected l1")
         self.notes: list[str] = []
-        self.bounds = LiftedBounds(network, feasible=threat.positive, dtype=dtype, steps=STEPS)
+        moves = moves_of(threat.ground, *network.input_shape[-2:])
+        self.bounds = LiftedBounds(network, feasible=threat.positive, moves=moves, dtype=dtype, steps=STEPS)
 
     def start(self, batch: Batch) -> LiftedRun:
         return LiftedRun(self.bounds, batch)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowverify.bounds.lifted.coefficients import Coefficients
-from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, WAYS, MoveRows, gains_of_pixels, whole_grid
+from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
+from flowverify.bounds.lifted.support import MoveRows, whole_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,7 @@ class WindowRows:
     """Rows above the entries of a feature map: the window of entry (i, j) stands at stride * (i, j) + offset.
 
     Attributes:
-        gains: (B, H, W, channels, 4, C, h, w).
+        gains: (B, H, W, channels, ways, C, h, w).
     """
 
     gains: Tensor
@@ -80,7 +81,7 @@ class ListedRows:
 
     Attributes:
         index: (K,), the entries in the flattened value.
-        gains: (B, K, 4, C, H, W).
+        gains: (B, K, ways, C, H, W).
     """
 
     index: Tensor
@@ -98,24 +99,25 @@ class ListedRows:
 StoredRows = WindowRows | ListedRows
 
 
-def rows_of_pixels(coefficients: Coefficients, shape: tuple[int, int, int]) -> MoveRows:
-    """The rows of linear functions of the image: exact, along and against each edge."""
+def rows_of_pixels(coefficients: Coefficients, shape: tuple[int, int, int], moves: Moves = NEIGHBOURS) -> MoveRows:
+    """The rows of linear functions of the image: exact, for every move."""
     if coefficients.origins is None:
         origins = torch.zeros(1, 2, dtype=torch.long, device=coefficients.data.device)
-        return MoveRows(gains_of_pixels(coefficients.data), origins)
-    padded = torch.nn.functional.pad(coefficients.data, (1, 1, 1, 1))
-    origins = coefficients.origins - 1
-    inside = _moves_inside(origins, padded.shape[-2:], shape[-2:])
-    return MoveRows(gains_of_pixels(padded) * inside, origins)
+        return MoveRows(moves.gains(coefficients.data), origins)
+    down, right = moves.reach
+    padded = torch.nn.functional.pad(coefficients.data, (right, right, down, down))
+    origins = coefficients.origins - torch.tensor([down, right], device=coefficients.origins.device)
+    inside = _moves_inside(origins, padded.shape[-2:], shape[-2:], moves)
+    return MoveRows(moves.gains(padded) * inside, origins)
 
 
-def _moves_inside(origins: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Which moves of windows stay in the grid, (Q, 1, 4, 1, h, w)."""
+def _moves_inside(origins: Tensor, window: Sequence[int], size: Sequence[int], moves: Moves) -> Tensor:
+    """Which moves of windows stay in the grid, (Q, 1, ways, 1, h, w)."""
     i = origins[:, 0, None] + torch.arange(window[0], device=origins.device)
     j = origins[:, 1, None] + torch.arange(window[1], device=origins.device)
     parts = []
-    for way in range(WAYS):
-        goal_i, goal_j = i + DOWNWARD[way], j + RIGHTWARD[way]
+    for row, column in moves.offsets:
+        goal_i, goal_j = i + row, j + column
         rows = (i >= 0) & (i < size[0]) & (goal_i >= 0) & (goal_i < size[0])
         columns = (j >= 0) & (j < size[1]) & (goal_j >= 0) & (goal_j < size[1])
         parts.append(rows[:, :, None] & columns[:, None])

@@ -14,7 +14,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from flowverify.bounds.lifted import kernel
-from flowverify.bounds.lifted.support import MoveRows, gains_of_pixels, maximum, maximum_value, moves_within, whole_grid
+from flowverify.bounds.lifted.moves import NEIGHBOURS
+from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value, whole_grid
 from flowverify.errors import InvalidInputError
 from flowverify.transport.support import support
 
@@ -52,11 +53,11 @@ def largest(gains: Tensor, image: Tensor, budget: float) -> float:
 def rows_of(kind: str, shape: tuple[int, int, int], count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(1, 1, count, *shape, generator=generator, dtype=torch.float64)
-    gains = gains_of_pixels(pixels)
+    gains = NEIGHBOURS.gains(pixels)
     if kind == "bent":
         return torch.maximum(gains, 0.3 * gains)
     if kind == "any":
-        return torch.randn(gains.shape, generator=generator, dtype=torch.float64) * moves_within(*shape[1:])
+        return torch.randn(gains.shape, generator=generator, dtype=torch.float64) * NEIGHBOURS.within(*shape[1:])
     return gains
 
 
@@ -82,7 +83,7 @@ def test_equals_the_support_function_of_pixels(shape: tuple[int, int, int], feas
     images = sparse_images(shape, 2, 4)
     budget = 0.1 * images.flatten(1).sum(1)
     pixels = torch.randn(1, 1, 30, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = MoveRows(gains_of_pixels(pixels), ORIGIN)
+    rows = MoveRows(NEIGHBOURS.gains(pixels), ORIGIN)
     found = maximum(rows, images, budget, feasible=feasible, tolerance=1e-9).value
     if feasible:
         expected = support(pixels[0, 0], images, budget).excess
