@@ -106,8 +106,8 @@ def maximum(
     tolerance = 1e-4 if tolerance is None else tolerance
     limits = torch.full(shape, -torch.inf, dtype=torch.float64) if enough is None else enough.double()
     guesses = torch.zeros(shape, dtype=torch.float64) if guess is None else guess.double()
-    if feasible and moves is NEIGHBOURS and use_compiled(backend, gains):
-        return _compiled(rows, gains, images, budget, limits, guesses, tolerance, flow)
+    if feasible and use_compiled(backend, gains):
+        return _compiled(rows, gains, moves, images, budget, limits, guesses, tolerance, flow)
     whole = whole_grid(MoveRows(gains, rows.origins), images.shape[-2:]).double()
     whole = whole * moves.within(images.shape[-2], images.shape[-1], whole.device)
     value, multiplier, moved = (
@@ -146,6 +146,7 @@ def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[
 def _compiled(
     rows: MoveRows,
     gains: Tensor,
+    moves: Moves,
     images: Tensor,
     budget: Tensor,
     enough: Tensor,
@@ -153,7 +154,7 @@ def _compiled(
     tolerance: float,
     flow: bool,
 ) -> MoveSupport:
-    from flowverify.bounds.lifted import kernel
+    from flowverify.bounds.lifted import kernel, priced_kernel
 
     batch, places, per_place = images.shape[0], len(rows.origins), gains.shape[2]
     shared = gains.shape[1] == 1 and places > 1
@@ -169,10 +170,14 @@ def _compiled(
     workers = max(1, torch.get_num_threads())
     size = max(16, -(-count // workers))
 
+    solve, what = kernel.solve_rows, tuple[Any, ...]()
+    if moves is not NEIGHBOURS:
+        solve, what = priced_kernel.solve_rows, (np.array(moves.offsets), np.array(moves.prices), moves.chained)
+
     def work(job: tuple[int, int]) -> None:
         index, first = job
-        kernel.solve_rows(
-            flat[index if len(flat) > 1 else 0], shared, origins, per_place, window, shape, mass[index],
+        solve(
+            flat[index if len(flat) > 1 else 0], shared, origins, per_place, window, shape, *what, mass[index],
             float(budgets[index]), limits[index], guesses[index], tolerance, first, min(count, first + size),
             values[index], multipliers[index], flows[index],
         )  # fmt: skip
