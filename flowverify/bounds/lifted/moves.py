@@ -74,11 +74,11 @@ def shifted(values: Tensor, offset: tuple[int, int], outside: float) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def moves_of(ground: str, height: int, width: int, single: int = 48, chained: int = 16) -> Moves:
+def moves_of(ground: str, height: int, width: int, single: int = 50_000, chained: int = 16) -> Moves:
     """The moves in which rows over the balls of a ground cost are written.
 
     Args:
-        single: up to how many offsets of finite cost moves are single ones; above, they are chained.
+        single: up to how many of them (offsets of finite cost, times pixels) moves are single; above, they are chained.
         chained: over how many offsets chains are.
 
     Raises:
@@ -89,7 +89,7 @@ def moves_of(ground: str, height: int, width: int, single: int = 48, chained: in
         return NEIGHBOURS
     offsets, costs = offsets_by_cost(height, width, ground)
     forward = [k for k, (row, column) in enumerate(offsets.tolist()) if (row, column) > (0, 0)]
-    if 2 * len(forward) <= single:
+    if 2 * len(forward) * height * width <= single:
         return _both_ways(offsets[forward].tolist(), costs[forward] * (1 - SLACK), False)
     directions, prices = _quadrant(*steepest_offsets(height, width, ground), chained)
     shortest = _shortest_chains(height, width, directions, prices)

@@ -94,7 +94,7 @@ def dearer(ground: str, moves: Moves, height: int, width: int) -> bool:
 
 @pytest.mark.parametrize("ground", ["l1", *COSTS, "local:5:l1^2"])
 @pytest.mark.parametrize("size", [(5, 5), (6, 9)])
-@pytest.mark.parametrize("options", [{}, {"single": 0, "chained": 8}, {"single": 0}, {"single": 1000}])
+@pytest.mark.parametrize("options", [{}, {"single": 0, "chained": 8}, {"single": 0}, {"single": 10**6}])
 def test_no_move_of_the_ball_is_dearer_by_moves(ground: str, size: tuple[int, int], options: dict[str, Any]) -> None:
     moves = moves_of(ground, *size, **options)
     assert not dearer(ground, moves, *size)
