@@ -3,7 +3,8 @@
 Relaxations of single neurons let every neuron spend the whole budget. Here each value v keeps its centre v0, its value
 at the image, and a row P with v - v0 <= P . m for all flows m of the ball (theory, section 21). Affine operations are
 merged backward, as in CROWN; an activation that is not settled takes max(s+ P, s- P), entry by entry, where it is
-bounded by secants, and hands its coefficient on where one line bounds it.
+bounded by secants, or a piecewise linear one P less charges (section 22), and hands its coefficient on where one line
+bounds it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.bounds.lifted.activations import secants
+from flowverify.bounds.lifted.charges import charged, unit_charges
 from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
 from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
 from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
@@ -103,6 +105,7 @@ class LiftedBounds:
         steps: up the gradient, by which rows and chords are mixed for the margins; 0 for rows alone.
         rate, first_share: of these steps, and the share of rows that they start from.
         goal: a share of its clean margin above which a margin is not improved further; None for no end.
+        trust: rows are made from secants where something else bounds a neuron to less than this share of its own bound.
         chunk_entries: how many entries of rows are held at a time.
 
     Raises:
@@ -120,12 +123,13 @@ class LiftedBounds:
         steps: int = 0,
         rate: float = 0.2,
         first_share: float = 0.9,
+        trust: float = 0.9,
         goal: float | None = None,
         chunk_entries: int = CHUNK_ENTRIES,
     ) -> None:
         self.steps, self.rate, self.first_share, self.goal = steps, rate, first_share, goal
         self.network = copy.deepcopy(network).to(dtype)
-        self.moves = moves
+        self.moves, self.trust = moves, trust
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
             known = is_affine(node.operation) or is_elementwise_activation(node.operation)
@@ -216,8 +220,8 @@ class _Batch:
         if bool(open_.any()):
             for query in self._queries(name, open_):
                 rows, _ = self._rows(name, query.coefficients)
-                chunks.append((query, rows))
-                self._tighten(name, query, rows, two_piece)
+                multipliers = self._tighten(name, query, rows, two_piece)
+                chunks.append((query, replace(rows, multipliers=multipliers)))
         return chunks
 
     def relax_readers(self, name: str, chunks: Chunks) -> None:
@@ -252,7 +256,7 @@ class _Batch:
             queries.append(_Query(Coefficients(data, None), None, part))
         return queries
 
-    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool) -> None:
+    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool) -> Tensor:
         centre = query.pick(self.values[name])  # (B, places, channels)
         lower, upper = (query.pick(bound) for bound in self.intervals[name])
         batch = len(self.images)
@@ -275,6 +279,7 @@ class _Batch:
         self.intervals[name] = tuple(  # type: ignore[assignment]
             query.put(old, new) for old, new in zip(self.intervals[name], (low, high), strict=True)
         )
+        return found.multiplier
 
     def _relax_elementwise(self, node: Node, chunks: Chunks) -> None:
         name = node.inputs[0]
@@ -287,7 +292,10 @@ class _Batch:
         above = torch.where(bent_above, 0.0, within)
         within = (found.least_right + found.most_left) / 2 if not _pieces(node) else found.least_right
         below = torch.where(bent_below, 0.0, within)
-        rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)
+        if _rises(node.operation) and getattr(node.operation, "negative_slope", 0.0) >= 0:
+            rows_above = self._bent(name, chunks, bent_above, node.operation)
+        else:
+            rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)
         rows_below = self._stored(name, chunks, bent_below, found.most_left, found.least_right, -1)
         chord = self._chord(node, bent_above) if _rises(node.operation) else None
         self.relaxations[node.name] = Relaxation(above, below, rows_above, rows_below, chord)
@@ -313,14 +321,8 @@ class _Batch:
             return None
         parts = []
         for query, rows in chunks:
-            gains = rows.gains.expand(len(self.images), *rows.gains.shape[1:])
-            if query.entries is not None:
-                gains = _split(gains[:, 0], 1, (2, -1))[:, None]  # (B, 1, 2, K, ...)
-            elif gains.shape[1] == 1 and len(rows.origins) == 1 and len(query) > 1:
-                gains = _split(gains[:, 0], 1, (len(query), 2, -1))  # grown to the whole grid
-            else:
-                gains = _split(gains.expand(-1, len(query), *gains.shape[2:]), 2, (2, -1))
-            up, down = (gains[:, :, 0], gains[:, :, 1]) if sign > 0 else (gains[:, :, 1], gains[:, :, 0])
+            up, down = query.halves(rows.gains.expand(len(self.images), *rows.gains.shape[1:]))
+            up, down = (up, down) if sign > 0 else (down, up)
 
             def scaled(slope: Tensor, up: Tensor = up, down: Tensor = down, query: _Query = query) -> Tensor:
                 factor = query.pick(slope)[..., None, None, None, None]
@@ -329,6 +331,36 @@ class _Batch:
 
             rows_of = torch.maximum(scaled(first), scaled(second)) * query.pick(bent)[..., None, None, None, None]
             parts.append((query, rows, rows_of))
+        return self._assembled(name, parts)
+
+    def _bent(self, name: str, chunks: Chunks, bent: Tensor, operation: nn.Module) -> StoredRows | None:
+        """Rows above f(z) - f(z0), where ``bent``, of a rising f of two pieces: less charges, or by secants.
+
+        Secants where z is known better by other means than by its own rows, as its intervals are what they rest on.
+        """
+        if not bool(bent.any()):
+            return None
+        flattest, centre = float(getattr(operation, "negative_slope", 0.0)), self.values[name]
+        lower, upper = self.intervals[name]
+        found = secants(operation, lower, centre, upper)
+        known = torch.where(centre < 0, upper - centre, centre - lower)
+        parts = []
+        for query, rows in chunks:
+            up, _ = query.halves(rows.gains.expand(len(self.images), *rows.gains.shape[1:]))
+
+            def picked(value: Tensor, query: _Query = query) -> Tensor:
+                return query.pick(value)[..., None, None, None, None]
+
+            gains = torch.maximum(picked(found.most_right) * up, picked(found.least_left) * up)
+            if rows.multipliers is not None:
+                charges = unit_charges(
+                    rows, self.engine.moves, self.images, self.budget, rows.multipliers, self.engine.feasible
+                )
+                less, own = charged(
+                    up, query.halves(charges.gains), query.halves(charges.values), picked(centre), flattest
+                )
+                gains = torch.where((own > 0) & (picked(known) >= self.engine.trust * own), less, gains)
+            parts.append((query, rows, gains * picked(bent)))
         return self._assembled(name, parts)
 
     def _assembled(self, name: str, parts: list[tuple[_Query, MoveRows, Tensor]]) -> StoredRows:
@@ -555,6 +587,16 @@ class _Query:
         if self.places is None:
             return value.flatten(1)[:, self.entries][:, None]
         return value[:, :, self.places[:, 0], self.places[:, 1]].transpose(1, 2)
+
+    def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Q, R, ...) of rows asked for by this query -> upward and downward, each (B, places, entries, ...)."""
+        if self.entries is not None:
+            split = _split(values[:, 0], 1, (2, -1))[:, None]
+        elif values.shape[1] == 1 and values.shape[2] > self.coefficients.data.shape[2]:
+            split = _split(values[:, 0], 1, (len(self), 2, -1))  # grown to the whole grid
+        else:
+            split = _split(values.expand(-1, len(self), *values.shape[2:]), 2, (2, -1))
+        return split[:, :, 0], split[:, :, 1]
 
     def put(self, value: Tensor, part: Tensor) -> Tensor:
         """The value with its picked entries replaced."""

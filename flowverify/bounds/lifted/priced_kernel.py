@@ -335,3 +335,40 @@ def solve_rows(
         )  # fmt: skip
         _follow(place, shape, strides, chained, 1.0 - share, mass, y, following, touched, reached, flow)
         _clear(y, touched, reached)
+
+
+@numba.njit(nogil=True, cache=True)
+def prices_at(
+    rows: Array, shared: bool, origins: Array, per_origin: int, window: tuple[int, int], shape: tuple[int, int, int],
+    offsets: Array, prices: Array, chained: bool, mass: Array, multipliers: Array, first: int, last: int,
+    raised: Array, found: Array,
+) -> None:  # fmt: skip
+    """Prices y of rows ``first`` to ``last`` at given multipliers, which are raised until all inequalities hold.
+
+    Args:
+        multipliers: 0 for rows that are not asked for.
+        raised, found: (N,) and (N, pixels), 0 where nothing is asked for.
+    """
+    size, length = shape[0] * shape[1] * shape[2], rows.shape[1]
+    y, paid, following = np.zeros(size), np.zeros(size), np.zeros(size, np.int64)
+    links, queue, queued = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.bool_)
+    touched = np.zeros(size, np.int64)
+    entries = (np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length))
+    strides = offsets[:, 0] * shape[2] + offsets[:, 1]
+    for index in range(first, last):
+        multiplier = multipliers[index]
+        if not multiplier > 0.0:
+            continue
+        row = rows[index % per_origin] if shared else rows[index]
+        at = index // per_origin
+        place = (origins[at, 0], origins[at, 1], window[0], window[1])
+        count = _entries(row, place, shape, offsets, prices, multiplier, entries[0], entries[1], entries[2])
+        _, reached, _, _ = _solve(
+            row, place, shape, offsets, prices, strides, chained, entries, count, multiplier, mass, np.inf, y, paid,
+            following, links, queue, queued, touched,
+        )  # fmt: skip
+        violation = _violation(row, place, shape, offsets, prices, chained, multiplier, y, touched, reached)
+        raised[index] = multiplier + violation / prices.min()
+        for k in range(reached):
+            found[index, touched[k]] = y[touched[k]]
+        _clear(y, touched, reached)

@@ -44,10 +44,12 @@ class MoveRows:
     Attributes:
         gains: (B, Q, R, 4, C, h, w): R rows at each of Q places. B or Q may be 1 for rows that all share.
         origins: (Q, 2), where the window of each place stands in the image; it may reach beyond the image.
+        multipliers: (B, Q * R), at which each row's maximum has been found, where it has been looked for.
     """
 
     gains: Tensor
     origins: Tensor
+    multipliers: Tensor | None = None
 
     @property
     def count(self) -> int:

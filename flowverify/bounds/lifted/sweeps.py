@@ -70,14 +70,18 @@ def swept(gains: Tensor, images: Tensor, budget: Tensor, moves: Moves) -> tuple[
             torch.where(left, new, old) for new, old in ((trial, low), (value, low_value), (budget - cost, low_slope))
         )
         known = torch.where(left, settled & (cost > budget), known)
-    prices, _, _ = _prices(gains, best_at, moves)
-    violation = (_handed_on(gains, prices, best_at, moves)[0] - prices).flatten(2).amax(2).clamp(min=0)
-    dearest, cheapest = max(moves.prices), min(moves.prices)
-    size = torch.maximum(gains.abs().flatten(2).amax(2), prices.flatten(2).amax(2)) + best_at * dearest
-    multiplier = best_at + (violation + 16 * UNIT * size) / cheapest
+    multiplier, prices = prices_at(gains, best_at, moves)
     value = (multiplier * budget + (mass * prices).flatten(2).sum(2)) * (1 + (images[0].numel() + 8) * 2 * UNIT)
     simple = largest_slope(gains, moves)[0] * budget * (1 + 8 * UNIT)
     return torch.minimum(value, simple), best_at, _flow(gains, best_at, mass, moves)
+
+
+def prices_at(gains: Tensor, multiplier: Tensor, moves: Moves) -> tuple[Tensor, Tensor]:
+    """Prices y of rows at multipliers (B, N), and the multipliers, raised until all inequalities are fulfilled."""
+    prices, _, _ = _prices(gains, multiplier, moves)
+    violation = (_handed_on(gains, prices, multiplier, moves)[0] - prices).flatten(2).amax(2).clamp(min=0)
+    size = torch.maximum(gains.abs().flatten(2).amax(2), prices.flatten(2).amax(2)) + multiplier * max(moves.prices)
+    return multiplier + (violation + 16 * UNIT * size) / min(moves.prices), prices
 
 
 def _largest_returning(gains: Tensor, moves: Moves) -> Tensor:
