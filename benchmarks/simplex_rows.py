@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,34 @@ def radius(margin: Callable[[float], float], mass: float) -> float:
     return low
 
 
+def radii(name: str, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of each kind of bound, (B,), for images (B, C, H, W) that are classified right."""
+    network, images, threat = fv.load_model(name).double(), images.double(), Threat(positive=False)
+    crown = MarginBounds(network, threat, "crown", dtype=torch.float64)
+    lifted = LiftedBounds(network, feasible=False, steps=10)
+    secants = LiftedBounds(network, feasible=False, steps=10, trust=torch.inf)
+
+    def by(bounds: LiftedBounds) -> Callable[[Tensor, Tensor, float], float]:
+        def margin(image: Tensor, label: Tensor, budget: float) -> float:
+            return float(bounds.lower_bounds(image, label, torch.tensor([budget], dtype=torch.float64)).min())
+
+        return margin
+
+    kinds: dict[str, Callable[[Tensor, Tensor, float], float]] = {
+        "theirs": partial(simplex_margin, network),
+        "lifted": by(lifted),
+        "secants": by(secants),
+        "crown": lambda image, label, budget: float(crown.margins(threat.ball(image, budget), label).min()),
+    }
+    pairs = list(zip(images[:, None], labels[:, None], strict=True))
+    return {
+        kind: torch.tensor(
+            [radius(partial(margin, image, label), float(image.sum())) for image, label in pairs], dtype=torch.float64
+        )
+        for kind, margin in kinds.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="digits-fc3,mnist-fc3")
@@ -94,34 +123,12 @@ def main() -> None:
     for name in options.models.split(","):
         data = fv.load_dataset("digits" if name.startswith("digits") else "mnist")
         data = data[options.first : options.first + options.images]
-        network = fv.load_model(name)
-        right = network(data.images).argmax(1) == data.labels
-        images, labels, network = data.images[right].double(), data.labels[right], network.double()
-        threat = Threat(positive=False)
-        crown = MarginBounds(network, threat, "crown", dtype=torch.float64)
-        lifted = LiftedBounds(network, feasible=False, steps=10)
-        secants = LiftedBounds(network, feasible=False, steps=10, trust=torch.inf)
-        kinds: dict[str, Callable[[Tensor, Tensor, float], float]] = {
-            "theirs": lambda image, label, budget: simplex_margin(network, image, label, budget),
-            "lifted": lambda image, label, budget: float(
-                lifted.lower_bounds(image, label, torch.tensor([budget], dtype=torch.float64)).min()
-            ),
-            "secants": lambda image, label, budget: float(
-                secants.lower_bounds(image, label, torch.tensor([budget], dtype=torch.float64)).min()
-            ),
-            "crown": lambda image, label, budget: float(crown.margins(threat.ball(image, budget), label).min()),
-        }
-        found = {
-            kind: torch.tensor([
-                radius(lambda budget: margin(image, label, budget), float(image.sum()))  # noqa: B023
-                for image, label in zip(images[:, None], labels[:, None], strict=True)
-            ], dtype=torch.float64)
-            for kind, margin in kinds.items()
-        }  # fmt: skip
+        right = fv.load_model(name)(data.images).argmax(1) == data.labels
+        found = radii(name, data.images[right], data.labels[right])
         larger = found["lifted"] > found["theirs"] * (1 + TOLERANCE)
         smaller = found["lifted"] < found["theirs"] * (1 - TOLERANCE)
         cells = " | ".join(quartiles(found[kind]) for kind in ("theirs", "lifted", "secants", "crown"))
-        print(f"| {name} | {cells} | {int(larger.sum())}, {int(smaller.sum())} of {len(images)} |", flush=True)
+        print(f"| {name} | {cells} | {int(larger.sum())}, {int(smaller.sum())} of {int(right.sum())} |", flush=True)
 
 
 if __name__ == "__main__":
