@@ -18,6 +18,7 @@ from torch import Tensor
 from flowverify.errors import BoundError
 from flowverify.transport.ground import FloatArray, IndexArray, offsets_by_cost, parse_ground, steepest_offsets
 
+LEAST_RATIO = 0.5  # of the price of a chained move to its cost: what theory, section 22, says of rounding rests on it
 SLACK = 1e-12  # relative: prices are this much below what costs, as computed, allow
 
 
@@ -82,7 +83,7 @@ def moves_of(ground: str, height: int, width: int, single: int = 50_000, chained
         chained: over how many offsets chains are.
 
     Raises:
-        BoundError: mass that may move somewhere cannot be led there by chains.
+        BoundError: chains cost too much, or do not lead to where mass may move.
         UnknownNameError, InvalidInputError: as :func:`~flowverify.transport.ground.check_ground`.
     """
     if parse_ground(ground).name == "l1":
@@ -95,8 +96,11 @@ def moves_of(ground: str, height: int, width: int, single: int = 50_000, chained
     shortest = _shortest_chains(height, width, directions, prices)
     rows, columns = np.abs(offsets[1:]).T
     ratio = float((costs[1:] / shortest[rows, columns]).min(initial=1.0))
-    if not ratio > 0:
-        raise BoundError(f"lifted bounds of ground cost {ground}: expected moves of finite cost to neighbours")
+    if not ratio >= LEAST_RATIO:
+        raise BoundError(
+            f"lifted bounds of ground cost {ground}: its chains of {2 * len(directions)} moves or more cost up to "
+            f"{1 / max(ratio, 1e-300):.3g} times as much as single moves, expected {1 / LEAST_RATIO:g}"
+        )
     mirrored = [
         (row, sign * column, price)
         for (row, column), price in zip(directions, prices, strict=True)
