@@ -453,7 +453,7 @@ class _Batch:
         bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
         if not len(chosen) or not bent:
             return best
-        listed = {name: self._listed(one) for name, one in bent.items()}
+        stored = {name: one.rows_above for name, one in bent.items() if one.rows_above is not None}
         choices: dict[str, Choice] = {}
         for name, relaxation in bent.items():
             assert relaxation.chord is not None
@@ -469,7 +469,7 @@ class _Batch:
         query, own = Coefficients(rises[:, None, chosen], None), best[:, chosen]
         for step in range(engine.steps + 1):
             with torch.enable_grad():
-                rows, constant = self._rows(self.network.output, query, choices, listed)
+                rows, constant = self._rows(self.network.output, query, choices, stored)
                 margins = clean[:, chosen] - constant - maximum_value(rows, self.images, self.budget, options)
                 own = torch.maximum(own, margins.detach().nan_to_num(nan=-torch.inf))
                 if step == engine.steps or bool((own > goal[:, chosen]).all()):
@@ -498,17 +498,6 @@ class _Batch:
         best = best.clone()
         best[:, chosen] = own
         return best
-
-    def _listed(self, relaxation: Relaxation) -> StoredRows:
-        """Rows on the whole grid where there are few of them: one product a step, not one a tap of every window."""
-        rows, chord = relaxation.rows_above, relaxation.chord
-        assert rows is not None
-        assert chord is not None
-        entries = chord.bent.any(0).flatten().nonzero().flatten()
-        moves = 4 * math.prod(self.network.input_shape)
-        if isinstance(rows, ListedRows) or len(entries) * moves * len(self.images) > self.engine.chunk_entries:
-            return rows
-        return rows.listed(entries, self.network.input_shape[-2:])
 
 
 Chunks = list[tuple["_Query", MoveRows]]
