@@ -144,7 +144,7 @@ def total(parts: Sequence[MoveRows], size: tuple[int, int]) -> MoveRows:
                 for (i, j), part in zip(at, parts, strict=True):
                     h, w = part.gains.shape[-2:]
                     pads = (j - left, width - w - (j - left), i - top, height - h - (i - top))
-                    own = torch.nn.functional.pad(part.gains, pads)
+                    own = torch.nn.functional.pad(part.gains, pads) if any(pads) else part.gains
                     sum_ = own if sum_ is None else sum_ + own
                 assert sum_ is not None
                 return MoveRows(sum_, parts[0].origins + torch.tensor([top, left], device=parts[0].origins.device))

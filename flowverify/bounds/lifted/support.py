@@ -68,11 +68,13 @@ class MoveSupport:
 
 def gains_of_pixels(coefficients: Tensor) -> Tensor:
     """G_(i -> j) = c_j - c_i of coefficients (..., C, H, W), planes (..., 4, C, H, W); 0 where a move would leave."""
+    *leading, height, width = coefficients.shape
+    gains = coefficients.new_zeros(*leading[:-1], WAYS, leading[-1], height, width)
     right = coefficients[..., :, 1:] - coefficients[..., :, :-1]
     down = coefficients[..., 1:, :] - coefficients[..., :-1, :]
-    pad = torch.nn.functional.pad
-    planes = (pad(right, (0, 1)), pad(-right, (1, 0)), pad(down, (0, 0, 0, 1)), pad(-down, (0, 0, 1, 0)))
-    return torch.stack(planes, dim=-4)
+    gains[..., 0, :, :, :-1], gains[..., 1, :, :, 1:] = right, -right
+    gains[..., 2, :, :-1, :], gains[..., 3, :, 1:, :] = down, -down
+    return gains
 
 
 def moves_within(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -99,7 +101,7 @@ def maximum(
     Args:
         rows: gains of moves; entries of moves that leave the grid are not read.
         feasible: whether images must stay nonnegative (fine-tuned), or not (vanilla).
-        enough: (B, Q * R), values at which a row needs no further search.
+        enough: (B, Q * R), values at which a row needs no further search; infinite where none is needed.
         guess: multipliers (B, Q * R) to start from, 0 where there is none.
         tolerance: relative to the value, 1e-4 by default. The result is an upper bound whatever it is.
         flow: also return a maximiser within the windows.
@@ -122,8 +124,8 @@ def maximum(
     tolerance = 1e-4 if tolerance is None else tolerance
     limits = torch.full(shape, -torch.inf, dtype=torch.float64) if enough is None else enough.double()
     guesses = torch.zeros(shape, dtype=torch.float64) if guess is None else guess.double()
-    if feasible and use_compiled(backend, gains):
-        return _compiled(rows, gains, images, budget, limits, guesses, tolerance, flow)
+    if use_compiled(backend, gains):
+        return _compiled(rows, gains, images, budget, feasible, limits, guesses, tolerance, flow)
     whole = whole_grid(MoveRows(gains, rows.origins), images.shape[-2:]).double()
     value, multiplier, moved = _vanilla(whole, budget) if not feasible else _swept(whole, images, budget)
     part = None if not flow else windows_of(moved, rows).to(gains)
@@ -134,14 +136,15 @@ class _Maximum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         found = maximum(MoveRows(gains, origins), images, budget, flow=True, **options)
         ctx.save_for_backward(found.flow)
         ctx.shape = gains.shape
-        return found.value.to(gains.dtype)
+        ctx.mark_non_differentiable(found.multiplier)
+        return found.value.to(gains.dtype), found.multiplier
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (flow,) = ctx.saved_tensors
         weighted = gradient.reshape(*flow.shape[:3], 1, 1, 1, 1) * flow
         for dim in (0, 1):
@@ -150,10 +153,14 @@ class _Maximum(torch.autograd.Function):
         return weighted, None, None, None, None
 
 
-def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]) -> Tensor:
-    """:func:`maximum`'s value, differentiable in the gains: the gradient is the maximiser (Danskin's theorem)."""
-    value: Tensor = _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-untyped-call]
-    return value
+def maximum_value(
+    rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """:func:`maximum`'s value, and its multiplier.
+
+    The value is differentiable in the gains: the gradient is the maximiser (Danskin's theorem).
+    """
+    return _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-any-return]
 
 
 def _compiled(
@@ -161,6 +168,7 @@ def _compiled(
     gains: Tensor,
     images: Tensor,
     budget: Tensor,
+    feasible: bool,
     enough: Tensor,
     guess: Tensor,
     tolerance: float,
@@ -186,7 +194,7 @@ def _compiled(
         index, first = job
         kernel.solve_rows(
             flat[index if len(flat) > 1 else 0], shared, origins, per_place, window, shape, mass[index],
-            float(budgets[index]), limits[index], guesses[index], tolerance, first, min(count, first + size),
+            float(budgets[index]), feasible, limits[index], guesses[index], tolerance, first, min(count, first + size),
             values[index], multipliers[index], flows[index],
         )  # fmt: skip
 
