@@ -43,7 +43,9 @@ BOUNDS: dict[str, Bound] = {
     "alpha-crown": Bound("CROWN with optimised slopes", ("alpha-crown",), ("alpha-crown",)),
     "lifted": Bound("moves that share the budget, over intervals", ("interval", "lifted"), ("interval", "lifted")),
     "best": Bound(
-        "the tighter of intervals and CROWN at every neuron", ("interval", "crown"), ("interval", "crown")
+        "lifted bounds, and CROWN where they do without chords or are not to be had, over intervals",
+        ("interval", "lifted", "crown"),
+        ("interval", "lifted", "crown"),
     ),
 }  # fmt: skip
 

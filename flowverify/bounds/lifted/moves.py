@@ -55,10 +55,16 @@ class Moves:
 
     def gains(self, coefficients: Tensor) -> Tensor:
         """G_(i -> j) = c_j - c_i of coefficients (..., C, H, W): (..., ways, C, H, W), 0 for moves that leave."""
-        height, width = coefficients.shape[-2:]
-        mask = self.within(height, width, coefficients.device)
-        ahead = torch.stack([shifted(coefficients, offset, 0.0) for offset in self.offsets], dim=-4)
-        return torch.where(mask, ahead - coefficients.unsqueeze(-4), 0.0)
+        *leading, height, width = coefficients.shape
+        gains = coefficients.new_zeros(*leading[:-1], len(self), leading[-1], height, width)
+        for way, (row, column) in enumerate(self.offsets):
+            if abs(row) < height and abs(column) < width:
+                down, right = slice(max(-row, 0), height - max(row, 0)), slice(max(-column, 0), width - max(column, 0))
+                ahead_down = slice(max(row, 0), height + min(row, 0))
+                ahead_right = slice(max(column, 0), width + min(column, 0))
+                ahead = coefficients[..., ahead_down, ahead_right]
+                gains[..., way, :, down, right] = ahead - coefficients[..., down, right]
+        return gains
 
 
 NEIGHBOURS = Moves(((0, 1), (0, -1), (1, 0), (-1, 0)), (1.0, 1.0, 1.0, 1.0))

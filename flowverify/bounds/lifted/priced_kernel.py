@@ -235,7 +235,7 @@ def solve_rows(
     Args:
         shared: the same rows, (per_origin, ...), stand at every origin.
         offsets, prices: of the moves, (ways, 2) and (ways,); each offset is followed by its opposite.
-        enough: at which value a row needs no further search.
+        enough: at which value a row needs no further search; infinite for rows whose value is of no use.
         flows: empty, or one flow a row.
     """
     size, length = shape[0] * shape[1] * shape[2], rows.shape[1]
@@ -247,6 +247,9 @@ def solve_rows(
     cheapest = prices.min()
     inflated = 1 + (size + 8) * 2 * UNIT
     for index in range(first, last):
+        if enough[index] == np.inf:
+            values[index], multipliers[index] = np.inf, 0.0
+            continue
         row = rows[index % per_origin] if shared else rows[index]
         at = index // per_origin
         place = (origins[at, 0], origins[at, 1], window[0], window[1])

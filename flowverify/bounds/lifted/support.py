@@ -85,7 +85,7 @@ def maximum(
         rows: gains of moves; entries of moves that leave the grid are not read.
         feasible: whether images must stay nonnegative (fine-tuned), or not (vanilla).
         moves: in which the rows are written.
-        enough: (B, Q * R), values at which a row needs no further search.
+        enough: (B, Q * R), values at which a row needs no further search; infinite where none is needed.
         guess: multipliers (B, Q * R) to start from, 0 where there is none.
         tolerance: relative to the value, 1e-4 by default. The result is an upper bound whatever it is.
         flow: also return a maximiser within the windows.
@@ -108,8 +108,8 @@ def maximum(
     tolerance = 1e-4 if tolerance is None else tolerance
     limits = torch.full(shape, -torch.inf, dtype=torch.float64) if enough is None else enough.double()
     guesses = torch.zeros(shape, dtype=torch.float64) if guess is None else guess.double()
-    if feasible and use_compiled(backend, gains):
-        return _compiled(rows, gains, moves, images, budget, limits, guesses, tolerance, flow)
+    if (feasible or moves is NEIGHBOURS) and use_compiled(backend, gains):
+        return _compiled(rows, gains, moves, images, budget, feasible, limits, guesses, tolerance, flow)
     whole = whole_grid(MoveRows(gains, rows.origins), images.shape[-2:]).double()
     whole = whole * moves.within(images.shape[-2], images.shape[-1], whole.device)
     value, multiplier, moved = (
@@ -123,14 +123,15 @@ class _Maximum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, gains: Tensor, origins: Tensor, images: Tensor, budget: Tensor, options: dict[str, Any]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         found = maximum(MoveRows(gains, origins), images, budget, flow=True, **options)
         ctx.save_for_backward(found.flow)
         ctx.shape = gains.shape
-        return found.value.to(gains.dtype)
+        ctx.mark_non_differentiable(found.multiplier)
+        return found.value.to(gains.dtype), found.multiplier
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (flow,) = ctx.saved_tensors
         weighted = gradient.reshape(*flow.shape[:3], 1, 1, 1, 1) * flow
         for dim in (0, 1):
@@ -139,10 +140,12 @@ class _Maximum(torch.autograd.Function):
         return weighted, None, None, None, None
 
 
-def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]) -> Tensor:
-    """:func:`maximum`'s value, differentiable in the gains: the gradient is the maximiser (Danskin's theorem)."""
-    value: Tensor = _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-untyped-call]
-    return value
+def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """:func:`maximum`'s value, and its multiplier.
+
+    The value is differentiable in the gains: the gradient is the maximiser (Danskin's theorem).
+    """
+    return _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-any-return]
 
 
 def _compiled(
@@ -151,6 +154,7 @@ def _compiled(
     moves: Moves,
     images: Tensor,
     budget: Tensor,
+    feasible: bool,
     enough: Tensor,
     guess: Tensor,
     tolerance: float,
@@ -172,15 +176,16 @@ def _compiled(
     workers = max(1, torch.get_num_threads())
     size = max(16, -(-count // workers))
 
-    solve, what = kernel.solve_rows, tuple[Any, ...]()
+    solve, before, after = kernel.solve_rows, tuple[Any, ...](), tuple[Any, ...]((feasible,))
     if moves is not NEIGHBOURS:
-        solve, what = priced_kernel.solve_rows, (np.array(moves.offsets), np.array(moves.prices), moves.chained)
+        solve, after = priced_kernel.solve_rows, ()
+        before = (np.array(moves.offsets), np.array(moves.prices), moves.chained)
 
     def work(job: tuple[int, int]) -> None:
         index, first = job
         solve(
-            flat[index if len(flat) > 1 else 0], shared, origins, per_place, window, shape, *what, mass[index],
-            float(budgets[index]), limits[index], guesses[index], tolerance, first, min(count, first + size),
+            flat[index if len(flat) > 1 else 0], shared, origins, per_place, window, shape, *before, mass[index],
+            float(budgets[index]), *after, limits[index], guesses[index], tolerance, first, min(count, first + size),
             values[index], multipliers[index], flows[index],
         )  # fmt: skip
 
