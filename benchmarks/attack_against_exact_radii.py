@@ -13,7 +13,7 @@ import torch
 import flowverify as fv
 from benchmarks.common import header, stopwatch
 from flowverify.attack import MinimalRadius
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 
 
 def main() -> None:

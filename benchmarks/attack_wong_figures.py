@@ -21,7 +21,7 @@ import flowverify as fv
 from benchmarks.common import header, stopwatch
 from flowverify.attack import Binarised, MinimalRadius, ProjectedSinkhorn, binarise
 from flowverify.data import Dataset
-from flowverify.training.architectures import build_architecture
+from flowverify.training.recipe import build_architecture
 
 RADII = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 1.83, 2.0)
 

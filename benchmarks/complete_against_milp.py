@@ -18,8 +18,8 @@ from benchmarks.common import header
 from flowverify.attack import make_attack
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.milp import MilpCertifier
-from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.incomplete import Certifier, search_radius
+from flowverify.certifiers.options import CompleteOptions
 from flowverify.zoo import load_card
 
 

@@ -17,8 +17,8 @@ import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.attack import make_attack
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.incomplete import Certifier, search_radius
+from flowverify.certifiers.options import CompleteOptions
 from flowverify.zoo import load_card
 
 

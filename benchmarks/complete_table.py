@@ -10,8 +10,8 @@ import argparse
 import flowverify as fv
 from benchmarks.common import CLOCKS, header
 from flowverify.api import make_certifier
-from flowverify.certifiers.complete.options import CompleteOptions
-from flowverify.certifiers.ends import CLOSED, bracketed, count_closed, ends_of, median_certified, median_upper
+from flowverify.certifiers.base import CLOSED, bracketed, count_closed, ends_of, median_certified, median_upper
+from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import InvalidInputError
 from flowverify.zoo import load_card
 

@@ -14,7 +14,7 @@ from benchmarks.common import header
 from flowverify.ball import Threat
 from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
-from flowverify.transport.reference import make_reference
+from flowverify.transport.references import make_reference
 
 
 def main() -> None:

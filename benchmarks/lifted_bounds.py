@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header, quartiles
-from flowverify.attack.make import make_attack
+from flowverify.attack.base import make_attack
 
 
 def radii_by(bound: str, name: str, images: Tensor, labels: Tensor) -> Tensor:

@@ -18,9 +18,17 @@ import flowverify as fv
 from benchmarks.common import header, quartiles, stopwatch
 from flowverify.ball import WassersteinBall
 from flowverify.certifiers.incomplete import Certifier, search_radius
-from flowverify.certifiers.linear import HalfSpaces, LinearRadius, exact_radius, half_spaces, l2_radius, vanilla_radius
-from flowverify.certifiers.linear_certifier import LinearCertifier
-from flowverify.certifiers.linear_program import LinearProgram, program_radius
+from flowverify.certifiers.linear import (
+    HalfSpaces,
+    LinearCertifier,
+    LinearProgram,
+    LinearRadius,
+    exact_radius,
+    half_spaces,
+    l2_radius,
+    program_radius,
+    vanilla_radius,
+)
 
 
 def part(spaces: HalfSpaces, chosen: slice) -> HalfSpaces:

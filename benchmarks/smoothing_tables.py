@@ -31,8 +31,8 @@ import flowverify as fv
 from benchmarks.common import header, stopwatch
 from flowverify.data import Dataset
 from flowverify.smoothing import Noise, SmoothedClassifier, wasserstein_radius
-from flowverify.smoothing.certificates import top_two_p_values, upper_bound_of_failure
 from flowverify.smoothing.classifier import BOUND, PREDICT, SELECT
+from flowverify.smoothing.noise import top_two_p_values, upper_bound_of_failure
 from flowverify.training import find_recipe, train
 
 # Of the paper: accuracy, percent abstained, median certified robustness (None: N/A), base accuracy.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowverify.api import certified_radius, certify, certify_batch, find_adversarial, make_certifier, smooth
     from flowverify.certifiers.incomplete import Certifier, search_radius
-    from flowverify.data import Dataset, load_dataset
+    from flowverify.data import Dataset, as_dataset, load_dataset
     from flowverify.errors import FlowverifyError
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
     from flowverify.results import Certificate, Verdict
@@ -37,6 +37,7 @@ _MODULES = {
     "Network": "network",
     "Verdict": "results",
     "WassersteinBall": "ball",
+    "as_dataset": "data",
     "certified_radius": "api",
     "certify": "api",
     "certify_batch": "api",
@@ -61,6 +62,7 @@ __all__ = [
     "Verdict",
     "WassersteinBall",
     "__version__",
+    "as_dataset",
     "certified_radius",
     "certify",
     "certify_batch",

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.make import make_attack
-from flowverify.attack.result import AttackResult
+from flowverify.attack.base import AttackResult, make_attack
 from flowverify.ball import Threat, WassersteinBall, check_images
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
@@ -205,8 +204,7 @@ def make_certifier(
 
 def _over_references(network: nn.Module, method: str, count: int, pool: Tensor | None, options: Any) -> BaseCertifier:
     """The maximum over references of a method that can gain by them."""
-    from flowverify.certifiers.complete.references import IMPOSSIBLE, ReferenceCompleteCertifier
-    from flowverify.certifiers.references import ReferenceCertifier
+    from flowverify.certifiers.references import IMPOSSIBLE, ReferenceCertifier, ReferenceCompleteCertifier
 
     if method in METHODS.family(INCOMPLETE):
         return ReferenceCertifier(network, method, options.bound, count=count, pool=pool, options=options)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
-from flowverify.transport.backend import Backend
-from flowverify.transport.capped import check_below
+from flowverify.transport.compiled import Backend
 from flowverify.transport.dilation import lipschitz_constant, steepest_moves
 from flowverify.transport.distance import (
     EXACT_MASS_TOLERANCE,
@@ -32,8 +31,7 @@ from flowverify.transport.distance import (
     wasserstein_distance,
 )
 from flowverify.transport.ground import GroundCost, check_ground, parse_ground
-from flowverify.transport.moves import Moves, best_moves
-from flowverify.transport.support import Support, support
+from flowverify.transport.support import Moves, Support, best_moves, check_below, support
 
 REFILLS = 50
 INSIDE = 1 - 1e-9  # of a budget: what is pulled back costs no more than it, whatever the exact solver rounds
@@ -317,7 +315,7 @@ class Ball:
         return Support(slope * budget, slope, moved)
 
     def best_moves(self, coefficients: Tensor, target: Tensor | None = None) -> Moves:
-        """The best moves of mass for one function an image, (B, C, H, W); see :mod:`flowverify.transport.moves`.
+        """The best moves of mass for one function an image, (B, C, H, W); see :mod:`flowverify.transport.support`.
 
         Unlike :meth:`support` it is exact with a cap, too, takes infinite budgets, and stops where ``target`` (B,) is
         gained. For images that stay nonnegative only.
@@ -339,7 +337,7 @@ class Ball:
         rows = inside.nonzero().flatten()
         if rows.numel():
             price = self.threat.price(self.images[rows], others[rows], mass_tolerance)
-            inside[rows] = price <= self.budget[rows] * (1 + tolerance) ** self.threat.cost.power
+            inside[rows] = price <= self.budget[rows] * self.threat.cost.budget(1 + tolerance)
         return inside
 
     def pull_back(self, others: Tensor) -> Tensor:

@@ -15,11 +15,16 @@ CHANNELS = (1, 2, 3, 4)  # grey, with or without transparency, and colour, with 
 LAST = (1, 3, 4)  # of these, what images with channels last are met with
 
 
+def has_channels_last(sizes: Sequence[int]) -> bool:
+    """Whether images (N, A, B, C) can only have their channels last: C is 1, 3 or 4, and A more than any image has."""
+    return sizes[0] > max(CHANNELS) and sizes[-1] in LAST
+
+
 def check_channels_first(sizes: Sequence[int], what: str) -> None:
     """Refuses images (N, A, B, C) that look as if their channels came last.
 
     Read as (N, C, H, W), they would be images of A channels, and mass, which moves within a channel only, would go
-    from colour to colour. The rule: they are refused if C is 1, 3 or 4 and A is more than any image has (1 to 4).
+    from colour to colour. The rule is :func:`has_channels_last`.
 
     Args:
         sizes: (A, B, C); a size that is not known is 0.
@@ -28,8 +33,7 @@ def check_channels_first(sizes: Sequence[int], what: str) -> None:
     Raises:
         InvalidInputError: they look so.
     """
-    first, last = sizes[0], sizes[-1]
-    if first > max(CHANNELS) and last in LAST:
+    if has_channels_last(sizes):
         raise InvalidInputError(
             f"{what}: looks like (N, H, W, C), channels last; expected channels first, (N, C, H, W), with the "
             "transpose left to whoever makes the images"

@@ -22,7 +22,7 @@ from flowverify.grid import Grid
 from flowverify.network import Network
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE
-from flowverify.transport.inverse import minimal_flow
+from flowverify.transport.references import minimal_flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -251,7 +251,7 @@ def _keywords(factory: Any) -> type:
 
 INCOMPLETE, LINEAR, COMPLETE = "incomplete", "linear", "complete"
 _INCOMPLETE_OPTIONS = "flowverify.certifiers.options:IncompleteOptions"
-_COMPLETE_OPTIONS = "flowverify.certifiers.complete.options:CompleteOptions"
+_COMPLETE_OPTIONS = "flowverify.certifiers.options:CompleteOptions"
 
 METHODS = Registry(
     "method",
@@ -270,12 +270,12 @@ METHODS = Registry(
         ),
         "linear": Entry(
             "affine networks: the exact radius, without a solver (Lemma 8, by duality)",
-            "flowverify.certifiers.linear_certifier:LinearCertifier",
+            "flowverify.certifiers.linear:LinearCertifier",
             family=LINEAR,
         ),
         "linear-lp": Entry(
             "affine networks: the exact radius by linear programs (Lemma 8)",
-            "flowverify.certifiers.linear_certifier:LinearCertifier",
+            "flowverify.certifiers.linear:LinearCertifier",
             family=LINEAR,
         ),
         "complete": Entry(
@@ -308,7 +308,7 @@ ENGINES = Registry(
         "marabou": Entry(
             "Marabou 2.0.0 in a process of its own: complete, slow, for vanilla and fine-tuned",
             "flowverify.export.marabou:MarabouCertifier",
-            "flowverify.export.options:MarabouOptions",
+            "flowverify.certifiers.options:MarabouOptions",
         ),
     },
     base="flowverify.certifiers.base:BaseCertifier",
@@ -320,11 +320,9 @@ ATTACKS = Registry(
         "flow-pgd": Entry(
             "projected gradient descent on flows (framework paper)", "flowverify.attack.flow_descent:FlowDescent"
         ),
-        "sinkhorn": Entry(
-            "projected Sinkhorn (Wong et al. 2019)", "flowverify.attack.projected_sinkhorn:ProjectedSinkhorn"
-        ),
+        "sinkhorn": Entry("projected Sinkhorn (Wong et al. 2019)", "flowverify.attack.sinkhorn:ProjectedSinkhorn"),
         "frank-wolfe": Entry("Frank-Wolfe on the exact ball", "flowverify.attack.frank_wolfe:FrankWolfe"),
-        "minimal": Entry("the nearest adversarial image, directly", "flowverify.attack.minimal:MinimalRadius"),
+        "minimal": Entry("the nearest adversarial image, directly", "flowverify.attack.frank_wolfe:MinimalRadius"),
     },
     base="flowverify.attack.base:BaseAttack",
 )
@@ -332,9 +330,13 @@ ATTACKS = Registry(
 DATASETS = Registry(
     "data set",
     {
-        "digits": Entry("8x8 digits of scikit-learn, always there", "flowverify.data:read_digits"),
-        "mnist": Entry("28x28 digits, from files or downloaded", "flowverify.data:read_mnist"),
-        "cifar10-sample": Entry("some of CIFAR-10, from a file", "flowverify.data:read_cifar10_sample"),
+        "digits": Entry("8x8 digits of scikit-learn, always there", "flowverify.data.files:read_digits"),
+        "mnist": Entry("28x28 digits, from files or downloaded", "flowverify.data.files:read_mnist"),
+        "fashion-mnist": Entry("28x28 clothes, likewise", "flowverify.data.files:read_fashion_mnist"),
+        "kmnist": Entry("28x28 letters, likewise", "flowverify.data.files:read_kmnist"),
+        "cifar10": Entry("32x32 colour images, likewise", "flowverify.data.files:read_cifar10"),
+        "cifar100": Entry("the same with 100 classes", "flowverify.data.files:read_cifar100"),
+        "cifar10-sample": Entry("some of CIFAR-10, from a file", "flowverify.data.files:read_cifar10_sample"),
     },
-    forms=("PATH.npz",),
+    forms=("PATH.npz", "FOLDER/"),
 )

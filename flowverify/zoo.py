@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch import nn
 from flowverify.data import HELD_OUT
 from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
 from flowverify.network import Network, load_network, write_onnx
+from flowverify.network.load import FORMS, is_source
+from flowverify.network.reading import Reading
 
 _CARD_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
@@ -78,29 +80,51 @@ class Card:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def load_model(source: str | Path | nn.Module, input_shape: tuple[int, int, int] | None = None) -> Network:
-    """Loads a network: a shipped model by name, an ``.onnx`` file by path, or a torch module.
+def load_model(
+    source: str | Path | nn.Module,
+    input_shape: tuple[int, int, int] | None = None,
+    *,
+    layout: str | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    output: str | None = None,
+    weights: str | Path | None = None,
+) -> Network:
+    """Loads a network: a shipped model by name, a file, a factory, or a torch module.
+
+    What a reader took for granted (where channels lie, a softmax that was dropped) is in the ``notes`` of the network.
 
     Args:
+        source: see :func:`flowverify.network.load.load_network` for files and factories.
         input_shape: (C, H, W). A torch module needs it; where the source states its own it must agree.
+        layout, mean, std, output, weights: see :class:`flowverify.network.reading.Reading`.
 
     Raises:
-        UnknownNameError: neither the name of a shipped model nor a path that ends in ``.onnx``.
+        UnknownNameError: neither the name of a shipped model nor a file or factory; an unknown layout.
         ModelFileError: the file is missing, unreadable, or its SHA-256 is not the card's.
-        InvalidInputError: ``input_shape`` is missing or differs from the model's.
+        InvalidInputError: ``input_shape`` is missing or differs from the model's, or says too little; bad numbers.
         UnsupportedOperationError: the network holds an operation that has no canonical form.
     """
-    if isinstance(source, nn.Module) or str(source).endswith(".onnx"):
-        return load_network(source, input_shape)
+    reading = Reading(layout, _several(mean), _several(std), output, None if weights is None else str(weights))
+    if isinstance(source, nn.Module) or is_source(str(source)):
+        return load_network(source, input_shape, reading)
     folder = models_folder()
     if str(source) not in _names(folder):
-        raise UnknownNameError("model", str(source), [*_names(folder), "PATH.onnx"])
+        raise UnknownNameError("model", str(source), [*_names(folder), *FORMS])
+    if reading != Reading():
+        raise InvalidInputError(f"model {source}: says itself how it is read, expected no {reading}")
     card = load_card(str(source))
     if input_shape is not None and tuple(input_shape) != card.input_shape:
         raise InvalidInputError(
             f"model {card.name}: given input shape {tuple(input_shape)}, expected {card.input_shape}"
         )
     return load_network(_checked_file(card, folder), card.input_shape)
+
+
+def _several(numbers: float | Sequence[float] | None) -> tuple[float, ...] | None:
+    if numbers is None:
+        return None
+    return (float(numbers),) if isinstance(numbers, int | float) else tuple(float(one) for one in numbers)
 
 
 def list_models() -> list[Card]:

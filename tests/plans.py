@@ -170,7 +170,7 @@ def frank_wolfe(
     network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, budget: Tensor, ground: str, cap: float | None
 ) -> Tensor:
     """Points that make margins small, (B, N, C, H, W): vertices of the ball for gradients of margins, and mixtures."""
-    from flowverify.transport.moves import best_moves
+    from flowverify.transport.support import best_moves
 
     found = []
     classes = network(images[:1]).shape[1]

@@ -21,7 +21,7 @@ from flowverify.bounds.engine import DomainName
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.options import DOMAINS
 from flowverify.cli import app
-from flowverify.cli.report import json_line
+from flowverify.cli.common import json_line
 from flowverify.zoo import models_folder
 
 KEYS = {"index", "label", "prediction", "method", "bound", "ground", "cap", "radius", "verdict", "seconds", "margin"}
@@ -173,7 +173,7 @@ VERIFY = ("verify", "digits-fc3", "--index", "0")
 BAD_INPUT = {
     "unknown model": (
         ("verify", "nonsense"),
-        "unknown model 'nonsense': expected one of PATH.onnx, digits-certified, digits-fc3",
+        "unknown model 'nonsense': expected one of MODULE:FACTORY, PATH.onnx, PATH.pt",
     ),
     "missing model file": (("verify", "{files}/none.onnx", "--dataset", "digits"), "expected an existing ONNX file"),
     "corrupt model": (("verify", "{files}/corrupt.onnx", "--dataset", "digits"), "is not valid ONNX"),
@@ -296,4 +296,67 @@ def test_json_has_no_infinity():
 
 def test_domains_are_those_of_the_library():
     assert get_args(DomainName) == DOMAINS
-    assert torch.device("cpu") == fv.cli.options.check_device("cpu")  # type: ignore[attr-defined]
+    assert torch.device("cpu") == fv.cli.common.check_device("cpu")  # type: ignore[attr-defined]
+
+
+class TestReading:
+    """A file that wants normalised images with channels last, as one softmax."""
+
+    @pytest.fixture
+    def module(self, tmp_path):
+        class Last(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(60, 3)
+
+            def forward(self, images):
+                return torch.softmax(self.linear(images.flatten(1)), 1)
+
+        torch.manual_seed(0)
+        module = Last().eval()
+        torch.onnx.export(
+            module, (torch.zeros(1, 5, 4, 3),), str(tmp_path / "m.onnx"), dynamo=False, input_names=["x"],
+            dynamic_axes={"x": {0: "N"}},
+        )  # fmt: skip
+        images = (torch.rand(3, 5, 4, 3) * 255).to(torch.uint8)
+        normalised = (images / 255 - 0.25) / 0.5
+        np.savez(tmp_path / "d.npz", images=images.numpy(), labels=module(normalised).argmax(1).numpy())
+        return module
+
+    def test_verify_reads_and_says_so(self, module, tmp_path):
+        options = ("--layout", "nhwc", "--mean", "0.25", "--std", "0.5,0.5,0.5", "--method", "linear", "--json")
+        result = run("verify", tmp_path / "m.onnx", "--dataset", tmp_path / "d.npz", *options)
+        records = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [record["verdict"] for record in records] == ["certified"] * 3
+        assert "input (N, 5, 4, 3): 3 x 5 x 4 images, channels last" in result.stderr
+        assert "final Softmax dropped: the order of classes is the claim" in result.stderr
+        data = fv.load_dataset(tmp_path / "d.npz")
+        plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 3))
+        weight = module.linear.weight.data.reshape(3, 5, 4, 3).permute(0, 3, 1, 2)
+        plain[1].weight.data = weight.reshape(3, -1) / 0.5
+        plain[1].bias.data = module.linear.bias.data - weight.flatten(1).sum(1) * 0.25 / 0.5
+        expected = fv.certified_radius(plain, data.images, data.labels, "linear")
+        assert [record["radius"] for record in records] == pytest.approx(expected.tolist(), rel=1e-4)
+
+    def test_levels_up_to_255_are_noticed(self, tmp_path):
+        images, labels = (
+            part.numpy() for part in (fv.load_dataset("digits").images[:2] * 255, fv.load_dataset("digits").labels[:2])
+        )
+        np.savez(tmp_path / "d.npz", images=images, labels=labels)
+        result = run("verify", "digits-fc3", "--dataset", tmp_path / "d.npz", "--bound", "ibp", "--json")
+        assert "d: pixels go up to 255; radii do not depend on that, but the network has to take" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--mean", "a"), "mean 'a': expected numbers with commas between them"),
+            (("--input-shape", "3,4"), "input-shape '3,4': expected C,H,W"),
+            (("--layout", "chw"), "unknown layout 'chw'"),
+            (("--std", "0"), "std (0.0,): expected finite numbers > 0"),
+            (("--weights", "w.pt"), "expected with a factory"),
+        ],
+    )
+    def test_bad_options(self, options, message, module, tmp_path):
+        result = run("verify", tmp_path / "m.onnx", "--dataset", tmp_path / "d.npz", *options, code=2)
+        assert not result.stdout
+        assert message in result.stderr and result.stderr.count("\n") == 1

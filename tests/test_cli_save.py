@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flowverify.cli import app
-from flowverify.cli.records import Records
+from flowverify.cli.job import Records
 from flowverify.errors import InvalidInputError
 
 HOLD = """

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 from flowverify.cli import app
 from flowverify.registry import imported
 from flowverify.training.losses import build_loss

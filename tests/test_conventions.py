@@ -11,7 +11,7 @@ import flowverify as fv
 from flowverify.api import make_certifier
 from flowverify.attack import ATTACKS, make_attack
 from flowverify.conventions import check_channels_first, check_labels
-from flowverify.errors import DataError, FlowverifyError, InvalidInputError, UnsupportedOperationError
+from flowverify.errors import DataError, InvalidInputError
 from flowverify.export.folder import Source, write_folder
 from flowverify.export.plan import Request
 from flowverify.network import Network, from_torch, read_onnx
@@ -79,9 +79,27 @@ class TestEverybody:
         with pytest.raises(InvalidInputError, match="labels of type torch.bool and length 1: expected 1 integers"):
             everybody(classifier(), tmp_path)[name](IMAGE, labels)
 
-    def test_refuses_a_network_of_one_output(self, name, tmp_path):
-        with pytest.raises(InvalidInputError, match="expected logits of shape .*classes >= 2"):
-            everybody(classifier(1), tmp_path)[name](IMAGE, torch.tensor([0]))
+    def test_one_logit_is_two_classes_or_refused(self, name, tmp_path):
+        """Those that read a network take its sign; those that ask the module itself know no second class."""
+        asked = everybody(classifier(1), tmp_path)[name]
+        if name.startswith(("attack", "smoothing")):
+            with pytest.raises(InvalidInputError, match="expected logits of shape .*classes >= 2"):
+                asked(IMAGE, torch.tensor([0]))
+        else:
+            asked(IMAGE, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("method", CERTIFIERS)
+def test_the_sign_of_one_logit_decides(method):
+    """The logit is -0.1, and positive as soon as a tenth of the mass has moved down by a row."""
+    network = classifier(1)
+    network[1].weight.data = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, -1).clone()
+    network[1].bias.data.fill_(-1.1)
+    image = torch.zeros(1, 1, 4, 4)
+    image[0, 0, 1, 1] = 1.0
+    radius = float(fv.certified_radius(network, image, torch.tensor([0]), method)[0])
+    assert 0.098 <= radius <= 0.1 + 1e-6
+    assert str(fv.certify(network, image[0], 0, fv.WassersteinBall(0.11), method).verdict) != "certified"
 
 
 class TestTraining:
@@ -130,8 +148,9 @@ def test_a_network_has_two_outputs():
         Network.sequential((1, 4, 4), [nn.Flatten(), nn.Linear(16, 1)])
 
 
-LAST = [(8, 8, 3), (28, 28, 1), (5, 4, 4), (224, 224, 3)]
-FIRST = [(3, 8, 8), (1, 4, 3), (3, 3, 3), (2, 6, 1), (4, 3, 3), (5, 6, 7), (8, 8, 2)]
+LAST = [(8, 8, 3), (28, 28, 1), (5, 4, 4), (64, 48, 3)]
+FIRST = [(3, 8, 8), (1, 4, 3), (3, 3, 3), (2, 6, 1), (4, 3, 3)]
+DOUBTFUL = [(5, 6, 7), (8, 8, 2)]
 
 
 def onnx_file(folder, sizes, before=(), perm=None, batch="N"):
@@ -171,12 +190,20 @@ class TestChannels:
         with pytest.raises(InvalidInputError, match=r"\(N, H, W, C\), channels last; expected channels first"):
             check_channels_first(sizes, "images")
         np.savez(tmp_path / "last.npz", images=np.ones((2, *sizes), np.uint8), labels=[0, 1])
-        with pytest.raises(DataError, match=r"last\.npz: images of shape .*expected channels first, \(N, C, H, W\)"):
-            fv.load_dataset(tmp_path / "last.npz")
+        first = (sizes[2], *sizes[:2])
+        data = fv.load_dataset(tmp_path / "last.npz")
+        assert data.input_shape == first
+        with pytest.raises(DataError, match=r"images of shape .*expected channels first, \(N, C, H, W\)"):
+            fv.Dataset(data.images.permute(0, 2, 3, 1), data.labels, "last", "test")
         path = onnx_file(tmp_path, sizes)
-        with pytest.raises(UnsupportedOperationError, match=r"input 'x' of shape .*expected channels first"):
-            read_onnx(path)
+        assert read_onnx(path).input_shape == first
         assert read_onnx(path, sizes).input_shape == sizes  # whoever says so means so many channels
+
+    def test_levels_keep_their_places(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (2, 8, 7, 3), np.uint8)
+        np.savez(tmp_path / "last.npz", images=images, labels=[0, 1])
+        found = fv.load_dataset(tmp_path / "last.npz").images
+        torch.testing.assert_close(found[1, 2, 5, 4] * 255, torch.tensor(float(images[1, 5, 4, 2])))
 
     @pytest.mark.parametrize("sizes", FIRST)
     def test_shapes_beyond_doubt_are_read(self, sizes, tmp_path):
@@ -185,16 +212,23 @@ class TestChannels:
         assert fv.load_dataset(tmp_path / "first.npz").input_shape == sizes
         assert read_onnx(onnx_file(tmp_path, sizes)).input_shape == sizes
 
+    @pytest.mark.parametrize("sizes", DOUBTFUL)
+    def test_nothing_is_guessed(self, sizes, tmp_path):
+        path = onnx_file(tmp_path, sizes)
+        with pytest.raises(InvalidInputError, match="channels first or last. expected layout nchw or nhwc"):
+            read_onnx(path)
+        assert read_onnx(path, sizes).input_shape == sizes
+
     @pytest.mark.parametrize("before", [(), ("Identity",), ("Mul", "Identity")])
     @pytest.mark.parametrize("sizes", [(8, 8, 3), (3, 3, 3), (6, 5, 2)])
-    def test_a_file_that_turns_its_images_is_refused_whatever_is_said(self, before, sizes, tmp_path):
+    def test_a_file_that_turns_its_images_has_channels_last(self, before, sizes, tmp_path):
         path = onnx_file(tmp_path, sizes, before, perm=[0, 3, 1, 2])
-        for given in (None, sizes):
-            with pytest.raises(UnsupportedOperationError, match=r"Transpose, perm \[0, 3, 1, 2\].*channels first"):
-                read_onnx(path, given)
+        first = (sizes[2], *sizes[:2])
+        for given in (None, first):
+            assert read_onnx(path, given).input_shape == first
+        if first != sizes:
+            with pytest.raises(InvalidInputError, match="expected one that fits input 'x'"):
+                read_onnx(path, sizes)
 
-    def test_other_transposes_and_free_sizes_are_no_evidence(self, tmp_path):
+    def test_other_transposes_are_no_evidence(self, tmp_path):
         assert read_onnx(onnx_file(tmp_path, (3, 4, 5), perm=[0, 2, 3, 1])).input_shape == (3, 4, 5)
-        free = onnx_file(tmp_path, (8, 8, 3), perm=[0, 3, 1, 2], batch=1)
-        with pytest.raises(FlowverifyError, match="expected one that fits input 'x'"):
-            read_onnx(free, (3, 8, 8))

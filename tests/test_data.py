@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowverify.data import Dataset, load_dataset, parse_index
+from flowverify.data import Dataset, as_dataset, load_dataset, parse_index
 from flowverify.errors import DataError, InvalidInputError, UnknownNameError
 
 
@@ -245,7 +245,9 @@ class TestCifar10Sample:
 
 
 def test_unknown_names_list_the_valid_ones() -> None:
-    with pytest.raises(UnknownNameError, match="unknown data set 'minst': expected one of .*digits, mnist"):
+    with pytest.raises(
+        UnknownNameError, match="unknown data set 'minst': expected one of .*digits, fashion-mnist, kmnist"
+    ):
         load_dataset("minst")
     with pytest.raises(UnknownNameError, match="unknown split 'validation': expected one of test, train"):
         load_dataset("digits", split="validation")
@@ -293,3 +295,115 @@ class TestParseIndex:
     def test_refuses(self, text: str, message: str) -> None:
         with pytest.raises(InvalidInputError, match=message):
             parse_index(text, 10)
+
+
+class TestFamilies:
+    """Small files in the formats of the authors."""
+
+    @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
+    def test_idx_files(self, name: str, mnist_dir: Path) -> None:
+        data = load_dataset(name, data_dir=mnist_dir)
+        assert (data.name, data.input_shape, data.labels.tolist()) == (name, (1, 4, 5), [7, 0, 2])
+        with pytest.raises(DataError, match=f"expected the four files of {name} in IDX format"):
+            load_dataset(name, "train", mnist_dir)
+
+    @pytest.mark.parametrize(("name", "labels"), [("cifar10", 1), ("cifar100", 2)])
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_cifar(self, name: str, labels: int, inside: bool, tmp_path: Path) -> None:
+        folder = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
+        where = tmp_path / folder if inside else tmp_path
+        where.mkdir(exist_ok=True)
+        records = np.random.default_rng(0).integers(0, 256, (12, labels + 3072), np.uint8)
+        records[:, :labels] %= 10
+        records[:2].tofile(where / ("test_batch.bin" if name == "cifar10" else "test.bin"))
+        for k in range(5):
+            file = f"data_batch_{k + 1}.bin" if name == "cifar10" else "train.bin"
+            records[2 + 2 * k : 4 + 2 * k].tofile(where / file)
+        test, train = (load_dataset(name, split, tmp_path) for split in ("test", "train"))
+        assert test.labels.tolist() == records[:2, labels - 1].tolist()
+        assert len(train) == (10 if name == "cifar10" else 2)
+        assert test.input_shape == (3, 32, 32)
+        torch.testing.assert_close(test.images[1, 2, 5, 7] * 255, torch.tensor(float(records[1, labels + 2215])))
+
+    def test_broken_cifar(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"test_batch.bin: cannot be read .*cifar10's binary version"):
+            load_dataset("cifar10", data_dir=tmp_path)
+        (tmp_path / "test_batch.bin").write_bytes(b"123")
+        with pytest.raises(DataError, match=r"test_batch.bin: 3 bytes, expected records of 3073"):
+            load_dataset("cifar10", data_dir=tmp_path)
+
+
+class TestFolders:
+    def write(self, folder: Path, mode: str, size: tuple[int, int] = (5, 4)) -> dict[str, np.ndarray]:
+        image = pytest.importorskip("PIL.Image")
+        random, found = np.random.default_rng(0), {}
+        for name in ("b/1.png", "a/2.png", "a/1.png"):
+            shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+            found[name] = random.integers(0, 256, shape, np.uint8)
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            image.fromarray(found[name]).save(folder / name)
+        return found
+
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_classes_and_images_in_the_order_of_their_names(self, mode: str, tmp_path: Path) -> None:
+        found = self.write(tmp_path, mode)
+        data = load_dataset(str(tmp_path))
+        assert data.labels.tolist() == [0, 0, 1]
+        assert data.input_shape == ((1 if mode == "L" else 3), 4, 5)
+        expected = found["a/2.png"][..., None] if mode == "L" else found["a/2.png"]
+        torch.testing.assert_close(data.images[1] * 255, torch.from_numpy(expected.transpose(2, 0, 1)).float())
+
+    def test_splits(self, tmp_path: Path) -> None:
+        for split in ("train", "test"):
+            self.write(tmp_path / split, "L", (5, 4) if split == "test" else (3, 4))
+        assert load_dataset(tmp_path / "test").input_shape == load_dataset(tmp_path).input_shape == (1, 4, 5)
+        assert load_dataset(tmp_path, "train").input_shape == (1, 4, 3)
+
+    def test_what_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no images, expected at least one"):
+            load_dataset(tmp_path)
+        self.write(tmp_path / "x", "L")
+        (tmp_path / "x" / "a" / "3.png").write_bytes(b"nothing")
+        with pytest.raises(DataError, match=r"3.png: cannot be read as an image"):
+            load_dataset(tmp_path / "x")
+        self.write(tmp_path / "y", "L")
+        self.write(tmp_path / "y" / "c", "L", (2, 2))
+        (tmp_path / "y" / "c" / "9.png").write_bytes((tmp_path / "y" / "c" / "a" / "1.png").read_bytes())
+        with pytest.raises(DataError, match="expected one shape"):
+            load_dataset(tmp_path / "y")
+
+
+class TestOthersObjects:
+    IMAGES = torch.rand(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    LABELS = torch.tensor([3, 1, 2, 0])
+
+    def same(self, data: Dataset) -> None:
+        torch.testing.assert_close(data.images, self.IMAGES)
+        assert data.labels.tolist() == self.LABELS.tolist()
+
+    def test_torch_data_sets_and_loaders(self) -> None:
+        pairs = torch.utils.data.TensorDataset(self.IMAGES, self.LABELS)
+        self.same(as_dataset(pairs))
+        self.same(as_dataset(torch.utils.data.DataLoader(pairs, batch_size=3)))
+        assert len(as_dataset(torch.utils.data.DataLoader(pairs, batch_size=3), limit=2)) == 2
+
+    def test_mappings_of_pil_images(self) -> None:
+        image = pytest.importorskip("PIL.Image")
+        levels = (self.IMAGES * 255).to(torch.uint8)
+        rows = [
+            {"img": image.fromarray(one.permute(1, 2, 0).numpy()), "label": int(label)}
+            for one, label in zip(levels, self.LABELS, strict=True)
+        ]
+        data = as_dataset(rows, name="mine", split="train")
+        torch.testing.assert_close(data.images, levels / 255)
+        assert (data.name, data.split) == ("mine", "train")
+        grey = as_dataset([(image.fromarray(levels[0, 0].numpy()), 1)])
+        torch.testing.assert_close(grey.images[0, 0], levels[0, 0] / 255)
+
+    def test_what_is_refused(self) -> None:
+        with pytest.raises(DataError, match="own: an entry of type int, expected an image and a label"):
+            as_dataset([3])
+        with pytest.raises(DataError, match="own: an entry of type list, expected an image and a label"):
+            as_dataset([{"picture": 3}])
+        with pytest.raises(DataError, match="no images"):
+            as_dataset([])

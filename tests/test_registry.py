@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import flowverify as fv
-from flowverify.bench.kinds import KINDS
+from flowverify.bench.tasks import KINDS
+from flowverify.certifiers.options import MarabouOptions
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.export.options import MarabouOptions
 from flowverify.registry import ATTACKS, ENGINES, METHODS, Entry, Registry, help_of, parsed
 
 REGISTRIES = {"methods": METHODS, "engines": ENGINES, "attacks": ATTACKS, "kinds": KINDS}
@@ -171,7 +171,7 @@ class TestOptions:
         shown = " ".join(run("verify", "--help").stdout.split())
         for path, name in (
             ("flowverify.certifiers.options:IncompleteOptions", "bound"),
-            ("flowverify.export.options:MarabouOptions", "encoding"),
+            ("flowverify.certifiers.options:MarabouOptions", "encoding"),
         ):
             assert help_of(path, name) in shown
         assert METHODS.listing() in shown and ENGINES.listing() in shown

@@ -19,7 +19,7 @@ from benchmarks.soundness.tally import Tally, report
 from benchmarks.soundness_fuzz import case_seed, run_cases
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 from flowverify.errors import InvalidInputError
 
 GROUNDS = ("l1", "l2", "l2^2", "l1^1.5", "local:3", "local:5:l1")

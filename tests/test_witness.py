@@ -9,12 +9,12 @@ from flowverify.attack import BaseAttack, Schedule, make_attack
 from flowverify.ball import Threat
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export import marabou
-from flowverify.export.folder import PlainCertifier, Source, write_folder
+from flowverify.export.folder import Source, write_folder
 from flowverify.export.plan import Request, plan
-from flowverify.export.replay import replay as replay_export
+from flowverify.export.results import replay as replay_export
 from flowverify.network import Network, write_onnx
 from flowverify.network.subject import Subject
 from flowverify.smoothing import Noise, SmoothedClassifier, SplitClassifier, Splitting
@@ -170,7 +170,7 @@ def replayed_export(network, label, folder):
     values = made.instances[0].centre.copy()
     values[3 + 1] += 1.0  # the flow from (1, 1) to (1, 2), rightward flows first
     return replay_export(
-        PlainCertifier(network, "fine-tuned", "outside"), IMAGE[0], label, fv.WassersteinBall(1.0), values,
+        Subject(network), IMAGE[0], label, fv.WassersteinBall(1.0), values,
         made.network.inputs, made.network.encoding, folder / "network.onnx",
     ).falsified  # fmt: skip
 

@@ -24,8 +24,8 @@ from benchmarks.soundness.networks import Normalise
 from benchmarks.soundness.question import Question
 from benchmarks.soundness.tally import Tally
 from flowverify.ball import Threat
-from flowverify.certifiers.complete.options import CompleteOptions
 from flowverify.certifiers.incomplete import Certifier
+from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import FlowverifyError
 from flowverify.network import Network, load_network
 from flowverify.registry import COMPLETE, INCOMPLETE, METHODS

@@ -1,15 +1,10 @@
 """Attacks on the 1-Wasserstein threat model: upper bounds of what can be certified, never overstated."""
 
-from flowverify.attack.base import BaseAttack
+from flowverify.attack.base import CIFAR10, MNIST, AttackResult, BaseAttack, Schedule, make_attack
 from flowverify.attack.binarised import Binarised, binarise
 from flowverify.attack.flow_descent import FlowDescent
-from flowverify.attack.frank_wolfe import FrankWolfe
-from flowverify.attack.make import make_attack
-from flowverify.attack.minimal import MinimalRadius
-from flowverify.attack.projected_sinkhorn import ProjectedSinkhorn
-from flowverify.attack.result import AttackResult
-from flowverify.attack.schedule import CIFAR10, MNIST, Schedule
-from flowverify.attack.sinkhorn import LocalCost, conjugate_sinkhorn, project_sinkhorn
+from flowverify.attack.frank_wolfe import FrankWolfe, MinimalRadius
+from flowverify.attack.sinkhorn import LocalCost, ProjectedSinkhorn, conjugate_sinkhorn, project_sinkhorn
 from flowverify.registry import ATTACKS
 
 __all__ = [

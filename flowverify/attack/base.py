@@ -4,24 +4,152 @@ What a search offers is repaired, and pulled back along the segment from the cle
 There W1(mu, (1 - t) mu + t nu) = t W1(mu, nu) for every t in [0, 1]: W1 is the maximum of f . (nu - mu) over
 1-Lipschitz f, which is homogeneous in nu - mu. For a ground cost that is no metric, the cost of the cheapest plan is
 convex: at most t times that to nu. Nonnegativity, mass and a cap hold on the whole segment.
+
+The classifier under attack is any torch module that maps images (B, C, H, W) to logits (B, classes). Where radii grow,
+the first at which an attack succeeds is its answer (Wong et al. 2019, Section 5).
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.model import AttackedModel
-from flowverify.attack.result import FOUND, MISCLASSIFIED, NOT_FOUND, AttackResult, join
 from flowverify.ball import Ball, Threat, WassersteinBall, between
 from flowverify.errors import InvalidInputError
-from flowverify.network.subject import surplus
+from flowverify.network.subject import Subject, surplus
+from flowverify.registry import ATTACKS
+from flowverify.results import Verdict
 from flowverify.witness import replay
+
+ROUNDING = 16  # units in the last place of the largest logit: how far beyond a tie a search goes at least
+
+
+class AttackedModel(Subject):
+    """A classifier with the gradients that a search follows.
+
+    A search runs in the classifier's own precision, and goes a little beyond ties; what counts is the rule of
+    :mod:`flowverify.network.subject`. The module should be differentiable where its gradient is to lead anywhere.
+    """
+
+    def gradients(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """f_t - f_y and its gradient in the image, float64 (B,) and (B, C, H, W); NaN gradients become 0."""
+
+        def margin(logits: Tensor) -> Tensor:
+            return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+
+        return self.gradient_of(images, margin)
+
+    def gradient_of(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Values (B,) of a function of the logits, and the gradients of each in its image, float64."""
+        variable = images.to(self.dtype).detach().requires_grad_(True)
+        with torch.enable_grad():
+            values = function(self.call(self.own, variable))
+            if not values.requires_grad:  # nothing depends on the image
+                return values.detach().double(), torch.zeros_like(images, dtype=torch.float64)
+            (gradient,) = torch.autograd.grad(values.sum(), variable)
+        return values.detach().double(), gradient.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def margins(self, images: Tensor, labels: Tensor) -> Tensor:
+        """max over t of f_t - f_y, float64 (B,): positive where misclassified; NaN where a logit is."""
+        return surplus(self.logits(images), labels)
+
+    def crossed(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whether each image is misclassified in the classifier's own precision, well beyond rounding; bool (B,)."""
+        logits = self.logits(images)
+        return surplus(logits, labels) > self.rounding(logits, 4)
+
+    def rounding(self, logits: Tensor, times: float = 1.0) -> Tensor:
+        """``times`` the allowance for rounding in the classifier's own precision, (B, classes) -> (B,)."""
+        return times * ROUNDING * torch.finfo(self.dtype).eps * logits.abs().amax(1)
+
+
+FOUND, NOT_FOUND, MISCLASSIFIED = "found", "not found", "misclassified"
+VERDICTS = {FOUND: Verdict.FALSIFIED, NOT_FOUND: Verdict.UNKNOWN, MISCLASSIFIED: Verdict.MISCLASSIFIED}
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Adversarial images that passed every check, and what the others failed on.
+
+    The claim, for every image with outcome "found": ``images[k]`` is nonnegative, at most the cap if there is one,
+    has the mass of the clean image in every channel to a relative 1e-9, is misclassified by the model strictly, in
+    float64 and in its own precision, and ``radius[k]`` is its exact W1 from the clean image, so no certificate of a
+    larger radius can hold.
+
+    Attributes:
+        images: float64 (B, C, H, W); the clean image where nothing was found.
+        radius: float64 (B,), in pixels, of normalised images; 0 where the clean image is misclassified already,
+            infinite where nothing was found.
+        label, prediction: int64 (B,); the prediction is that of ``images``.
+        outcome: "found", "misclassified" (the clean image is) or "not found".
+        note: why nothing was found, where there is more to say.
+        attack, ground, cap: which attack, under which threat model.
+        seconds: wall time of the whole batch.
+    """
+
+    images: Tensor
+    radius: Tensor
+    label: Tensor
+    prediction: Tensor
+    outcome: tuple[str, ...]
+    note: tuple[str, ...]
+    attack: str
+    ground: str
+    cap: float | None
+    seconds: float
+
+    @property
+    def found(self) -> Tensor:
+        """Whether an adversarial image was found (or the clean one is misclassified); bool (B,)."""
+        return torch.isfinite(self.radius)
+
+    def __len__(self) -> int:
+        return len(self.outcome)
+
+    def to_json(self, index: int) -> dict[str, Any]:
+        """One image's outcome as plain JSON values; ``radius`` is null where nothing was found.
+
+        ``verdict`` says the same in the words of certificates: of the radius asked about, or of the one found.
+        """
+        radius = float(self.radius[index])
+        record: dict[str, Any] = {
+            "label": int(self.label[index]),
+            "prediction": int(self.prediction[index]),
+            "attack": self.attack,
+            "ground": self.ground,
+            "cap": self.cap,
+            "outcome": self.outcome[index],
+            "verdict": str(VERDICTS[self.outcome[index]]),
+            "radius": radius if self.found[index] else None,
+            "seconds": round(self.seconds / len(self), 6),
+        }
+        if self.note[index]:
+            record["note"] = self.note[index]
+        return record
+
+
+def join(parts: list[AttackResult]) -> AttackResult:
+    """The results of consecutive batches as one."""
+    first = parts[0]
+    return AttackResult(
+        images=torch.cat([part.images for part in parts]),
+        radius=torch.cat([part.radius for part in parts]),
+        label=torch.cat([part.label for part in parts]),
+        prediction=torch.cat([part.prediction for part in parts]),
+        outcome=tuple(word for part in parts for word in part.outcome),
+        note=tuple(word for part in parts for word in part.note),
+        attack=first.attack,
+        ground=first.ground,
+        cap=first.cap,
+        seconds=sum(part.seconds for part in parts),
+    )
+
 
 FIRST_RADIUS = 0.05  # pixels; the order of radii on plainly trained networks
 GROWTH = 2.0
@@ -296,3 +424,44 @@ def confirm(model: AttackedModel, batch: Batch, candidates: Tensor, *, shorten: 
         distance[chosen] = replay(model, ball[chosen], labels[chosen], final[chosen])
     kept = torch.isfinite(distance)
     return torch.where(kept[:, None, None, None], final, ball.images), distance
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The radius starts at ``first`` and grows by ``factor`` every ``every`` of ``iterations`` steps.
+
+    Raises:
+        InvalidInputError: a radius that is not positive, a factor below 1, fewer than one step.
+    """
+
+    first: float
+    factor: float
+    every: int
+    iterations: int
+
+    def __post_init__(self) -> None:
+        if not (self.first > 0 and self.factor >= 1 and self.every >= 1 and self.iterations >= 1):
+            raise InvalidInputError(f"{self}: expected first > 0, factor >= 1, every >= 1 and iterations >= 1")
+
+    def radius(self, iteration: int) -> float:
+        """The radius of a step, counted from 0."""
+        return self.first * self.factor ** (iteration // self.every)
+
+
+MNIST = Schedule(0.3, 1.1, 10, 200)
+CIFAR10 = Schedule(0.001, 1.17, 10, 400)
+
+
+def make_attack(name: str, model: nn.Module, **options: Any) -> BaseAttack:
+    """The attack of this name, or MODULE:CLASS, on a model; ``options`` are those of its class.
+
+    A mapping given as ``schedule`` holds the fields of a :class:`~flowverify.attack.base.Schedule`.
+
+    Raises:
+        UnknownNameError: no attack has this name.
+        InvalidInputError: a model or an option that the attack does not take.
+    """
+    if isinstance(schedule := options.get("schedule"), Mapping):
+        options["schedule"] = Schedule(**schedule)
+    made: BaseAttack = ATTACKS.make(name, ATTACKS.options(name, options), model)
+    return made

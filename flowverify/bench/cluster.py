@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
-from flowverify.bench.limits import thread_environment
 from flowverify.bench.pool import Backend, Worker, WorkerDiedError
-from flowverify.bench.session import Reply, Session, Setup
+from flowverify.bench.session import Reply, Session, Setup, thread_environment
 from flowverify.bench.tasks import Context, Job
 from flowverify.errors import BoundError, DependencyError
 

@@ -3,9 +3,8 @@
 import gc
 from contextlib import suppress
 
-import flowverify.bench.limits
 import flowverify.bench.session
-from flowverify.bench.kinds import KINDS
+from flowverify.bench.tasks import KINDS
 from flowverify.registry import METHODS
 
 for name in KINDS:
@@ -13,6 +12,6 @@ for name in KINDS:
 with suppress(ImportError):  # auto_LiRPA is missing: the jobs that need it say so
     for name in METHODS:
         METHODS.find(name)
-flowverify.bench.limits.environment()
+flowverify.bench.session.environment()
 gc.collect()
 gc.freeze()  # what is here stays: collections in the workers need not look at it, nor copy its pages

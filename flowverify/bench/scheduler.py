@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flowverify.bench.limits import environment
 from flowverify.bench.pool import Backend, Outcome, Pool, Times
-from flowverify.bench.session import failure
+from flowverify.bench.session import environment, failure
 from flowverify.bench.store import Store, key_of
 from flowverify.bench.suite import Suite
 from flowverify.bench.tasks import Job, Record

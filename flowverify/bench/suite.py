@@ -14,13 +14,10 @@ from pydantic import Field, TypeAdapter, ValidationInfo, WithJsonSchema, WrapVal
 from pydantic_core import PydanticCustomError
 
 from flowverify.bench import sources
-from flowverify.bench.attack_kind import AttackRun
-from flowverify.bench.certify_kind import CertifyRun
-from flowverify.bench.comparisons import Comparison, resolved
-from flowverify.bench.instances_kind import InstancesRun
-from flowverify.bench.kinds import find_kind
-from flowverify.bench.script_kind import ScriptRun
-from flowverify.bench.tasks import Context, Defaults, Job, Run, Task
+from flowverify.bench.image_kinds import AttackRun, CertifyRun
+from flowverify.bench.outside_kinds import InstancesRun, ScriptRun
+from flowverify.bench.statistics import Comparison, resolved
+from flowverify.bench.tasks import Context, Defaults, Job, Run, Task, find_kind
 from flowverify.errors import FlowverifyError, InvalidInputError
 from flowverify.settings import (
     Natural,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import Field
 
 from flowverify.records import Record as Record
+from flowverify.registry import Entry, Registry
 from flowverify.settings import Settings, settings
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Task:
 
     Attributes:
         name: unique in its suite, such as ``certify/mnist-fc3/vanilla/crown/l1/search``.
-        kind: a name in :data:`flowverify.bench.kinds.KINDS`.
+        kind: a name in :data:`flowverify.bench.tasks.KINDS`.
         settings: what the kind needs, as JSON values.
         positions: of the images in the data set, or whatever the kind counts.
         chunk: how many positions are computed together; results may depend on it in the last digits, so it is
@@ -118,3 +119,26 @@ class Kind(ABC, Generic[AnyRun]):
     @abstractmethod
     def prepare(self, task: Task, context: Context) -> Prepared:
         """Whatever all jobs of the task need, built once by each worker."""
+
+
+KINDS = Registry(
+    "kind",
+    {
+        "certify": Entry("certificates, or searched radii", "flowverify.bench.image_kinds:Certify"),
+        "attack": Entry("adversarial images", "flowverify.bench.image_kinds:Attack"),
+        "instances": Entry("questions of VNN-COMP", "flowverify.bench.outside_kinds:Instances"),
+        "script": Entry("programs of one's own", "flowverify.bench.outside_kinds:Script"),
+    },
+    base="flowverify.bench.tasks:Kind",
+)
+
+
+def find_kind(name: str) -> Kind[Any]:
+    """The kind of this name, or of a user's class ``MODULE:CLASS``, which every worker must be able to import.
+
+    Raises:
+        UnknownNameError: no kind has this name.
+        InvalidInputError: there is no such class, or it is no :class:`~flowverify.bench.tasks.Kind`.
+    """
+    kind: Kind[Any] = KINDS.find(name)()
+    return kind

@@ -173,7 +173,7 @@ class Certifier(BaseCertifier):
             budgets[chosen], margins[chosen] = self._largest_budgets(
                 threat.unlimited(images[correct]),
                 labels[correct],
-                (1 + tolerance) ** threat.cost.power - 1,
+                threat.cost.budget(1 + tolerance) - 1,
                 None if references is None else references[chosen.to(references.device)],
             )
         radius = threat.cost.radius(budgets)
@@ -185,7 +185,7 @@ class Certifier(BaseCertifier):
     ) -> tuple[Tensor, Tensor]:
         """For each unit of mass, (B,), with the margins at them, (B,): margins fall with the budget about linearly."""
         threat, count = ball.threat, len(ball)
-        limit = threat.largest_radius(ball.grid) ** threat.cost.power
+        limit = threat.cost.budget(threat.largest_radius(ball.grid))
 
         def at(dtype: torch.dtype, cover: Threat, warm_start: WarmStart | None, effort: Effort) -> MarginFunction:
             def evaluate(rows: Tensor, budget: Tensor) -> Tensor:

@@ -12,12 +12,10 @@ import typer
 
 from flowverify import __version__
 from flowverify.cli.attack import attack
-from flowverify.cli.bench import bench
+from flowverify.cli.bench import bench, report
 from flowverify.cli.demo import demo
-from flowverify.cli.doctor import doctor
 from flowverify.cli.export import export
-from flowverify.cli.models import models
-from flowverify.cli.report_command import report
+from flowverify.cli.models import doctor, models
 from flowverify.cli.smooth import smooth
 from flowverify.cli.train import train
 from flowverify.cli.verify import verify

@@ -11,9 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowverify.cli.common import (
+    Cap,
+    DataDir,
+    DatasetName,
+    Device,
+    Ground,
+    Index,
+    InputShape,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Options,
+    Output,
+    Save,
+    Source,
+    Split,
+    Std,
+    Weights,
+    user_errors,
+)
 from flowverify.cli.job import Job
-from flowverify.cli.options import Cap, DataDir, DatasetName, Device, Ground, Index, Json, Model, Options, Save, Split
-from flowverify.cli.report import user_errors
 from flowverify.errors import InvalidInputError
 from flowverify.registry import ATTACKS, parsed
 
@@ -40,6 +59,12 @@ def attack(
     index: Index = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 100,
     seed: Annotated[int, typer.Option(help="Of what is random in an attack.")] = 0,
     device: Device = "cpu",
@@ -63,7 +88,8 @@ def attack(
     if images is not None:
         _prepare_folder(images)
     options = parsed(option)
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
     attacked = job.network if binarise is None else Binarised(job.network, binarise, steepness=10.0)
     search = make_attack(method, attacked, **{"batch_size": batch_size, "seed": seed, **options})
     # What is wrong with any image comes out before the first is attacked.

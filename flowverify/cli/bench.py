@@ -1,4 +1,7 @@
-"""``flowverify bench``: runs a suite into a folder; the same command goes on where a run ended."""
+"""``flowverify bench``: runs a suite into a folder; the same command goes on where a run ended.
+
+``flowverify report``: its results as a page, as CSV and as LaTeX tables.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.options import DataDir, check_device
-from flowverify.cli.report import FAILED, INTERRUPTED, print_error, progress_bar, schema_option, user_errors
+from flowverify.cli.common import (
+    FAILED,
+    INTERRUPTED,
+    DataDir,
+    check_device,
+    print_error,
+    progress_bar,
+    schema_option,
+    user_errors,
+)
 from flowverify.errors import DataError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -98,7 +109,7 @@ def use_data_folder(folder: Path | None) -> None:
 
 def _backend(runner: str, address: str | None, workers: int | None, suite: Suite) -> Backend:
     if runner == "local":
-        from flowverify.bench.local import LocalBackend
+        from flowverify.bench.pool import LocalBackend
 
         return LocalBackend(suite.context, workers, suite.budget.memory)
     from flowverify.bench.cluster import RayBackend
@@ -128,8 +139,7 @@ class _Display:
 
 
 def _summarise(suite: Suite, store: Store, done: RunReport) -> None:
-    from flowverify.bench.comparisons import evidence, measured
-    from flowverify.bench.statistics import by_task
+    from flowverify.bench.statistics import by_task, evidence, measured
 
     tasks = by_task(suite.tasks, store.records.values())
     for one in tasks:
@@ -151,3 +161,21 @@ def _summarise(suite: Suite, store: Store, done: RunReport) -> None:
         f"{done.added} records added in {done.seconds:.1f} s; starting workers {times.starting:.1f} s, jobs "
         f"{times.computing:.1f} s, overhead {times.overhead:.1%} of the jobs' own time"
     )
+
+
+@user_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of the results, as given to `flowverify bench --out`.")],
+    out: Annotated[Path | None, typer.Option(help="Where the files go; by default the same folder.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write report.html, one page that needs no network, records.csv, summary.csv and tables.tex.
+
+    A run that is not finished, or still going on, is reported as far as it is.
+    """
+    use_data_folder(data_dir)
+
+    from flowverify.bench.report import write_report
+
+    for path in write_report(folder, out):
+        typer.echo(f"wrote {path}")

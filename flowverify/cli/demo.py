@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowverify.cli.options import Bound, check_picture
-from flowverify.cli.report import output, table, user_errors
+from flowverify.cli.common import Bound, check_picture, output, table, user_errors
 from flowverify.results import Verdict
 
 if TYPE_CHECKING:

@@ -8,12 +8,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowverify.cli.options import DataDir, DatasetName, Ground, Json, Model, Split
-from flowverify.cli.report import FAILED, json_line, progress_bar, user_errors
+from flowverify.cli.common import (
+    FAILED,
+    DataDir,
+    DatasetName,
+    Ground,
+    InputShape,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Output,
+    Source,
+    Split,
+    Std,
+    Weights,
+    json_line,
+    progress_bar,
+    user_errors,
+)
+from flowverify.cli.job import load_inputs
 from flowverify.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from flowverify.network import Network
     from flowverify.results import Certificate
 
 
@@ -42,6 +59,12 @@ def export(
     ] = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     json: Json = False,
 ) -> None:
     """Write networks and properties that a verifier which knows nothing of Wasserstein can decide.
@@ -49,31 +72,26 @@ def export(
     linear is exact for Marabou; outputs is parsed everywhere; penalty needs boxes only; l1-penalty is for tools with an
     L1 ball of their own, such as alpha-beta-CROWN. Exit code 1: some collected verdict is "error"; 2: bad input.
     """
+    given = Source(model, layout, input_shape, mean, std, output, weights)
     if collect is not None:
-        _collect(model, out, collect, json=json)
+        _collect(given, out, collect, json=json)
         return
     if not radius:
         raise InvalidInputError("radius: given none, expected --radius R, at least once")
 
-    from flowverify.data import load_dataset, parse_index
-    from flowverify.export.folder import Layout, Source, check_target, write_folder
+    from flowverify.data import parse_index
+    from flowverify.export.folder import Layout as FileLayout
+    from flowverify.export.folder import Source as Origin
+    from flowverify.export.folder import check_target, write_folder
     from flowverify.export.plan import Request
-    from flowverify.zoo import load_card
 
     request = Request(encoding, tuple(radius), not vanilla, reference, ground, penalty_weight)
-    layout = Layout(vnnlib, timeout, compress)
+    file_layout = FileLayout(vnnlib, timeout, compress)
     check_target(out, force)
-    network = None
-    if dataset is None:
-        if model.endswith(".onnx"):
-            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
-        network = _load(model)
-        dataset = load_card(model).dataset
-    data = load_dataset(dataset, split, data_dir)
-    network = network or _load(model, data.input_shape)
+    network, data = load_inputs(given, dataset, split, data_dir)
     positions = list(parse_index(index, len(data)))
     chosen = data[positions]
-    source = Source(model, data.name, split, tuple(positions))
+    origin = Origin(model, data.name, split, tuple(positions))
     with progress_bar(quiet=json) as bar:
         task = bar.add_task(f"{model} on {data.name}", total=len(positions) * len(radius))
         manifest = write_folder(
@@ -82,8 +100,8 @@ def export(
             chosen.images,
             chosen.labels,
             request,
-            source,
-            layout,
+            origin,
+            file_layout,
             force=force,
             progress=lambda count: bar.advance(task, count),
         )
@@ -98,20 +116,14 @@ def export(
     )
 
 
-def _load(model: str, shape: tuple[int, int, int] | None = None) -> Network:
-    from flowverify.zoo import load_model
-
-    return load_model(model, shape)
-
-
-def _collect(model: str, folder: Path, results: Path, *, json: bool) -> None:
+def _collect(source: Source, folder: Path, results: Path, *, json: bool) -> None:
     from flowverify.ball import distance_name
     from flowverify.export.folder import load_arrays
     from flowverify.export.results import collect
     from flowverify.results import Verdict
 
     shape = load_arrays(folder)["images"].shape[1:]
-    network = _load(model, (int(shape[0]), int(shape[1]), int(shape[2])))
+    network = source.load((int(shape[0]), int(shape[1]), int(shape[2])))
     found: list[tuple[int, Certificate]] = []
     for index, certificate in collect(network, folder, results):
         found.append((index, certificate))

@@ -1,4 +1,7 @@
-"""The images of one call: loaded, computed a few at a time, printed and saved as they are done."""
+"""The images of one call: loaded, computed a few at a time, printed and saved as they are done.
+
+They go to a file of JSON lines that a command fills image by image, and goes on with when it is run again.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from json import loads
+from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flowverify.cli.options import check_device, check_writable
-from flowverify.cli.records import Records
-from flowverify.cli.report import INTERRUPTED, json_line, one_line, output, print_error, progress_bar, table
-from flowverify.errors import InvalidInputError
+from flowverify.cli.common import (
+    INTERRUPTED,
+    Source,
+    check_device,
+    check_writable,
+    json_line,
+    one_line,
+    output,
+    print_error,
+    progress_bar,
+    table,
+)
+from flowverify.errors import FlowverifyError, InvalidInputError
+from flowverify.records import RecordFile
 from flowverify.results import Interrupted, Verdict
 
 if TYPE_CHECKING:
@@ -25,7 +39,57 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
     from flowverify.network import Network
 
+
+class Records:
+    """Records of images by position, in a file (:class:`flowverify.records.RecordFile`) or nowhere.
+
+    Args:
+        path: of the file, or None; one that is there is gone on with.
+        settings: what the results depend on; every record holds them.
+
+    Raises:
+        InvalidInputError: the file cannot be written to, another process is writing to it, or it holds records of
+            other settings.
+        DataError: it holds something else.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, dict(settings)
+        self.done: dict[int, dict[str, Any]] = {}
+        self._file: RecordFile[int] | None = None
+        if path is None:
+            return
+        try:
+            self._file = RecordFile(check_writable(path, "save"), itemgetter("index"), ("index",))
+        except FlowverifyError as error:
+            raise type(error)(f"save {str(error).removeprefix('save ')}") from error
+        except OSError as error:
+            raise InvalidInputError(f"save {path}: {error.strerror or error}, expected a writable file") from error
+        for number, (position, record) in enumerate(self._file.records.items(), 1):
+            for key, value in self.settings.items():
+                if record.get(key) != value:
+                    self.close()
+                    raise InvalidInputError(
+                        f"save {path}: line {number} was computed with {key} {record.get(key)!r}, given {value!r}, "
+                        "expected the same (or another file)"
+                    )
+            self.done[position] = record
+
+    def add(self, position: int, record: Mapping[str, Any]) -> str:
+        """Appends a record to the file at once, and returns its line."""
+        whole = {"index": position, **record, **self.settings}
+        if self._file is not None:
+            self._file.append([whole])
+        return json_line(whole)
+
+    def close(self) -> None:
+        """Lets others write to the file."""
+        if self._file is not None:
+            self._file.close()
+
+
 SHORT_TABLE = 20
+LEVELS = 2.0  # brighter images are probably levels from 0 to 255
 DEFAULT_COUNT = 100
 
 Work = Callable[["Dataset", list[int], Callable[[int], None]], Sequence[Mapping[str, Any]]]
@@ -35,6 +99,7 @@ class Job:
     """The images of one call, and what comes out of it.
 
     Args:
+        source: a shipped model, a file or a factory.
         save: a file of JSON lines that is gone on with, if it is there.
 
     Raises:
@@ -43,7 +108,7 @@ class Job:
 
     def __init__(
         self,
-        model: str,
+        source: Source,
         dataset: str | None,
         index: str | None,
         split: str,
@@ -57,13 +122,20 @@ class Job:
 
         target = check_device(device)
         self.save = None if save is None else check_writable(save, "save")
-        network, self.data = load_inputs(model, dataset, split, data_dir)
+        network, self.data = load_inputs(source, dataset, split, data_dir)
         self.network: Network = network.to(target)
         self.positions = list(
             parse_index(f":{min(DEFAULT_COUNT, len(self.data))}" if index is None else index, len(self.data))
         )
-        self.title, self.json = f"{model} on {self.data.name}", json
-        self.settings: dict[str, Any] = {"model": model, "dataset": self.data.name, "split": split}
+        brightest = float(self.data.images.max()) if len(self.data) else 0.0
+        if brightest > LEVELS:
+            typer.echo(
+                f"{self.data.name}: pixels go up to {brightest:g}; radii do not depend on that, but the network has to "
+                "take such images",
+                err=True,
+            )
+        self.title, self.json = f"{source.model} on {self.data.name}", json
+        self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -172,15 +244,15 @@ class Job:
             raise typer.Exit(INTERRUPTED)
 
 
-def load_inputs(model: str, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
-    """A shipped model or an ONNX file, and its data set, by default the one of the model's card."""
+def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
+    """A model and its data set, by default the one of a shipped model's card."""
     from flowverify.data import load_dataset
-    from flowverify.zoo import load_card, load_model
+    from flowverify.zoo import load_card
 
-    if model.endswith(".onnx"):
-        if dataset is None:
-            raise InvalidInputError(f"model {model}: a file does not name its data set, expected --dataset NAME")
-        data = load_dataset(dataset, split, data_dir)
-        return load_model(model, data.input_shape), data
-    network = load_model(model)
-    return network, load_dataset(dataset or load_card(model).dataset, split, data_dir)
+    if source.is_shipped:
+        network = source.load()
+        return network, load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
+    if dataset is None:
+        raise InvalidInputError(f"model {source.model}: a file does not name its data set, expected --dataset NAME")
+    data = load_dataset(dataset, split, data_dir)
+    return source.load(data.input_shape), data

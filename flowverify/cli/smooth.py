@@ -9,9 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowverify.cli.common import (
+    DataDir,
+    DatasetName,
+    Device,
+    Ground,
+    Index,
+    InputShape,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Output,
+    Save,
+    Source,
+    Split,
+    Std,
+    Weights,
+    user_errors,
+)
 from flowverify.cli.job import Job
-from flowverify.cli.options import DataDir, DatasetName, Device, Ground, Index, Json, Model, Save, Split
-from flowverify.cli.report import user_errors
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -63,6 +80,12 @@ def predict(
     index: Index = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     seed: Seed = 0,
     memory: Memory = 256,
     device: Device = "cpu",
@@ -71,7 +94,7 @@ def predict(
 ) -> None:
     """Classify images by the smoothed classifier, which abstains where its samples do not settle the class."""
     from flowverify.smoothing import SmoothedClassifier, Splitting
-    from flowverify.smoothing.certificates import check_alpha, check_samples
+    from flowverify.smoothing.noise import check_alpha, check_samples
 
     check_samples("n", n)
     check_alpha(alpha)
@@ -79,7 +102,8 @@ def predict(
     if chosen is None or isinstance(chosen, Splitting):
         raise InvalidInputError("noise splitting: has no samples to predict from, expected `smooth certify`")
     settings = {"sigma": chosen.sigma, "n": n, "alpha": alpha, "seed": seed, "method": chosen.method}
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
     classifier = SmoothedClassifier(job.network, chosen, seed=seed, memory=memory * 2**20)
 
     def work(data: Dataset, positions: list[int], on_samples: Callable[[int], None]) -> Sequence[Any]:
@@ -121,6 +145,12 @@ def certify(
     index: Index = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     seed: Seed = 0,
     memory: Memory = 256,
     device: Device = "cpu",
@@ -133,7 +163,7 @@ def certify(
     """
     from flowverify.ball import distance_name
     from flowverify.smoothing import SmoothedClassifier, SplitClassifier, Splitting
-    from flowverify.smoothing.certificates import check_alpha, check_certificate, check_samples
+    from flowverify.smoothing.noise import check_alpha, check_certificate, check_samples
     from flowverify.transport.ground import check_ground
 
     check_samples("n0", n0)
@@ -143,7 +173,8 @@ def certify(
     chosen = choose_noise(model, noise, sigma, step, block)
     if not isinstance(chosen, Splitting):
         check_certificate(certificate, chosen)
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
     if not isinstance(chosen, Splitting):
         settings: dict[str, Any] = {"sigma": chosen.sigma, "n0": n0, "n": n, "alpha": alpha, "seed": seed}
         settings |= {"bound": certificate, "ground": ground, "method": chosen.method}

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.options import DataDir, Device, check_device
-from flowverify.cli.report import progress_bar, schema_option, user_errors
+from flowverify.cli.common import DataDir, Device, check_device, progress_bar, schema_option, user_errors
 
 if TYPE_CHECKING:
     from flowverify.training import EpochReport

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowverify.cli.job import Job
-from flowverify.cli.options import (
+from flowverify.cli.common import (
+    FAILED,
     INCOMPLETE,
     Bound,
     Cap,
@@ -20,15 +20,24 @@ from flowverify.cli.options import (
     Device,
     Ground,
     Index,
+    InputShape,
     Json,
+    Layout,
+    Mean,
     Model,
     Options,
+    Output,
     Save,
+    Source,
     Split,
+    Std,
+    Weights,
     check_picture,
     check_writable,
+    print_error,
+    user_errors,
 )
-from flowverify.cli.report import FAILED, print_error, user_errors
+from flowverify.cli.job import Job
 from flowverify.registry import ENGINES, METHODS, OWN_ENGINE, help_of, parsed
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -36,8 +45,8 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
 
 PICTURED = 4
-COMPLETE = "flowverify.certifiers.complete.options:CompleteOptions"
-MARABOU = "flowverify.export.options:MarabouOptions"
+COMPLETE = "flowverify.certifiers.options:CompleteOptions"
+MARABOU = "flowverify.certifiers.options:MarabouOptions"
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
 
@@ -76,6 +85,12 @@ def verify(
     ] = None,
     split: Split = "test",
     data_dir: DataDir = None,
+    layout: Layout = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Output = None,
+    weights: Weights = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images certified together.")] = 50,
     device: Device = "cpu",
     json: Json = False,
@@ -104,7 +119,8 @@ def verify(
         check_picture(picture)
     if witnesses is not None:
         check_writable(witnesses, "witnesses")
-    job = Job(model, dataset, index, split, data_dir, device, save, json=json)
+    source = Source(model, layout, input_shape, mean, std, output, weights)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
 
     from flowverify.api import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
@@ -200,7 +216,7 @@ def _print(job: Job, results: Sequence[Result], name: str, *, searched: bool, ev
 
 
 def _summary(found: Sequence[Certificate], name: str, *, searched: bool) -> str:
-    from flowverify.certifiers.ends import CLOSED, bracketed, count_closed, ends_of, median_text
+    from flowverify.certifiers.base import CLOSED, bracketed, count_closed, ends_of, median_text
 
     counts = Counter(str(certificate.verdict) for certificate in found)
     parts = [f"{counts.pop('certified', 0)} of {len(found)} certified"]

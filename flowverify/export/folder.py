@@ -26,15 +26,12 @@ import torch
 from torch import Tensor
 
 import flowverify
-from flowverify.ball import Threat
-from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
-from flowverify.export.configuration import LOADER, LOADER_TEXT, configuration
 from flowverify.export.encodings import ENCODINGS
 from flowverify.export.plan import Export, Instance, Request, plan
-from flowverify.export.vnnlib import VERSIONS, write_property
+from flowverify.export.properties import LOADER, LOADER_TEXT, VERSIONS, configuration, write_property
 from flowverify.network import Network, onnx_model
-from flowverify.results import Certificate
+from flowverify.network.subject import Subject
 
 MANIFEST, IMAGES, INSTANCES = "manifest.json", "images.npz", "instances.csv"
 
@@ -66,16 +63,6 @@ class Layout:
             raise InvalidInputError(f"VNN-LIB version {self.version!r}: expected one of {', '.join(VERSIONS)}")
         if not 0 < self.timeout < float("inf"):
             raise InvalidInputError(f"timeout: given {self.timeout!r}, expected seconds > 0")
-
-
-class PlainCertifier(BaseCertifier):
-    """Valid inputs, clean predictions and the network in float64; it certifies nothing."""
-
-    def certify(self, images: Tensor, labels: Tensor, ball: Any) -> list[Certificate]:
-        raise NotImplementedError
-
-    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
-        raise NotImplementedError
 
 
 def model_digest(network: Network) -> str:
@@ -129,9 +116,9 @@ def write_folder(
     """
     folder, layout = Path(folder), layout or Layout()
     check_target(folder, force)
-    certifier = PlainCertifier(network, request.method, request.encoding)
-    images, labels = certifier.check(images, labels)
-    predictions, correct = certifier.clean(images, labels)
+    subject = Subject(network)
+    images, labels = subject.check(images, labels)
+    predictions, correct = subject.clean(images, labels)
     chosen = correct.nonzero().flatten()
     if not chosen.numel():
         raise InvalidInputError(f"images: all {len(images)} are misclassified, expected one that can be certified")

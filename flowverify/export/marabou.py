@@ -1,33 +1,96 @@
-"""Complete certification by Marabou, through cuts or exported files, with every counterexample replayed."""
+"""Complete certification by Marabou, through cuts or exported files, with every counterexample replayed.
+
+A reduced question is decided class by class, with cuts added until it is proven or an image is found.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
+from flowverify.certifiers.options import MarabouOptions
 from flowverify.export.cuts import ReducedQuestion
-from flowverify.export.marabou_cuts import Decision, decide_by_cuts
 from flowverify.export.marabou_process import TIGHTENINGS, MarabouProcess, Outcome
 from flowverify.export.networks import Parts, take_apart
-from flowverify.export.options import MarabouOptions
 from flowverify.export.plan import Export, Instance, Request, plan
-from flowverify.export.properties import by_a_gap
-from flowverify.export.replay import falsify, replay
-from flowverify.export.vnnlib import write_property
+from flowverify.export.properties import by_a_gap, write_property
+from flowverify.export.results import falsify, replay
 from flowverify.network import write_onnx
+from flowverify.network.subject import Subject
 from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
-from flowverify.transport.inverse import flow_by_transport
+from flowverify.transport.references import flow_by_transport
 from flowverify.transport.support import support
+
+ROUNDS = 20  # for one class; each cut says less than the last, and each question takes longer
+
+Shown = TypeVar("Shown")
+
+
+@dataclass(frozen=True, eq=False)
+class Decision(Generic[Shown]):
+    """What an image showed; or the positions of the classes that are open, ascending, and the last word on one."""
+
+    shown: Shown | None
+    undecided: tuple[int, ...] = ()
+    message: str = ""
+
+
+def decide_by_cuts(
+    question: ReducedQuestion,
+    process: MarabouProcess,
+    folder: Path,
+    end: float,
+    show: Callable[[Tensor], Shown | None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Decision[Shown]:
+    """Asks about every class t != label, the hardest first.
+
+    Only ``unsat`` settles a class. Nothing undecided and nothing shown: the label is certified.
+
+    Args:
+        folder: for the files of the process.
+        end: on the clock.
+        show: what an image of the ball, (C, H, W), shows, None for nothing.
+    """
+    undecided: list[int] = []
+    message = ""
+    for target in question.margins.argsort().tolist():
+        proven = False
+        for _ in range(ROUNDS):
+            left = end - clock()
+            if left <= 0:
+                message = message or "no time was left for it"
+                break
+            path = folder / "program.npz"
+            question.program(target).save(path)
+            outcome = process.solve_program(path, left)
+            proven = outcome.result == "unsat"
+            if outcome.result != "sat" or outcome.values is None:
+                message = message if proven else outcome.message or f"the engine answered {outcome.result}"
+                break
+            refinement = question.refine(target, outcome.values)
+            for image in refinement.images:
+                shown = show(image)
+                if shown is not None:
+                    return Decision(shown)
+            message = "the counterexamples are no images"
+            if not refinement.cut:
+                break
+        if not proven:
+            undecided.append(target)
+    return Decision(None, tuple(sorted(undecided)), message)
+
 
 RAISE = 1.5  # a search multiplies a certified radius by this until one is not
 ROUNDING = 1e-6  # relative; rounding a weight to float32 changes it by at most 6e-8 of itself
@@ -190,7 +253,7 @@ class MarabouCertifier(BaseCertifier):
         self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export, candidate: Tensor
     ) -> Found | None:
         """Falsified if steps inside the ball lead from the candidate to a misclassified image, which is replayed."""
-        shown = falsify(self, candidate, image, label, ball, scales=(1.0,))
+        shown = falsify(self.subject, candidate, image, label, ball, scales=(1.0,))
         if shown.image is None:
             return None
         inputs, values = export.network.inputs, export.instances[0].centre.copy()
@@ -198,7 +261,7 @@ class MarabouCertifier(BaseCertifier):
         values[: inputs.flows] += torch.cat([flow.clamp(min=0), (-flow).clamp(min=0)]).numpy()
         onnx = folder / "network.onnx"
         write_onnx(export.network.graph, onnx)
-        shown = replay(self, image, label, ball, values, inputs, export.network.encoding, onnx)
+        shown = replay(self.subject, image, label, ball, values, inputs, export.network.encoding, onnx)
         return (Verdict.FALSIFIED, "", shown.distance) if shown.falsified else None
 
     def _by_files(
@@ -215,7 +278,7 @@ class MarabouCertifier(BaseCertifier):
 
         def attempt(instance: Instance, tightening: str) -> tuple[Outcome, Found]:
             onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - self._clock()))
-            return outcome, verdict_of(self, image, label, ball, outcome, export, onnx)
+            return outcome, verdict_of(self.subject, image, label, ball, outcome, export, onnx)
 
         outcome, found = attempt(asked, TIGHTENINGS[0])
         if outcome.result != "sat" or found[0] is Verdict.FALSIFIED:
@@ -284,7 +347,7 @@ class MarabouCertifier(BaseCertifier):
 
 
 def verdict_of(
-    certifier: BaseCertifier,
+    subject: Subject,
     image: Tensor,
     label: int,
     ball: WassersteinBall,
@@ -296,7 +359,7 @@ def verdict_of(
         return Verdict.CERTIFIED, "", None
     if outcome.result == "sat" and outcome.values is not None:
         shown = replay(
-            certifier, image, label, ball, outcome.values, export.network.inputs, export.network.encoding, onnx
+            subject, image, label, ball, outcome.values, export.network.inputs, export.network.encoding, onnx
         )
         return (Verdict.FALSIFIED, "", shown.distance) if shown.falsified else (Verdict.UNKNOWN, shown.reason, None)
     if outcome.result in ("timeout", "error"):

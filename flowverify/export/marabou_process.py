@@ -19,8 +19,8 @@ from typing import Any, Self
 import numpy as np
 
 from flowverify.errors import DependencyError
+from flowverify.export.encodings import FloatArray
 from flowverify.export.plan import Instance
-from flowverify.export.rounding import FloatArray
 
 GRACE = 20.0  # seconds beyond its own limit that Marabou has for reading files and for ending
 TIGHTENINGS = ("deeppoly", "sbt")
@@ -121,7 +121,7 @@ class MarabouProcess:
         return self._ask(request, timeout, tightening)
 
     def solve_program(self, path: Path, timeout: float) -> Outcome:
-        """Asks about a saved :class:`~flowverify.export.program.Program`; otherwise as :meth:`solve`."""
+        """Asks about a saved :class:`~flowverify.export.cuts.Program`; otherwise as :meth:`solve`."""
         return self._ask({"program": str(path)}, timeout, TIGHTENINGS[0])
 
     def _ask(self, request: dict[str, Any], timeout: float, tightening: str) -> Outcome:

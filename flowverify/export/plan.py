@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,66 @@ import torch
 from torch import Tensor
 
 from flowverify.ball import Threat, WassersteinBall
-from flowverify.errors import InvalidInputError
-from flowverify.export.encodings import Encoding, check_encoding
-from flowverify.export.inputs import FlowInputs
+from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.export.encodings import Encoding, FloatArray, FlowInputs, check_encoding, scalar_up
 from flowverify.export.networks import ExportedNetwork, Parts, build, take_apart
 from flowverify.export.properties import Property, make_property
-from flowverify.export.references import file_reference, reference_pattern
-from flowverify.export.rounding import FloatArray, scalar_up
 from flowverify.grid import Grid
 from flowverify.network import Network
-from flowverify.transport.distance import channel_masses
-from flowverify.transport.ground import l1_over_ground
-from flowverify.transport.inverse import flow_by_tree
+from flowverify.transport.distance import FLOAT32_MASS_TOLERANCE, channel_masses, check_measures
+from flowverify.transport.references import flow_by_tree, make_reference
+
+NAMES = ("image", "uniform", "point:ROW,COLUMN", "FILE.npy")
+
+
+def reference_pattern(name: str, grid: Grid) -> Tensor | None:
+    """The pattern of mass 1 in every channel, float64 (C, H, W), that a name stands for; None for "image" and files.
+
+    Raises:
+        UnknownNameError: none of ``NAMES``.
+        InvalidInputError: a pixel that is not on the grid.
+    """
+    ones = torch.ones(1, grid.channels, dtype=torch.float64)
+    if name == "uniform":
+        return make_reference("flat", grid, ones)[0]
+    if match := re.fullmatch(r"point:([0-9]+),([0-9]+)", name):
+        return make_reference("point", grid, ones, pixel=(int(match[1]), int(match[2])))[0]
+    if name == "image" or name.endswith(".npy"):
+        return None
+    raise UnknownNameError("reference", name, NAMES)
+
+
+def file_reference(path: str | Path, images: Tensor) -> Tensor:
+    """The reference of a .npy file, (C, H, W) or (H, W), for images (B, C, H, W); float64 (C, H, W).
+
+    Raises:
+        InvalidInputError: the file cannot be read, or the reference has another shape, a value that is negative or
+            not finite, or in some channel another mass than one of the images.
+    """
+    grid = Grid.of(images)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidInputError(f"reference {path}: cannot be read as a .npy array ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise InvalidInputError(f"reference {path}: expected one array of numbers")
+    reference = torch.from_numpy(array.astype(np.float64))
+    if reference.ndim == 2:
+        reference = reference[None]
+    if tuple(reference.shape) != grid.image_shape:
+        raise InvalidInputError(
+            f"reference {path} of shape {tuple(array.shape)}: expected {grid.image_shape}, that of the images"
+        )
+    check_measures(reference, f"reference {path}")
+    given, masses = channel_masses(reference[None]), channel_masses(images)
+    wrong = ((given - masses).abs() > FLOAT32_MASS_TOLERANCE * masses.sum(1, keepdim=True)).any(1).nonzero().flatten()
+    if wrong.numel():
+        at = int(wrong[0])
+        raise InvalidInputError(
+            f"reference {path} of mass {given[0].tolist()}: expected {masses[at].tolist()}, the mass of image {at} "
+            f"of the {len(images)} given (the references uniform and point take the mass of each image)"
+        )
+    return reference
 
 
 @dataclass(frozen=True)
@@ -33,7 +82,7 @@ class Request:
         encoding: a name in :data:`flowverify.export.encodings.ENCODINGS`.
         radii: in pixels on normalised images, for the ground cost ``ground``.
         positivity: False leaves out R + A delta >= 0, for vanilla certification.
-        reference: a name as in :data:`flowverify.export.references.NAMES`. l1-penalty centres its inputs on the
+        reference: a name as in :data:`flowverify.export.plan.NAMES`. l1-penalty centres its inputs on the
             image, so that no reference makes a difference to it.
         penalty_weight: lambda of the penalty; None for one that is exact.
 
@@ -93,6 +142,7 @@ class _Placed:
 
     position: int
     label: int
+    image: Tensor  # (C, H, W)
     masses: Tensor  # (C,)
     pattern: Tensor  # (C, H, W): of mass 1 in every channel, or anything that the masses are not multiplied with
     reference: Tensor  # (C, H, W)
@@ -143,16 +193,18 @@ def _place(images: Tensor, labels: Tensor, encoding: Encoding, name: str) -> Ite
             flow = flow_by_tree(reference[None], image[None], grid)[0]
             missed = float((grid.apply(reference, flow) - image).abs().sum())
             error = missed * max(1, grid.diameter)
-        yield _Placed(position, int(label), own, unit, reference, flow, error)
+        yield _Placed(position, int(label), image, own, unit, reference, flow, error)
 
 
 def _export(
     network: Network, parts: Parts, encoding: Encoding, request: Request, members: Sequence[_Placed], own: bool
 ) -> Export:
     grid, first = network.grid, members[0]
-    factor = l1_over_ground(request.ground)
     asked = [(one, radius) for one in members for radius in request.radii]
-    budgets = [scalar_up(radius * factor * float(one.masses.sum()) * (1 + 1e-12) + one.error) for one, radius in asked]
+    covers = [WassersteinBall(radius, request.ground).around(one.image).within(Threat("l1")) for one, radius in asked]
+    budgets = [
+        scalar_up(float(cover.budget) * (1 + 1e-12) + one.error) for (one, _), cover in zip(asked, covers, strict=True)
+    ]
     several_masses = any(not torch.equal(one.masses, first.masses) for one in members)
     base = first.pattern if several_masses else first.reference
     plain = FlowInputs(grid, encoding.form, base)

@@ -12,9 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowverify.errors import UnsupportedOperationError
-from flowverify.network.builder import Builder, Value
-from flowverify.network.constants import times
-from flowverify.network.windows import Pair, Sides
+from flowverify.network.builder import Builder, Pair, Sides, Value, times
 
 Arguments = dict[str, Any]
 Handler = Callable[[Builder, Arguments, str], Any]

@@ -1,7 +1,9 @@
 """Builds a network operation by operation: what the readers of torch modules and of ONNX files share.
 
-Each method lowers one operation, in the general form that the formats know, to canonical operations, and
-leaves out what changes nothing. Dimensions are counted within one sample; constants have no batch dimension.
+Each method lowers one operation, in the general form that the formats know, to canonical operations, and leaves out
+what changes nothing. Dimensions are counted within one sample; constants have no batch dimension. Those that conversion
+computes are the float64 numbers nearest to their exact values. Sizes of windows are (height, width) pairs and (left,
+right, top, bottom).
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
-from flowverify.network.constants import normalisation
 from flowverify.network.graph import INPUT, Network, Node
 from flowverify.network.operations import (
     Add,
@@ -29,7 +31,86 @@ from flowverify.network.operations import (
     operation_name,
     output_shape,
 )
-from flowverify.network.windows import Pair, Sides, check_ceil, check_window
+
+BITS = 256  # of the square root: what it is off by is nothing beside the rounding of the result
+
+
+def times(constant: Tensor, factor: float) -> Tensor:
+    """constant * factor; in float64 where the product needs it."""
+    return constant * factor if factor in (1, -1) else constant.double() * factor
+
+
+def normalisation(
+    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """scale = weight / sqrt(variance + epsilon) and shift = bias - mean * scale, float64, for tensors of shape (C,).
+
+    Computed in rational arithmetic: in floating point the difference may cancel all digits, and no bound on rounding
+    that sees the result alone would cover it. Where a value is not finite, or not positive under the root, so is the
+    result not.
+    """
+    tensors = [tensor.detach().double().cpu() for tensor in (weight, bias, mean, variance)]
+    if len({tuple(tensor.shape) for tensor in tensors}) > 1 or tensors[0].ndim != 1:
+        weight, bias, mean, variance = tensors
+        scale = (variance + epsilon).rsqrt() * weight
+        return scale, bias - mean * scale
+    channels = zip(*(tensor.tolist() for tensor in tensors), strict=True)
+    pairs = [_channel(w, b, m, v, epsilon) for w, b, m, v in channels]
+    scale, shift = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T.contiguous()
+    return scale, shift
+
+
+def _channel(weight: float, bias: float, mean: float, variance: float, epsilon: float) -> tuple[float, float]:
+    if not all(map(math.isfinite, (weight, bias, mean, variance, epsilon))):
+        return math.nan, math.nan
+    total = Fraction(variance) + Fraction(epsilon)
+    if total <= 0:
+        return math.nan, math.nan
+    scale = Fraction(weight) / _root(total)
+    return _nearest(scale), _nearest(Fraction(bias) - Fraction(mean) * scale)
+
+
+def _root(number: Fraction) -> Fraction:
+    """The square root of a positive number, to a relative 2^-BITS."""
+    shift = max(0, 2 * BITS - number.numerator.bit_length() + number.denominator.bit_length())
+    shift += shift % 2
+    return Fraction(math.isqrt((number.numerator << shift) // number.denominator), 1 << (shift // 2))
+
+
+def _nearest(number: Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+Pair = tuple[int, int]
+Sides = tuple[int, int, int, int]
+LARGEST = 4096
+
+
+def check_window(stride: Pair, padding: Sides, dilation: Pair, kernel: Pair = (1, 1)) -> None:
+    """Checks the sizes of a window before anything of that size is allocated.
+
+    Raises:
+        InvalidInputError: a stride, dilation or kernel is not in 1..LARGEST.
+        UnsupportedOperationError: the padding is not in 0..LARGEST.
+    """
+    if min(*stride, *dilation, *kernel) < 1 or max(*stride, *dilation, *kernel) > LARGEST:
+        raise InvalidInputError(
+            f"window with kernel {kernel}, stride {stride}, dilation {dilation}: expected 1..{LARGEST}"
+        )
+    if not 0 <= min(padding) <= max(padding) <= LARGEST:
+        raise UnsupportedOperationError(f"padding {padding} is not supported: expected 0..{LARGEST}")
+
+
+def check_ceil(shape: Sequence[int], kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, ceil: bool) -> None:
+    """Rounding the output size up is accepted where it is the same as rounding down."""
+    if not ceil or len(shape) != 3:
+        return
+    for axis, sides in enumerate((padding[2] + padding[3], padding[0] + padding[1])):
+        if (shape[axis + 1] + sides - dilation[axis] * (kernel[axis] - 1) - 1) % stride[axis]:
+            raise UnsupportedOperationError("pooling with an output size rounded up is not supported")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import onnx.reference
 import torch
 from torch import Tensor
 
-from flowverify.conventions import check_channels_first
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
 from flowverify.network.onnx_operators import HANDLERS, check_value_first
 from flowverify.network.operations import first_line
+from flowverify.network.reading import ORDER_KEPT, Ending, InputForm, Reading, input_form, softmax_over_classes
+from flowverify.network.rounding import rounding_of_value
 
 _OLDEST, _NEWEST = 7, 25
 _CONSTANT_FIRST = ("Add", "Sub", "Mul", "MatMul", "Sum")
@@ -30,113 +33,149 @@ _FOLDABLE = (
 _LARGEST_CONSTANT = 1 << 28
 _AS_IT_IS = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Sub")  # leaves the axes where they are
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
+_CHANNELS_FIRST = ("AveragePool", "BatchNormalization", "Conv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool")
+_RESHAPES = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")  # of an answer that is a vector
+_COMPARED = 8  # random images on which a network is compared with its file
 
 
-def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Network:
-    """The network of an ONNX file, with inputs of shape (N, C, H, W) and one output (N, classes).
+def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None, reading: Reading | None = None) -> Network:
+    """The network of an ONNX file that takes one image, in whatever shape, and answers with its classes.
 
-    N must be free or 1. Weights are kept in float64 where the file has float64 ones, else in float32.
+    A batch dimension must be free or 1. Weights are kept in float64 where the file has float64 ones, else in float32.
+    Where onnxruntime is installed the network is compared with it on a few images. What was taken for granted is said
+    in the notes of the network.
 
     Args:
         path: the file.
-        input_shape: (C, H, W); needed where the file's input is (N, pixels) or leaves sizes free.
+        input_shape: (C, H, W); needed where the file's input is a vector of pixels or leaves sizes free.
+        reading: what the file does not say about itself.
 
     Raises:
         ModelFileError: the file is missing, corrupt, or holds no valid network.
-        UnsupportedOperationError: an operator that is not known, named with its node; images with channels last: a
-            Transpose to channels first is the first to change their axes, or their shape looks so
-            (:func:`flowverify.conventions.check_channels_first`) and no ``input_shape`` says otherwise.
-        InvalidInputError: ``input_shape`` does not fit the file's input.
+        UnsupportedOperationError: an operator that is not known, named with its node; no image has the shape of the
+            input; the network computes something else than onnxruntime.
+        InvalidInputError: ``input_shape`` or ``reading`` does not fit the file, or is needed.
     """
-    path = Path(path)
+    path, reading = Path(path), reading or Reading()
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r}: expected an existing ONNX file")
     if input_shape is not None and (len(input_shape) != 3 or min(input_shape) < 1):
         raise InvalidInputError(f"input shape {tuple(input_shape)}: expected (channels, height, width)")
     try:
         model = onnx.load(str(path))
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(str(path))
     except Exception as error:  # a corrupt file can raise anything
         raise ModelFileError(f"model file {str(path)!r} is not valid ONNX: {first_line(error)}") from error
+    with _named(path, InvalidInputError):
+        entry, form = _input(model.graph, input_shape, reading.layout)
+        reader = _Reader(model, entry, form, reading)
+    with _named(path):
+        network = reader.network()
+        _compare(path, reader, network)
+    network.notes = (form.note, *reader.ending.notes)
+    return network
+
+
+@contextmanager
+def _named(path: Path, *callers: type[FlowverifyError]) -> Iterator[None]:
+    """Names the file in errors; those that are not the callers' fault are the file's."""
     try:
-        shape, vector = _input_shape(model.graph, input_shape)
-        if not vector:
-            _check_layout(model.graph, shape, settled=input_shape is not None)
-        return _Reader(model, shape, vector).network()
-    except UnsupportedOperationError as error:
-        raise UnsupportedOperationError(f"model file {str(path)!r}: {error}") from None
-    except _InputShapeError as error:
-        raise InvalidInputError(f"model file {str(path)!r}: {error}") from None
-    except Exception as error:  # so can a file that is valid ONNX
+        yield
+    except Exception as error:  # a file that is valid ONNX can raise anything
+        if isinstance(error, (UnsupportedOperationError, *callers)):
+            raise type(error)(f"model file {str(path)!r}: {error}") from None
         raise ModelFileError(f"model file {str(path)!r} is not a valid network: {first_line(error)}") from error
 
 
-class _InputShapeError(InvalidInputError):
-    """The caller's input shape is at fault, not the file."""
-
-
-def _input_shape(graph: onnx.GraphProto, given: Sequence[int] | None) -> tuple[tuple[int, ...], bool]:
-    """The input shape (C, H, W), and whether the file's input is a vector of pixels."""
+def _input(
+    graph: onnx.GraphProto, given: Sequence[int] | None, layout: str | None
+) -> tuple[onnx.ValueInfoProto, InputForm]:
+    """The file's input, and how images lie in it."""
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [entry for entry in graph.input if entry.name not in stored]
-    if len(inputs) != 1 or len(graph.output) != 1:
-        raise UnsupportedOperationError(f"{len(inputs)} inputs and {len(graph.output)} outputs: expected one of each")
+    if len(inputs) != 1:
+        raise UnsupportedOperationError(f"{len(inputs)} inputs: expected one")
     kind = inputs[0].type.tensor_type
     sizes = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
     text = f"input {inputs[0].name!r} of shape {['free' if size < 1 else size for size in sizes]}"
     if kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
         raise UnsupportedOperationError(f"{text} is not float32 or float64")
-    if len(sizes) not in (2, 4) or sizes[0] not in (0, 1):
-        raise UnsupportedOperationError(f"{text}: expected (N, C, H, W) or (N, pixels) with N free or 1")
-    if given is None:
-        if len(sizes) == 2:
-            raise _InputShapeError(f"{text}: expected input_shape=(channels, height, width) to be given with it")
-        if min(sizes[1:]) < 1:
-            raise _InputShapeError(f"{text}: expected input_shape= to be given for the free sizes")
-        return tuple(sizes[1:]), False
-    shape = tuple(int(size) for size in given)
-    whole = shape if len(sizes) == 4 else (int(np.prod(shape)),)
-    if any(size not in (0, expected) for size, expected in zip(sizes[1:], whole, strict=True)):
-        raise _InputShapeError(f"input_shape {shape}: expected one that fits {text}")
-    return shape, len(sizes) == 2
+    return inputs[0], input_form(sizes, given, layout, _told_layout(graph, inputs[0].name, len(sizes), given), text)
 
 
-def _check_layout(graph: onnx.GraphProto, shape: Sequence[int], settled: bool) -> None:
-    """Refuses a file whose images have their channels last, by what it does to them first, or else by their shape.
-
-    Args:
-        settled: somebody else has said what the sizes are, so that a shape alone does not count against the file.
-    """
-    stored = {tensor.name for tensor in graph.initializer}
-    entry = next(entry for entry in graph.input if entry.name not in stored)
-    what = f"input {entry.name!r} of shape {['N', *shape]}"
-    names = {entry.name}
+def _told_layout(graph: onnx.GraphProto, name: str, rank: int, given: Sequence[int] | None) -> str | None:
+    """The order of channels that the first operations show: those that change axes, or that know which are channels."""
+    names = {name}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if names.isdisjoint(node.input):
             continue
         if node.op_type in _AS_IT_IS:
             names.update(node.output)
-        elif node.op_type == "Transpose":
+        elif node.op_type == "Transpose" and rank == 4:
             axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
-            if axes == _TO_CHANNELS_FIRST:
-                raise UnsupportedOperationError(
-                    f"{what}: is (N, H, W, C), channels last, as node {node.name or node.output[0]!r} (Transpose, perm "
-                    f"{axes}) says; expected channels first, (N, C, H, W), with the transpose outside of the file"
-                )
-    if not settled:
-        try:
-            check_channels_first(shape, what)
-        except InvalidInputError as error:
-            raise UnsupportedOperationError(
-                f"{error}; input_shape=(C, H, W) confirms that these are {shape[0]} channels"
-            ) from None
+            return "nhwc" if axes == _TO_CHANNELS_FIRST else None
+        elif node.op_type in _CHANNELS_FIRST and rank == 4:
+            return "nchw"
+        elif node.op_type == "Reshape" and given is not None and rank < 4 and node.input[1] in stored:
+            target = onnx.numpy_helper.to_array(stored[node.input[1]]).tolist()[1:]
+            orders = {"nchw": list(given), "nhwc": [*given[1:], given[0]]}
+            fitting = [order for order, sizes in orders.items() if sizes == target]
+            return fitting[0] if len(fitting) == 1 else None
+        else:
+            return None
+    return None
+
+
+def _compare(path: Path, reader: _Reader, network: Network) -> None:
+    """Runs the file itself on a few images.
+
+    Raises:
+        UnsupportedOperationError: it answers something else.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shape = (_COMPARED, *network.input_shape)
+    images = torch.rand(shape, generator=generator, dtype=torch.float64).to(network.dtype)
+    images = torch.cat([images, torch.full_like(images[:1], 0.5)])
+    expected = _answers(path, reader, reader.reading.normalised(images))
+    if expected is None:
+        return
+    with torch.no_grad():
+        found, expected = reader.ending.answer(network(images)), expected.reshape(len(images), -1)
+        rounding = rounding_of_value(network, network.output, images).amax(1)
+    allowed = 1e-3 * expected.abs().amax(1) + 1e-5 + rounding
+    if found.shape != expected.shape or not bool(((found - expected).abs().amax(1) <= allowed).all()):
+        raise UnsupportedOperationError(
+            f"the network as it was read answers {found[0, :3].tolist()}, where the file itself answers "
+            f"{expected[0, :3].tolist()} for the same image"
+        )
+
+
+def _answers(path: Path, reader: _Reader, images: Tensor) -> Tensor | None:
+    """What onnxruntime computes for images (B, C, H, W), one at a time; None where it is missing or refuses it."""
+    try:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 4
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        entry = session.get_inputs()[0]
+        kind = np.float64 if "double" in entry.type else np.float32
+        given = reader.form.arrange(images).numpy().astype(kind)
+        alone = [row[None] if reader.form.batched else row for row in given]
+        rows = [session.run([reader.output], {entry.name: one})[0] for one in alone]
+    except Exception:  # what it cannot run, it cannot be compared with
+        return None
+    return torch.from_numpy(np.stack(rows)).double()
 
 
 class _Reader:
     """Walks through the nodes of a checked model."""
 
-    def __init__(self, model: onnx.ModelProto, shape: Sequence[int], vector: bool) -> None:
-        self.graph = model.graph
+    def __init__(self, model: onnx.ModelProto, entry: onnx.ValueInfoProto, form: InputForm, reading: Reading) -> None:
+        self.graph, self.form, self.reading, self.ending = model.graph, form, reading, Ending()
+        self.output = _chosen_output(self.graph, reading.output)
+        self.tail = _tail(self.graph, self.output)
         self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
@@ -144,12 +183,10 @@ class _Reader:
         self.wide: set[str] = set()  # constants of float32 that are held in float64, as they were computed
         for tensor in self.graph.initializer:
             self.known[tensor.name] = _tensor(onnx.numpy_helper.to_array(tensor))
-        entry = next(entry for entry in self.graph.input if entry.name not in self.known)
         double = entry.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
         double |= any(value is not None and value.dtype == torch.float64 for value in self.known.values())
-        self.builder = Builder(shape, torch.float64 if double else torch.float32)
-        value = self.builder.input
-        self.known[entry.name] = self.builder.reshape(value, (int(np.prod(shape)),), "pixels") if vector else value
+        self.builder = Builder(form.shape, torch.float64 if double else torch.float32)
+        self.known[entry.name] = form.enter(self.builder, reading.normalise(self.builder, self.builder.input))
 
     def network(self) -> Network:
         for node in self.graph.node:
@@ -163,10 +200,12 @@ class _Reader:
             if any(name in self._needed() for name in missing):
                 where = f"operator {node.op_type} (node {self._label(node)!r})"
                 raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
-        output = self.known[self.graph.output[0].name]
+            if self.output in node.output:
+                break  # what comes after belongs to other outputs
+        output = self.known.get(self.output)
         if not isinstance(output, Value):
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
-        return self.builder.finish(output)
+        return self.builder.finish(self.ending.logits(self.builder, output))
 
     def _needed(self) -> set[str]:
         read = {name for node in self.graph.node for name in node.input}
@@ -188,6 +227,9 @@ class _Reader:
             return self._fold(node, inputs)
         if node.op_type == "Cast":
             return [self._cast(inputs[0], attributes)]
+        if node.op_type in ORDER_KEPT and self._label(node) in self.tail and self._keeps_order(node, inputs[0]):
+            self.ending.drop(node.op_type)
+            return [inputs[0]]
         if node.op_type not in HANDLERS:
             raise UnsupportedOperationError("is not supported")
         if node.op_type not in _CONSTANT_FIRST:
@@ -196,6 +238,12 @@ class _Reader:
         if attributes:
             raise UnsupportedOperationError(f"attribute {min(attributes)!r} is not supported")
         return result if isinstance(result, list) else [result]
+
+    def _keeps_order(self, node: onnx.NodeProto, value: Value) -> bool:
+        if node.op_type == "Sigmoid":
+            return True
+        axis = next((int(one.i) for one in node.attribute if one.name == "axis"), -1 if self.opset >= 13 else 1)
+        return softmax_over_classes(axis, value.shape)
 
     def _cast(self, value: Value, attributes: dict[str, Any]) -> Value:
         double = self.builder.dtype == torch.float64
@@ -228,6 +276,31 @@ class _Reader:
         if single and not doubles and result.dtype == np.float64 and node.op_type != "Cast":
             self.wide.add(node.output[0])
         return [_tensor(result)]
+
+
+def _chosen_output(graph: onnx.GraphProto, wanted: str | None) -> str:
+    names = [str(entry.name) for entry in graph.output]
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None or wanted not in names:
+        given = f"output {wanted!r}" if wanted is not None else f"{len(names)} outputs"
+        raise InvalidInputError(f"{given}: expected output= one of {', '.join(names)} to be given")
+    return wanted
+
+
+def _tail(graph: onnx.GraphProto, output: str) -> set[str]:
+    """The labels of the nodes before an output that nothing else reads, and that may keep the order of its entries."""
+    readers = Counter(name for node in graph.node for name in node.input)
+    made_by = {name: node for node in graph.node for name in node.output}
+    others = {entry.name for entry in graph.output} - {output}
+    found: set[str] = set()
+    name = output
+    while (node := made_by.get(name)) is not None and node.op_type in (*ORDER_KEPT, *_RESHAPES):
+        if readers[name] > (name != output) or name in others:
+            break
+        found.add(node.name or node.output[0])
+        name = node.input[0]
+    return found
 
 
 def _cast_to(node: onnx.NodeProto) -> int:

@@ -18,6 +18,7 @@ from flowverify.network.aten import HANDLERS, RESHAPES, Handler
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
 from flowverify.network.operations import first_line
+from flowverify.network.reading import Ending, InputForm, Reading, module_form, softmax_over_classes
 from flowverify.network.rounding import RoundingBound
 
 _SIMPLE = (
@@ -30,15 +31,21 @@ _CREATIONS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "f
 _WITHOUT_EFFECT = (
     "memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "momentum", "cudnn_enabled", "p"
 )  # fmt: skip
+_ENDS = {
+    "softmax": "Softmax", "_softmax": "Softmax", "_safe_softmax": "Softmax", "log_softmax": "LogSoftmax",
+    "_log_softmax": "LogSoftmax", "sigmoid": "Sigmoid",
+}  # fmt: skip
 _SYMBOLIC_SAFE = ("sym_size", "slice", "zeros", "ones", "new_zeros", "new_ones", "expand", *RESHAPES)
 
 
-def from_torch(module: nn.Module, input_shape: Sequence[int]) -> Network:
+def from_torch(module: nn.Module, input_shape: Sequence[int], reading: Reading | None = None) -> Network:
     """The canonical form of ``module`` in evaluation mode; the module itself is left as it is.
 
     Args:
-        module: maps images (B, C, H, W) to logits (B, classes).
+        module: maps images (B, C, H, W) to logits (B, classes), or to what a softmax or a sigmoid makes of them, or to
+            one logit an image.
         input_shape: (C, H, W).
+        reading: what the module does not say about itself.
 
     Raises:
         UnsupportedOperationError: the module cannot be traced, has an unknown operation (named), or its
@@ -51,14 +58,54 @@ def from_torch(module: nn.Module, input_shape: Sequence[int]) -> Network:
         own = copy.deepcopy(module).cpu().eval().requires_grad_(False)
     except Exception as error:  # a module may define its own copying
         raise UnsupportedOperationError(f"{_title(module)} cannot be copied: {first_line(error)}") from error
-    dtype = _precision(own)
+    reading = reading or Reading()
+    channels, height, width = (int(size) for size in input_shape)
+    frame = _Frame(module_form((channels, height, width), reading.layout), reading, _precision(own))
     layers = list(_layers(own))
     if layers and all(type(layer) in _SIMPLE and not _is_modified(layer) for layer in layers):
-        network = _from_layers(layers, input_shape, dtype)
+        network = _from_layers(layers, frame)
     else:
-        network = _from_export(own, input_shape, dtype)
-    _compare(own, network)
+        network = _from_export(own, frame)
+    _compare(own, network, frame)
+    network.notes = (*((frame.form.note,) if reading.layout else ()), *frame.ending.notes)
     return network
+
+
+class _Frame:
+    """What is around a module: how images come in, and what is taken off its end."""
+
+    def __init__(self, form: InputForm, reading: Reading, dtype: torch.dtype) -> None:
+        self.form, self.reading, self.dtype, self.ending = form, reading, dtype, Ending()
+
+    def builder(self) -> tuple[Builder, Value]:
+        """A builder, and what the module reads of it."""
+        builder = Builder(self.form.shape, self.dtype)
+        return builder, self.form.enter(builder, self.reading.normalise(builder, builder.input))
+
+    def finish(self, builder: Builder, value: Value) -> Network:
+        return builder.finish(self.ending.logits(builder, value))
+
+    def answer(self, module: nn.Module, images: Tensor) -> Any:
+        """What the module answers for images (B, C, H, W)."""
+        given = self.form.arrange(self.reading.normalised(images).to(images.dtype))
+        answer = module(given)
+        return answer if isinstance(answer, Tensor) else self.chosen(answer)
+
+    def chosen(self, outputs: Any) -> Any:
+        """One of several outputs.
+
+        Raises:
+            UnsupportedOperationError: the reading names none of them.
+        """
+        wanted, outputs = self.reading.output, list(outputs)
+        if len(outputs) == 1 and wanted is None:
+            return outputs[0]
+        if wanted is None or not wanted.isdigit() or int(wanted) >= len(outputs):
+            raise UnsupportedOperationError(
+                f"output {wanted!r} of a module that returns {len(outputs)} values: expected output= a position, 0 to "
+                f"{len(outputs) - 1}"
+            )
+        return outputs[int(wanted)]
 
 
 def _title(module: nn.Module) -> str:
@@ -87,16 +134,18 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def _from_layers(layers: Sequence[nn.Module], input_shape: Sequence[int], dtype: torch.dtype) -> Network:
-    builder = Builder(input_shape, dtype)
-    value = builder.input
+def _from_layers(layers: Sequence[nn.Module], frame: _Frame) -> Network:
+    builder, value = frame.builder()
+    if len(layers) > 1 and isinstance(layers[-1], nn.Sigmoid):
+        layers = layers[:-1]
+        frame.ending.drop("Sigmoid")
     for position, layer in enumerate(layers):
         label = f"{position}_{type(layer).__name__}"
         try:
             value = _from_layer(builder, layer, value, label)
         except (InvalidInputError, UnsupportedOperationError) as error:
             raise type(error)(f"layer {position} ({type(layer).__name__}): {error}") from None
-    return builder.finish(value)
+    return frame.finish(builder, value)
 
 
 def _from_layer(builder: Builder, layer: nn.Module, value: Value, label: str) -> Value:
@@ -138,32 +187,34 @@ def _value(result: Any) -> Value:
     return result
 
 
-def _from_export(module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> Network:
-    sample = torch.zeros(2, *input_shape, dtype=dtype)
+def _from_export(module: nn.Module, frame: _Frame) -> Network:
+    sample = torch.zeros(2, *frame.form.sample, dtype=frame.dtype)
     try:
         program = torch.export.export(
             module, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
         ).run_decompositions({})
     except Exception as error:  # tracing runs the caller's code, which may raise anything
         raise UnsupportedOperationError(f"{_title(module)} cannot be traced: {first_line(error)}") from error
-    return _Lowering(program, input_shape, dtype).network()
+    return _Lowering(program, frame).network()
 
 
 class _Lowering:
     """Walks through an exported program; every tensor's batch dimension must come first and stay whole."""
 
-    def __init__(self, program: torch.export.ExportedProgram, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.program = program
-        self.builder = Builder(shape, dtype)
+    def __init__(self, program: torch.export.ExportedProgram, frame: _Frame) -> None:
+        self.program, self.frame = program, frame
+        self.builder, self.entered = frame.builder()
+        self.tail: set[fx.Node] = set()
         self.known: dict[fx.Node, Any] = {}
         self.batch = ""
 
     def network(self) -> Network:
         signature = self.program.graph_signature
-        if signature.buffers_to_mutate or signature.user_inputs_to_mutate or len(signature.user_outputs) != 1:
-            raise UnsupportedOperationError(
-                "a module that changes its own state, or does not return one tensor, is not supported"
-            )
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            raise UnsupportedOperationError("a module that changes its own state is not supported")
+        (end,) = (node for node in self.program.graph.nodes if node.op == "output")
+        output = self.frame.chosen(end.args[0])
+        self.tail = _tail(output)
         stored = {**self.program.constants, **self.program.state_dict}
         names = {
             **signature.inputs_to_parameters, **signature.inputs_to_buffers,
@@ -174,18 +225,18 @@ class _Lowering:
                 if node.name in names:
                     self.known[node] = stored[names[node.name]].detach()
                 else:
-                    self.known[node] = self.builder.input
+                    self.known[node] = self.entered
                     self.batch = str(node.meta["val"].shape[0])
-            elif node.op == "output":
-                return self._finish(node.args[0][0])
-            elif node.users:
+            elif node.op != "output" and node.users:
                 self.known[node] = self._lower(node)
-        raise UnsupportedOperationError("a module without output is not supported")
+            if node is output:
+                break  # what comes after belongs to other outputs
+        return self._finish(output)
 
     def _finish(self, node: Any) -> Network:
         if not isinstance(self.known.get(node), Value):
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
-        return self.builder.finish(self.known[node])
+        return self.frame.finish(self.builder, self.known[node])
 
     def _lower(self, node: fx.Node) -> Any:
         target = node.target
@@ -226,6 +277,11 @@ class _Lowering:
             shape = [int(size) for size in node.meta["val"].shape[1:]]
             self._check_shape(node.meta["val"])
             return self.builder.reshape(arguments[0], shape, node.name)
+        if node in self.tail and (kept := _ENDS.get(name)) is not None:
+            axis = 1 if kept == "Sigmoid" else int(arguments[1])
+            if kept == "Sigmoid" or softmax_over_classes(axis, arguments[0].shape):
+                self.frame.ending.drop(kept)
+                return arguments[0]
         if name not in HANDLERS or not isinstance(node.target, torch._ops.OpOverload):
             raise UnsupportedOperationError("is not supported")
         bound = {
@@ -269,6 +325,20 @@ class _Lowering:
         if any(symbolic[1:]) or (symbolic and symbolic[0] and str(traced.shape[0]) != self.batch):
             raise UnsupportedOperationError("an operation that mixes or moves the batch dimension is not supported")
         return bool(symbolic and symbolic[0])
+
+
+def _tail(output: Any) -> set[fx.Node]:
+    """The operations before an output that nothing else reads, and that may keep the order of its entries."""
+    found: set[fx.Node] = set()
+    node = output
+    while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
+        schema = getattr(node.target, "_schema", None)
+        name = schema.name.removeprefix("aten::") if schema else ""
+        if name not in _ENDS and name not in RESHAPES:
+            break
+        found.add(node)
+        node = node.args[0]
+    return found
 
 
 class Given(dict[str, Any]):
@@ -320,18 +390,23 @@ def _widened(argument: Any) -> Any:
     return argument.double() if isinstance(argument, Tensor) and argument.dtype == torch.float32 else argument
 
 
-def _compare(module: nn.Module, network: Network) -> None:
+def _compare(module: nn.Module, network: Network, frame: _Frame) -> None:
     """Runs both on random images; a difference means an operation was converted wrongly."""
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(3, *network.input_shape, generator=generator, dtype=torch.float64).to(network.dtype)
     try:
         with torch.no_grad():
-            expected = module(images)
+            expected = frame.answer(module, images)
+    except FlowverifyError:
+        raise
     except Exception as error:  # the caller's code may raise anything
         raise UnsupportedOperationError(f"{_title(module)} fails on a batch of 3: {first_line(error)}") from error
     found = network(images)
+    found = frame.ending.answer(found)
+    if isinstance(expected, Tensor):
+        expected = expected.reshape(len(found), -1)
     close = isinstance(expected, Tensor) and expected.shape == found.shape and expected.dtype == found.dtype
-    if not close or not (_agree(expected, found) or _agree_in_float64(module, network, images)):
+    if not close or not (_agree(expected, found) or _agree_in_float64(module, network, frame, images)):
         raise UnsupportedOperationError(f"{_title(module)}: its converted form does not compute the same output")
 
 
@@ -339,13 +414,14 @@ def _agree(expected: Tensor, found: Tensor, rounding: Tensor | float = 0.0) -> b
     return bool(((found - expected).abs() <= 1e-4 * float(expected.abs().max()) + 1e-6 + rounding).all())
 
 
-def _agree_in_float64(module: nn.Module, network: Network, images: Tensor) -> bool:
+def _agree_in_float64(module: nn.Module, network: Network, frame: _Frame, images: Tensor) -> bool:
     """Whether both compute the same but for rounding, where large terms cancel: float32 has nothing to compare then."""
     precise, images = copy.deepcopy(network).double(), images.double()
     try:
         with torch.no_grad():
-            expected = copy.deepcopy(module).double()(images)
+            expected = frame.answer(copy.deepcopy(module).double(), images)
     except Exception:  # a module may insist on its precision
         return False
     rounding = RoundingBound(precise).margins(images.flatten(1).sum(1))
-    return _agree(expected, precise(images), rounding[:, None])
+    found = frame.ending.answer(precise(images))
+    return _agree(expected.reshape(found.shape), found, rounding[:, None])

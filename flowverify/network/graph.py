@@ -274,6 +274,7 @@ class Network(Graph):
     """
 
     input_shape: tuple[int, int, int]
+    notes: tuple[str, ...] = ()  # what its reader took for granted
 
     def __init__(self, input_shape: Sequence[int], nodes: Sequence[Node]) -> None:
         if len(input_shape) != 3:

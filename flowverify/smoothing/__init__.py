@@ -3,10 +3,8 @@
 Source: Levine & Feizi 2020, "Wasserstein Smoothing: Certified Robustness against Wasserstein Adversarial Attacks".
 """
 
-from flowverify.smoothing.certificates import CERTIFICATES, l1_radius, wasserstein_radius
-from flowverify.smoothing.classifier import SmoothedClassifier
-from flowverify.smoothing.noise import DISTRIBUTIONS, DOMAINS, Noise
-from flowverify.smoothing.results import SmoothedCertificate, SmoothedPrediction
+from flowverify.smoothing.classifier import SmoothedCertificate, SmoothedClassifier, SmoothedPrediction
+from flowverify.smoothing.noise import CERTIFICATES, DISTRIBUTIONS, DOMAINS, Noise, l1_radius, wasserstein_radius
 from flowverify.smoothing.sampling import Sampler, noisy_images
 from flowverify.smoothing.splitting import SplitClassifier, Splitting
 

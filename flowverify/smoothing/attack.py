@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.schedule import MNIST, Schedule
+from flowverify.attack.base import MNIST, Schedule
 from flowverify.attack.sinkhorn import LocalCost, project_sinkhorn
 from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
-from flowverify.smoothing.certificates import check_alpha, check_samples
 from flowverify.smoothing.classifier import SmoothedClassifier
+from flowverify.smoothing.noise import check_alpha, check_samples
 from flowverify.smoothing.sampling import derive_key, noisy_images
 
 GRADIENT = 3  # the stage of its samples, after those of the classifier

@@ -40,10 +40,8 @@ from torch import Tensor, nn
 
 from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
-from flowverify.smoothing.classifier import verdict_of
-from flowverify.smoothing.results import SmoothedCertificate
-from flowverify.smoothing.sampling import derive_key, halves
-from flowverify.smoothing.voting import MEMORY, Voter
+from flowverify.smoothing.classifier import SmoothedCertificate, verdict_of
+from flowverify.smoothing.sampling import MEMORY, Voter, derive_key, halves
 from flowverify.transport.ground import parse_ground
 
 ROUNDING = 1e-12  # of margins: the lengths of some thousand pieces, each exact to 1e-16, are added up
@@ -168,10 +166,10 @@ class SplitClassifier:
 
     Args:
         network: the base classifier, trained on what the splitting shows; it is copied.
-        memory: see :class:`~flowverify.smoothing.voting.Voter`.
+        memory: see :class:`~flowverify.smoothing.sampling.Voter`.
 
     Raises:
-        InvalidInputError: see :class:`~flowverify.smoothing.voting.Voter`.
+        InvalidInputError: see :class:`~flowverify.smoothing.sampling.Voter`.
     """
 
     def __init__(self, network: nn.Module, splitting: Splitting, *, memory: int = MEMORY) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.schedule import Schedule
+from flowverify.attack.base import Schedule
 from flowverify.attack.sinkhorn import LocalCost, project_sinkhorn
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network.subject import surplus
 from flowverify.training.losses import LOSSES, BatchContext, BatchOutcome
 from flowverify.transport.ground import check_ground
-from flowverify.transport.moves import best_moves
+from flowverify.transport.support import best_moves
 
 INNER_ATTACKS = ("frank-wolfe", "sinkhorn")
 
@@ -31,8 +31,8 @@ class Adversarial:
         attack: ``sinkhorn``, the paper's: a step of steepest ascent of the cross-entropy in the l-infinity norm,
             then a projected Sinkhorn iteration; or ``frank-wolfe``: a step of size 2 / (k + 2), k counted from 0
             since the radius grew, towards the exact maximiser of the linearised margin over the ball
-            (:func:`flowverify.transport.moves.best_moves`), which needs no projection and is many times faster.
-        first, factor, every, iterations: of the growing radius (:class:`flowverify.attack.schedule.Schedule`).
+            (:func:`flowverify.transport.support.best_moves`), which needs no projection and is many times faster.
+        first, factor, every, iterations: of the growing radius (:class:`flowverify.attack.base.Schedule`).
         ground: ground cost; the paper's is "l2".
         cap: largest pixel, none by default.
         step_size: of sinkhorn, in pixel values.

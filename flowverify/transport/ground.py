@@ -40,6 +40,8 @@ IndexArray = NDArray[np.int64]
 
 ROUNDING = 1e-12  # relative, in what is asked of a cost
 
+Amount = TypeVar("Amount", float, Tensor)
+
 
 class GroundCost(ABC):
     """d(offset)^p: the price of a move. A subclass says :meth:`of_offset`, and how :attr:`l1_factor` bounds l1.
@@ -107,7 +109,7 @@ class GroundCost(ABC):
         costs = self.of_offset(*_offset_table(height, width))
         return float(costs[np.isfinite(costs)].max())
 
-    def budget(self, radius: Tensor) -> Tensor:
+    def budget(self, radius: Amount) -> Amount:
         """radius^p: what the plans of the ball may cost, for each unit of mass."""
         return radius if self.power == 1.0 else radius**self.power
 
@@ -382,15 +384,6 @@ def check_ground(name: object, grid: Grid | None = None) -> str:
     if grid is not None:
         ground.check_grid(grid.height, grid.width)
     return str(name) if _is_outside(name) else ground.name
-
-
-def l1_over_ground(ground: str) -> float:
-    """A factor with W1_l1 <= factor * W_ground: 1 for costs built on l1, sqrt(2) for those on l2.
-
-    The ground ball of radius r lies in the l1 ball of radius factor * r, and a certificate of radius r for l1 is one
-    of radius r / factor for the ground cost (theory, section 9). :meth:`GroundCost.to_l1` is sharper for powers.
-    """
-    return parse_ground(ground).l1_factor
 
 
 def is_metric(ground: str) -> bool:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
-from flowverify.transport import compiled, search
-from flowverify.transport.backend import Backend, use_compiled
+from flowverify.transport import compiled, dilation
+from flowverify.transport.compiled import Backend, use_compiled
 from flowverify.transport.dilation import dilate, lipschitz_constant
 from flowverify.transport.ground import check_ground
 from flowverify.transport.support import check_problems
@@ -99,7 +99,7 @@ def nearest_image(
     if use_compiled(backend, images):
         return compiled.maximise(coefficients, images, budget, bracket, ground)
     coefficients = coefficients.expand(images.shape[0], *coefficients.shape[-4:])
-    return search.mix(coefficients, images, budget, bracket[..., 0], bracket[..., 1], ground)
+    return dilation.mix(coefficients, images, budget, bracket[..., 0], bracket[..., 1], ground)
 
 
 def _solve_torch(

@@ -243,7 +243,7 @@ def solve_capped(
     cap: float, rule: tuple[int, float, float, float, float], first: int, last: int, excess: Array, multipliers: Array,
     reduced: Array, maximisers: Array,
 ) -> None:  # fmt: skip
-    """The descent of :mod:`flowverify.transport.capped`; ``reduced`` and ``maximisers`` of no rows if not wanted."""
+    """The descent of :mod:`flowverify.transport.support`; ``reduced`` and ``maximisers`` of no rows if not wanted."""
     steps, first_share, shrink, enough, dearest = rule
     moved, slope_of = np.empty(mass.size), np.empty(mass.size)
     for problem in range(first, last):

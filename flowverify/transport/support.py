@@ -15,8 +15,33 @@ duality gap. The same duality is that of Wasserstein distributionally robust opt
 2016; Blanchet & Murthy 2019).
 
 Two implementations give the same numbers: compiled kernels on the CPU
-(:mod:`flowverify.transport.compiled`), and torch on any device (:mod:`flowverify.transport.search`). With a cap,
-nu <= cap, the bound is that of :mod:`flowverify.transport.capped`.
+(:mod:`flowverify.transport.compiled`), and torch on any device (:mod:`flowverify.transport.dilation`).
+
+A cap on the pixels, nu <= cap, makes it an upper bound, tightened step by step. The cap adds one multiplier eta_j >= 0
+for every target pixel to the duality (theory, sections 5 and 10):
+
+    h_cap(c) = min over lambda, eta >= 0 of
+               lambda * eps + sum_i mu_i max_j (c_j - eta_j - lambda d(i, j)) + cap * sum_j eta_j
+             = min over eta >= 0 of  h(c - eta) + cap * sum_j eta_j,
+
+with h the support function without a cap. EVERY eta >= 0 gives a sound bound (weak duality), and eta = 0 that without a
+cap, so the result is never worse. The function of eta is convex, and cap - nu*(c - eta) is a subgradient: a pixel that
+receives more than the cap costs more, one that has room costs less. The steps are Polyak's with an estimated optimum
+(Polyak 1969; Brannlund 1993): a share below the best value so far, which shrinks whenever a step fails.
+
+The maximiser itself, for one function an image and any ground cost, needs neither a search nor a solver. For an image
+mu >= 0, coefficients c and a ground cost d, over the images nu >= 0 of equal mass per channel,
+
+    maximise c . nu  subject to  W1(mu, nu) <= budget          (the linear-minimisation oracle of an attack)
+    minimise W1(mu, nu)  subject to  c . (nu - mu) >= target   (the distance to a half-space)
+
+are one problem read in two ways. In terms of plans it is: each source i sends its mass mu_i to pixels j, gaining c_j -
+c_i at cost d(i, j) a unit. The gains that a source can have at each cost form a concave envelope, and the optimum takes
+the steps of all envelopes in order of their slope until the budget is spent or the target is reached: a continuous
+multiple-choice knapsack, whose slope at the end is the dual's lambda (theory, section 5). :func:`support` and
+:func:`flowverify.transport.least_budget.least_budget` do the same for many functions of each image.
+
+With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`flowverify.transport.moves_kernel`.
 """
 
 from __future__ import annotations
@@ -24,16 +49,147 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
-from flowverify.transport import compiled, search
-from flowverify.transport.backend import Backend, use_compiled
-from flowverify.transport.capped import support_capped
+from flowverify.transport import compiled, dilation
+from flowverify.transport.compiled import Backend, share_out, use_compiled
 from flowverify.transport.dilation import dilate, lipschitz_constant
-from flowverify.transport.ground import check_ground
+from flowverify.transport.ground import check_ground, offsets_by_cost, parse_ground
+
+STEPS = 15
+FIRST_SHARE = 0.15  # by which the optimum is first believed to lie below the best value
+SHRINK = 0.6  # of that share when a step does not improve
+ENOUGH = 1e-3  # relative; no more steps where the share has become this small
+DEAREST = 5.0  # prices at most this many times the largest coefficient: the bound on rounding counts on it
+CHUNK = 1 << 22  # entries of coefficients at a time
+
+
+@dataclass(frozen=True)
+class CappedSupport:
+    """The bound for every image and coefficient vector.
+
+    Attributes:
+        excess: an upper bound of max c . (nu - mu) over the capped ball, (B, S).
+        multiplier: lambda, (B, S).
+        reduced: c - eta, (B, S, C, H, W).
+        maximiser: if it was asked for (as ``reduced``), nu* of ``reduced`` without a cap, (B, S, C, H, W): the bound's
+            gradient in c. It is in the ball, but some of its pixels may lie above the cap.
+    """
+
+    excess: Tensor
+    multiplier: Tensor
+    reduced: Tensor | None
+    maximiser: Tensor | None
+
+
+def support_capped(
+    coefficients: Tensor,  # (B, S, C, H, W), or (S, C, H, W) shared by all images
+    images: Tensor,  # (B, C, H, W)
+    budget: Tensor,  # (B,)
+    cap: float,
+    *,
+    tolerance: float | None = None,
+    maximiser: bool = False,
+    backend: Backend = "auto",
+    ground: str = "l1",
+    steps: int = STEPS,
+) -> CappedSupport:
+    """Bounds S linear functions over the capped ball around each of B images.
+
+    Raises:
+        InvalidInputError: an image has a pixel above the cap; and as
+            :func:`flowverify.transport.support.support`.
+    """
+    check_below(images, cap)
+    if use_compiled(backend, images):
+        rule = (steps, FIRST_SHARE, SHRINK, ENOUGH, DEAREST)
+        return CappedSupport(*compiled.solve_capped(coefficients, images, budget, cap, rule, maximiser, ground))
+    batch, shape = images.shape[0], coefficients.shape[-4:]
+    if coefficients.ndim == 4:
+        coefficients = coefficients.expand(batch, *shape)
+    images_at_once = max(1, CHUNK // max(1, shape.numel()))
+    at_once = max(1, CHUNK // max(1, shape[1:].numel()))
+    rows = []
+    for start in range(0, batch, images_at_once):
+        part = slice(start, start + images_at_once)
+        pieces = [
+            _descend(
+                coefficients[part, first : first + at_once], images[part], budget[part], cap, tolerance, backend,
+                ground, steps,
+            )
+            for first in range(0, shape[0], at_once)
+        ]  # fmt: skip
+        rows.append([torch.cat(values, 1) for values in zip(*pieces, strict=True)])
+    return CappedSupport(*(torch.cat(values) for values in zip(*rows, strict=True)))
+
+
+def check_below(images: Tensor, cap: float | None) -> None:
+    """Raises InvalidInputError if a pixel of the images (B, C, H, W) is above the cap, where there is one."""
+    if cap is None:
+        return
+    above = (images > cap).flatten(1).any(1).nonzero().flatten()
+    if above.numel():
+        at = int(above[0])
+        raise InvalidInputError(
+            f"image {at} has a pixel of {float(images[at].max()):g}: expected at most the cap, {cap:g}"
+        )
+
+
+def _descend(
+    coefficients: Tensor,
+    images: Tensor,
+    budget: Tensor,
+    cap: float,
+    tolerance: float | None,
+    backend: Backend,
+    ground: str,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+    room = (cap - images.double())[:, None]
+    reduced = coefficients
+    best: Tensor | None = None
+    share = torch.full(coefficients.shape[:2], FIRST_SHARE, dtype=torch.float64, device=images.device)
+    for step in range(steps + 1):
+        found = support(
+            reduced,
+            images,
+            budget,
+            tolerance=tolerance,
+            maximiser=True,
+            backend=backend,
+            ground=ground,
+        )
+        assert found.maximiser is not None
+        # From the rounded c - eta, so that rounding it costs no soundness.
+        prices = coefficients.double() - reduced.double()
+        value = found.excess.double() + (prices * room).flatten(2).sum(-1)
+        if best is None:
+            best, multiplier, best_reduced, moved = value, found.multiplier, reduced, found.maximiser
+        else:
+            better = value < best
+            share = torch.where(better, share, share * SHRINK)
+            wide = better[..., None, None, None]
+            best, multiplier = torch.where(better, value, best), torch.where(better, found.multiplier, multiplier)
+            best_reduced = torch.where(wide, reduced, best_reduced)
+            moved = torch.where(wide, found.maximiser, moved)
+        slope = cap - found.maximiser.double()
+        slope = torch.where((prices <= 0) & (slope > 0), 0.0, slope)
+        size = slope.square().flatten(2).sum(-1)
+        if step == steps or not bool(((size > 0) & (share > ENOUGH) & (best > 0)).any()):
+            break
+        length = torch.where(size > 0, (value - (1 - share) * best) / size, 0.0)
+        prices = (prices - length[..., None, None, None] * slope).clamp(min=0)
+        prices = torch.minimum(prices, DEAREST * coefficients.double().abs().amax((-3, -2, -1), keepdim=True))
+        reduced = (coefficients.double() - prices).to(coefficients.dtype)
+        reduced = torch.minimum(reduced, coefficients)
+    assert best is not None
+    return best.to(images.dtype), multiplier, best_reduced, moved
 
 
 @dataclass(frozen=True)
@@ -75,7 +231,7 @@ def support(
         backend: the compiled kernel is used for CPU tensors unless ``"torch"`` is asked for.
         ground: the name of the ground cost; see :mod:`flowverify.transport.ground`.
         cap: largest value of a pixel of nu. The result is then an upper bound that is never larger than without,
-            and the maximiser is the bound's gradient in c; see :mod:`flowverify.transport.capped`.
+            and the maximiser is the bound's gradient in c; see :mod:`flowverify.transport.support`.
 
     Raises:
         InvalidInputError: shapes that do not fit, a pixel that is negative or NaN or above the cap, a negative or
@@ -114,7 +270,7 @@ def support(
         if unbounded is not None:
             excess = torch.where(unbounded.to(excess.device), torch.nan, excess)
         return Support(excess, multiplier, moved, capped.reduced)
-    solve = compiled.solve if use_compiled(backend, images) else search.solve
+    solve = compiled.solve if use_compiled(backend, images) else dilation.solve
     excess, multiplier, moved = solve(
         coefficients, images, budget, guess.detach().double(), tolerance, maximiser, ground
     )
@@ -225,3 +381,89 @@ class _SupportFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             for_budget = (gradient * multiplier).sum(1)
         return for_coefficients, for_images, for_budget, None, None, None, None
+
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The best moves for each image, float64, on the device of the images.
+
+    ``image`` is nonnegative, of the mass of its image up to rounding, and the optimal plan between the two costs at
+    most ``cost`` (without a cap, exactly that).
+    """
+
+    image: Tensor  # (B, C, H, W)
+    gain: Tensor  # (B,), c . (nu - mu)
+    cost: Tensor  # (B,), in mass times ground cost
+    slope: Tensor  # (B,), gain for one more unit of budget; 0 where nothing more can be gained
+
+
+def best_moves(
+    coefficients: Tensor,  # (B, C, H, W)
+    images: Tensor,  # (B, C, H, W)
+    *,
+    budget: Tensor | None = None,  # (B,)
+    target: Tensor | None = None,  # (B,)
+    ground: str = "l1",
+    cap: float | None = None,
+) -> Moves:
+    """Moves mass as profitably as possible until ``budget`` is spent or ``target`` is gained, whichever is first.
+
+    Args:
+        coefficients: c, one function for each image.
+        images: mu, finite and nonnegative.
+        budget: in mass times ground cost; infinite by default.
+        target: of c . (nu - mu); infinite by default. Where it cannot be reached, all that can be is gained.
+        ground: the name of a ground cost; see :mod:`flowverify.transport.ground`.
+        cap: largest value of a pixel; pixels of ``images`` above it are an error.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, NaN, or an image above the cap.
+        UnknownNameError: the ground cost is unknown.
+    """
+    if images.ndim != 4 or coefficients.shape != images.shape:
+        raise InvalidInputError(
+            f"coefficients of shape {tuple(coefficients.shape)}, images of shape {tuple(images.shape)}: expected two "
+            "equal shapes (B, C, H, W)"
+        )
+    device, (count, channels, height, width) = images.device, images.shape
+    mass = np.ascontiguousarray(images.detach().double().cpu().numpy()).reshape(count, -1)
+    rows = np.ascontiguousarray(coefficients.detach().double().cpu().numpy()).reshape(count, -1)
+    budgets, targets = _limits(budget, count, "budget"), _limits(target, count, "target")
+    if not np.isfinite(rows).all():
+        raise InvalidInputError("coefficients: given NaN or infinite values, expected finite ones")
+    if cap is not None and mass.max(initial=0.0) > cap:
+        raise InvalidInputError(f"images: given a pixel of {mass.max():g}, expected at most the cap, {cap:g}")
+    offsets, costs = offsets_by_cost(height, width, ground)
+    moved, numbers = np.empty_like(mass), np.empty((count, 3))
+    shape = (channels, height, width)
+    metric, power = parse_ground(ground).is_metric, parse_ground(ground).power
+
+    from flowverify.transport import moves_kernel  # numba compiles on first use
+
+    longest = moves_kernel.WINDOW if metric else moves_kernel.SINGLE_WINDOW**power
+
+    def work(first: int, last: int) -> None:
+        for k in range(first, last):
+            if cap is None:
+                numbers[k] = moves_kernel.move_best(
+                    rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], moved[k]
+                )
+            else:
+                numbers[k] = moves_kernel.move_best_capped(
+                    rows[k], mass[k], shape, offsets, costs, budgets[k], targets[k], cap, metric, longest, moved[k]
+                )
+
+    share_out(work, count)
+    result = torch.from_numpy(numbers).to(device)
+    return Moves(torch.from_numpy(moved).to(device).reshape(images.shape), result[:, 0], result[:, 1], result[:, 2])
+
+
+def _limits(values: Tensor | None, count: int, what: str) -> Array:
+    if values is None:
+        return np.full(count, np.inf)
+    if tuple(values.shape) != (count,) or bool(torch.isnan(values).any()):
+        raise InvalidInputError(f"{what} of shape {tuple(values.shape)}: expected ({count},), and no NaN")
+    return values.detach().double().cpu().numpy()

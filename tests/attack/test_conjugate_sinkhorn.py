@@ -7,7 +7,7 @@ import torch
 
 from flowverify.attack import conjugate_sinkhorn
 from flowverify.errors import InvalidInputError
-from flowverify.transport.moves import best_moves
+from flowverify.transport.support import best_moves
 
 
 def problem(seed=0, count=5, shape=(2, 6, 5)):

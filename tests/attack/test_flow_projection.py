@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowverify.attack.flow_projection import L1Projection, limit_outflow, project_euclidean, project_onto_l1_ball
+from flowverify.attack.flow_descent import L1Projection, limit_outflow, project_euclidean, project_onto_l1_ball
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
 

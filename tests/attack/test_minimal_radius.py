@@ -6,10 +6,9 @@ from problems import assert_claims_hold, digits
 from torch import nn
 
 from flowverify.attack import Binarised, FlowDescent, FrankWolfe, MinimalRadius, binarise
-from flowverify.attack.art_adapter import art_attack
-from flowverify.attack.foolbox_adapter import foolbox_attack
+from flowverify.attack.adapters import art_attack, foolbox_attack
 from flowverify.ball import WassersteinBall
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.network import load_network
 

@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from flowverify.bench.local import LocalBackend
+from flowverify.bench.pool import LocalBackend
 from flowverify.bench.scheduler import run_suite
 from flowverify.bench.store import Store
 from flowverify.bench.suite import read_suite

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from flowverify.bench import plots, tables
-from flowverify.bench.certify_kind import Certify, CertifyRun
-from flowverify.bench.comparisons import Comparison, evidence
+from flowverify.bench import plots
+from flowverify.bench import report as tables
+from flowverify.bench.image_kinds import Certify, CertifyRun
 from flowverify.bench.report import to_latex
 from flowverify.bench.sources import Data
-from flowverify.bench.statistics import TaskRecords
+from flowverify.bench.statistics import Comparison, TaskRecords, evidence
 from flowverify.bench.tasks import Defaults, Task
-from flowverify.certifiers.ends import CLOSED
+from flowverify.certifiers.base import CLOSED
 
 DIGITS = {"name": "digits", "split": "test", "index": ":4", "folder": None}
 PLAIN = {"verdict": "certified", "seconds": 0.1}

@@ -9,16 +9,16 @@ from contracts import descend
 from suites import write_suite
 
 import flowverify as fv
-from flowverify.bench.instances_kind import Instances
+from flowverify.bench.outside_kinds import Instances
+from flowverify.bench.report import summary
 from flowverify.bench.statistics import by_task
 from flowverify.bench.suite import read_suite
-from flowverify.bench.tables import summary
 from flowverify.bench.tasks import Context
 from flowverify.errors import BoundError, InvalidInputError
 from flowverify.export.folder import Source, write_folder
 from flowverify.export.plan import Request
 from flowverify.network import write_onnx
-from flowverify.transport.inverse import flow_by_transport
+from flowverify.transport.references import flow_by_transport
 from flowverify.zoo import models_folder
 
 RADIUS = 0.5

@@ -9,7 +9,7 @@ import signal
 import pytest
 from suites import misbehaving, records, run_local
 
-from flowverify.bench import local
+from flowverify.bench import pool
 from flowverify.bench.store import Store
 
 KILLS = 20
@@ -87,7 +87,7 @@ def test_torn_in_the_middle_of_a_write(whole, tmp_path, missing):
 
 def test_impatient_interruptions_leave_no_worker(tmp_path, monkeypatch, hanging, interruptible):
     """The second one comes while the workers are being ended."""
-    kill = local._LocalWorker.kill
+    kill = pool._LocalWorker.kill
     (seen, said), (heard, told) = os.pipe(), os.pipe()
 
     def patient(worker):
@@ -96,7 +96,7 @@ def test_impatient_interruptions_leave_no_worker(tmp_path, monkeypatch, hanging,
         kill(worker)
         os.write(said, b"d")
 
-    monkeypatch.setattr(local._LocalWorker, "kill", patient)
+    monkeypatch.setattr(pool._LocalWorker, "kill", patient)
     deeds = {0: "hang", 1: "hang"}
     suite = misbehaving(
         tmp_path, chunk=1, count=2, deeds=deeds, budget={"seconds": 1e6}, pids=str(tmp_path), tell=str(hanging.path)

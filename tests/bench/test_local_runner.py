@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from suites import misbehaving, records, run_local
 
-from flowverify.bench.limits import thread_environment
+from flowverify.bench.session import thread_environment
 from flowverify.errors import BoundError
 
 
@@ -99,10 +99,10 @@ def test_threads_are_shared_by_the_workers():
 
 
 def test_workers_that_cannot_start(tmp_path, monkeypatch):
-    from flowverify.bench import local
+    from flowverify.bench import pool
 
-    monkeypatch.setattr(local.LocalBackend, "launch", lambda self: _Stillborn())
-    monkeypatch.setattr(local.LocalBackend, "wait", lambda self, workers, seconds: list(workers))
+    monkeypatch.setattr(pool.LocalBackend, "launch", lambda self: _Stillborn())
+    monkeypatch.setattr(pool.LocalBackend, "wait", lambda self, workers, seconds: list(workers))
     with pytest.raises(BoundError, match="workers do not start: no such luck"):
         run_local(misbehaving(tmp_path), tmp_path / "out")
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from suites import write_suite
 
-from flowverify.attack.schedule import Schedule
-from flowverify.bench.attack_kind import Attack
+from flowverify.attack.base import Schedule
+from flowverify.bench.image_kinds import Attack
 from flowverify.bench.store import read_folder
 from flowverify.bench.suite import Suite, read_suite
 from flowverify.bench.tasks import Context

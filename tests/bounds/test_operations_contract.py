@@ -25,10 +25,8 @@ from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import BOUNDS, ENGINES, Bound
 from flowverify.bounds.relaxations import relaxable
-from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
-from flowverify.certifiers.complete.problem import Problem
-from flowverify.certifiers.complete.single_ball import SingleBall
+from flowverify.certifiers.complete.problem import Problem, SingleBall, affine_maps
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.lowering import keeps_for_export, lower

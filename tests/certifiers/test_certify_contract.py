@@ -17,7 +17,7 @@ from flowverify.errors import FoldError
 from flowverify.network import Network, ScaleShift, from_torch
 from flowverify.registry import INCOMPLETE
 from flowverify.registry import METHODS as NAMES
-from flowverify.transport.reference import REFERENCES, make_reference
+from flowverify.transport.references import REFERENCES, make_reference
 
 SHAPE = (1, 6, 6)
 RADII = (0.02, 0.2, 1.0)

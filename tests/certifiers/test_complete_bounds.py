@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from flowverify import Network
 from flowverify.ball import Threat
-from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.ascent import ascend
-from flowverify.certifiers.complete.branching import branch
-from flowverify.certifiers.complete.leaf_program import LeafProgram
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine, tighten
-from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.nodes import branch, roots
+from flowverify.certifiers.complete.problem import Problem, SingleBall, affine_maps
 from flowverify.certifiers.complete.relaxation import Relaxation, initial_multipliers, lower_bound
-from flowverify.certifiers.complete.settings import NeuronBoundSettings, SearchSettings
-from flowverify.certifiers.complete.single_ball import SingleBall
-from flowverify.certifiers.complete.tree_nodes import roots
+from flowverify.certifiers.complete.tree import LeafProgram
+from flowverify.certifiers.options import NeuronBoundSettings, SearchSettings
 from flowverify.errors import UnsupportedOperationError
 
 KINDS = ("linear", "mlp", "cnn", "colour", "normalised", "logits after relu", "residual")

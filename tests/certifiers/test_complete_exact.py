@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowverify import Network, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.milp import MilpCertifier
-from flowverify.certifiers.complete.options import CompleteOptions
+from flowverify.certifiers.options import CompleteOptions
 
 COUNT = int(os.environ.get("FLOWVERIFY_TINY_NETWORKS", "16"))
 

@@ -27,9 +27,8 @@ from flowverify.certifiers.complete import tree as tree_module
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.milp import MilpCertifier
-from flowverify.certifiers.complete.options import CompleteOptions
-from flowverify.certifiers.complete.references import ReferenceCompleteCertifier
-from flowverify.certifiers.complete.settings import ScheduleSettings, SearchSettings
+from flowverify.certifiers.options import CompleteOptions, ScheduleSettings, SearchSettings
+from flowverify.certifiers.references import ReferenceCompleteCertifier
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.results import Interrupted, Verdict

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowverify.certifiers.ends import (
+from flowverify.certifiers.base import (
     CLOSED,
     TOLERANCE,
     Ends,

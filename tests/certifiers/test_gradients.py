@@ -7,11 +7,10 @@ import torch
 from test_complete_bounds import reached, single_ball
 from test_joint_limits import limited
 
-from flowverify.certifiers.complete.ascent import Adam
-from flowverify.certifiers.complete.gradients import compiled_slope, slope, traced_slope, values
+from flowverify.certifiers.complete.ascent import Adam, compiled_slope, slope, traced_slope, values
+from flowverify.certifiers.complete.nodes import TreeNodes
 from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, lower_bound
-from flowverify.certifiers.complete.settings import AscentSettings
-from flowverify.certifiers.complete.tree_nodes import TreeNodes
+from flowverify.certifiers.options import AscentSettings
 
 KINDS = ("mlp", "cnn", "colour", "residual")
 

@@ -12,9 +12,15 @@ from torch import nn
 
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.incomplete import Certifier, search_radius
-from flowverify.certifiers.linear import exact_radius, half_spaces, l2_radius, vanilla_radius
-from flowverify.certifiers.linear_certifier import LinearCertifier
-from flowverify.certifiers.linear_program import LinearProgram, program_radius
+from flowverify.certifiers.linear import (
+    LinearCertifier,
+    LinearProgram,
+    exact_radius,
+    half_spaces,
+    l2_radius,
+    program_radius,
+    vanilla_radius,
+)
 from flowverify.errors import InvalidInputError, SolverError, UnknownNameError, UnsupportedOperationError
 from flowverify.grid import Grid
 from flowverify.network import Network

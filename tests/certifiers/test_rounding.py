@@ -22,15 +22,13 @@ from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify.bounds.margins import margin_specification
-from flowverify.certifiers.complete.affine_maps import affine_maps
-from flowverify.certifiers.complete.joint_limit_search import upper_bounds
-from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
+from flowverify.certifiers.complete.neuron_bounds import neuron_bounds, upper_bounds
+from flowverify.certifiers.complete.nodes import roots
 from flowverify.certifiers.complete.problem import Problem as Bounding
+from flowverify.certifiers.complete.problem import affine_maps
 from flowverify.certifiers.complete.relaxation import lower_bound
-from flowverify.certifiers.complete.tree_nodes import roots
 from flowverify.certifiers.incomplete import Certifier
-from flowverify.certifiers.linear import HalfSpaces
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import HalfSpaces, LinearCertifier
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Index, Network, Pad, Permute, Reshape, RoundingBound, ScaleShift, from_torch
 from flowverify.network.operations import CANONICAL, RECORDS

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from flowverify.certifiers.complete.schedule import Schedule
-from flowverify.certifiers.complete.settings import DEFAULTS
+from flowverify.certifiers.complete.radius_search import Schedule
+from flowverify.certifiers.options import DEFAULTS
 
 UPPER, LAST = 1.0, 0.99
 OWN = DEFAULTS.schedule

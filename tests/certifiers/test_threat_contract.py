@@ -15,7 +15,7 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.incomplete import Certifier, search_radius
-from flowverify.certifiers.linear_certifier import LinearCertifier
+from flowverify.certifiers.linear import LinearCertifier
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.network import Network
 from flowverify.registry import INCOMPLETE

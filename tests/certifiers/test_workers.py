@@ -10,9 +10,8 @@ import torch
 
 import flowverify as fv
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.options import CompleteOptions
-from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
-from flowverify.certifiers.complete.workers import Workers
+from flowverify.certifiers.complete.deadline import Workers
+from flowverify.certifiers.options import DEFAULTS, CompleteOptions, SearchSettings
 
 
 @pytest.fixture

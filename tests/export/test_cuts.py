@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from flowverify.ball import Threat
-from flowverify.export.cuts import ReducedQuestion
+from flowverify.export.cuts import ReducedQuestion, write_program
 from flowverify.export.networks import take_apart
-from flowverify.export.program import write_program
 from flowverify.network import Add, Graph, Network, Node
 from tests.contracts import samples
 from tests.export.exact import small_image, small_network

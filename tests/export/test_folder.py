@@ -16,12 +16,12 @@ from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import InvalidInputError
 from flowverify.export import folder as folder_module
-from flowverify.export.folder import Layout, PlainCertifier, Source, read_contents, write_folder
+from flowverify.export.folder import Layout, Source, read_contents, write_folder
 from flowverify.export.plan import Request, plan
-from flowverify.export.replay import repaired, replay
-from flowverify.export.results import collect, read_results, read_witness
+from flowverify.export.results import collect, read_results, read_witness, repaired, replay
 from flowverify.network import write_onnx
-from flowverify.transport.inverse import flow_by_transport, flow_by_tree
+from flowverify.network.subject import Subject
+from flowverify.transport.references import flow_by_transport, flow_by_tree
 from tests.contracts import descend
 from tests.export.exact import small_image, small_network
 
@@ -203,7 +203,7 @@ def test_a_witness_for_the_file_alone_falsifies_nothing(tmp_path):
     firm.nodes[-1].operation.bias[label] += 1000
     for certified, expected in ((network, ""), (firm, "replay: the original network keeps the label")):
         found = replay(
-            PlainCertifier(certified, "fine-tuned", "marabou"), images[0], label, WassersteinBall(2.0), values,
+            Subject(certified), images[0], label, WassersteinBall(2.0), values,
             export.network.inputs, export.network.encoding, tmp_path / "network.onnx",
         )  # fmt: skip
         assert found.falsified == (not expected)

@@ -8,13 +8,13 @@ from torch import nn
 
 import flowverify as fv
 from flowverify.errors import UnsupportedOperationError
+from flowverify.export.encodings import decimal, round_down, round_up
 from flowverify.export.networks import penalty_terms
 from flowverify.export.plan import Request, plan
-from flowverify.export.rounding import decimal, round_down, round_up
 from flowverify.network import Add, Concatenate, Graph, Network, Node, ScaleShift, onnx_model, write_onnx
 from flowverify.network.lowering import lower
 from flowverify.transport.distance import channel_masses
-from flowverify.transport.inverse import flow_by_transport
+from flowverify.transport.references import flow_by_transport
 from tests.contracts import samples
 from tests.export.exact import least_margin, small_image, small_network
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from flowverify.network import Graph, Network, Node, ScaleShift, affine_rows, fold, from_torch, read_onnx, write_onnx
-from flowverify.network.constants import normalisation
+from flowverify.network.builder import normalisation
 
 SHAPE = (2, 3, 4)
 PIXELS = 24

@@ -157,7 +157,7 @@ FUNCTIONS = {
     "pad": lambda m, x: functional.pad(x, (1, 0, 2, 3)).flatten(1),
     "zeros": lambda m, x: x.flatten(1) + torch.zeros_like(x).flatten(1) + torch.zeros(x.shape[0], PIXELS),
     "dropout": lambda m, x: functional.dropout(x, 0.5, m.training).flatten(1),
-    "softened": lambda m, x: torch.sigmoid(functional.leaky_relu(x, 0.3)).flatten(1),
+    "softened": lambda m, x: 2 * torch.sigmoid(functional.leaky_relu(x, 0.3)).flatten(1),
     "to": lambda m, x: x.to(torch.float32).detach().flatten(1),
 }
 
@@ -170,7 +170,7 @@ def test_traced_operations(name):
 
 REFUSED = {
     "softmax": (
-        lambda m, x: torch.softmax(x.flatten(1), 1),
+        lambda m, x: 2 * torch.softmax(x.flatten(1), 1),
         r"operation softmax \(softmax\): is not supported",
     ),
     "gelu": (lambda m, x: functional.gelu(x).flatten(1), "operation gelu"),
@@ -193,7 +193,7 @@ REFUSED = {
     "crop": (lambda m, x: functional.pad(x, (-1, 0, 0, 0)).flatten(1), r"padding \(-1"),
     "pool rounded up": (lambda m, x: functional.avg_pool2d(x, 5, ceil_mode=True).flatten(1), "rounded up"),
     "precision": (lambda m, x: x.double().flatten(1), "torch.float64 is not supported"),
-    "two outputs": (lambda m, x: (x.flatten(1), x), "does not return one tensor"),
+    "two outputs": (lambda m, x: (x.flatten(1), x), "returns 2 values: expected output= a position, 0 to 1"),
     "constant": (lambda m, x: torch.zeros(x.shape[0], 3), "does not depend on the input"),
     "scan": (lambda m, x: x.flatten(1).cumsum(1), "operation cumsum"),
 }

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flowverify as fv
-from flowverify.attack.schedule import Schedule
+from flowverify.attack.base import Schedule
 from flowverify.errors import InvalidInputError
 from flowverify.smoothing import Noise, SmoothedClassifier
 from flowverify.smoothing.attack import _gradient, attack_smoothed

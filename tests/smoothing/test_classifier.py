@@ -10,8 +10,8 @@ from torch import nn
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Verdict
 from flowverify.smoothing import Noise, SmoothedClassifier, noisy_images, wasserstein_radius
-from flowverify.smoothing.certificates import upper_bound_of_failure
 from flowverify.smoothing.classifier import BOUND, PREDICT, SELECT
+from flowverify.smoothing.noise import upper_bound_of_failure
 from flowverify.smoothing.sampling import derive_key
 
 MASS, SIGMA = 3.0, 0.1

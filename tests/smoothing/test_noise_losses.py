@@ -6,7 +6,7 @@ from torch import nn
 
 from flowverify.errors import InvalidInputError
 from flowverify.smoothing import Noise, SmoothedClassifier, Splitting
-from flowverify.smoothing.results import accuracy_and_abstentions
+from flowverify.smoothing.classifier import accuracy_and_abstentions
 from flowverify.training import LOSSES, BatchContext, Recipe, find_recipe, train
 
 

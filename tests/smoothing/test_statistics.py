@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from flowverify.errors import InvalidInputError
-from flowverify.smoothing.certificates import lower_confidence_bound, top_two_p_values, upper_bound_of_failure
+from flowverify.smoothing.noise import lower_confidence_bound, top_two_p_values, upper_bound_of_failure
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])

@@ -4,7 +4,7 @@ import pytest
 
 from flowverify.results import Verdict
 from flowverify.smoothing import SmoothedCertificate, SmoothedPrediction
-from flowverify.smoothing.results import accuracy_and_abstentions, base_accuracy, median_certified_robustness
+from flowverify.smoothing.classifier import accuracy_and_abstentions, base_accuracy, median_certified_robustness
 
 
 def certificate(radius):

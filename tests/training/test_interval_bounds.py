@@ -10,8 +10,7 @@ from flowverify.ball import Threat
 from flowverify.bounds.margins import MarginBounds
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network
-from flowverify.training.interval_bounds import TrainableBounds
-from flowverify.training.worst_image import ball_bounds
+from flowverify.training.interval_bounds import TrainableBounds, ball_bounds
 from flowverify.transport.support import support, support_value
 
 SHAPE = (1, 7, 6)

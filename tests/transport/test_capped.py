@@ -9,10 +9,9 @@ from plans import plan_gain
 from torch import Tensor
 
 from flowverify.errors import InvalidInputError
-from flowverify.transport import capped
+from flowverify.transport import support as support_module
 from flowverify.transport.distance import wasserstein_distance
-from flowverify.transport.moves import best_moves
-from flowverify.transport.support import support, support_value
+from flowverify.transport.support import best_moves, support, support_value
 
 DOUBLE = torch.float64
 GROUNDS = ("l1", "l2", "l2^2", "local:3", "local:5^2")
@@ -56,20 +55,20 @@ def test_between_the_linear_program_and_the_value_without(ground: str) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 3.0])
 def test_every_price_gives_a_bound(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weak duality, whatever the steps do."""
-    monkeypatch.setattr(capped, "FIRST_SHARE", share)
+    monkeypatch.setattr(support_module, "FIRST_SHARE", share)
     rows, images = problem(1)
     budget = 0.2 * images.flatten(1).sum(1)
     exact = torch.tensor([[plan_gain(row, images[0], float(budget), "l2", 1.0) for row in rows]], dtype=DOUBLE)
     for steps in (0, 1, 4, 40):
         for backend in ("compiled", "torch"):
-            found = capped.support_capped(rows, images, budget, 1.0, ground="l2", steps=steps, backend=backend)  # type: ignore[arg-type]
+            found = support_module.support_capped(rows, images, budget, 1.0, ground="l2", steps=steps, backend=backend)  # type: ignore[arg-type]
             assert (found.excess >= exact - 1e-9).all()
 
 
 def test_the_gradient_is_that_of_the_bound() -> None:
     rows, images = problem(2)
     budget = 0.2 * images.flatten(1).sum(1)
-    found = capped.support_capped(rows, images, budget, 1.0, maximiser=True)
+    found = support_module.support_capped(rows, images, budget, 1.0, maximiser=True)
     assert found.reduced is not None and found.maximiser is not None
     prices = rows - found.reduced
     assert (prices >= 0).all() and (prices > 0).any()

@@ -14,7 +14,6 @@ from flowverify.grid import Grid
 from flowverify.transport.ground import (
     check_ground,
     ground_cost,
-    l1_over_ground,
     offsets_by_cost,
     parse_ground,
     steepest_offsets,
@@ -30,12 +29,12 @@ def test_ground_costs() -> None:
     assert l1[0].tolist() == [0, 1, 2, 1, 2, 3]
     assert l2[4].tolist() == pytest.approx([ROOT2, 1, ROOT2, 1, 0, 1], rel=1e-15)
     assert ground_cost((2, 3), "l1") is l1
-    assert (l1_over_ground("l1"), l1_over_ground("l2")) == (1.0, ROOT2)
+    assert (parse_ground("l1").l1_factor, parse_ground("l2").l1_factor) == (1.0, ROOT2)
     for ground in DISTANCES:
         cost = ground_cost((4, 5), ground)
         assert torch.equal(cost, cost.T)
         worst = (ground_cost((4, 5), "l1") / cost).nan_to_num(0.0).max().item()
-        assert worst == pytest.approx(l1_over_ground(ground), rel=1e-15)
+        assert worst == pytest.approx(parse_ground(ground).l1_factor, rel=1e-15)
 
 
 def test_bad_ground_costs() -> None:
@@ -46,7 +45,7 @@ def test_bad_ground_costs() -> None:
     with pytest.raises(UnknownNameError, match="unknown ground cost"):
         ground_cost((2, 2), "euclid")
     with pytest.raises(UnknownNameError, match="unknown ground cost"):
-        l1_over_ground("euclid")
+        parse_ground("euclid")
     with pytest.raises(InvalidInputError, match=r"expected a Grid or \(height, width\)"):
         ground_cost((2, 2, 2), "l1")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="grid height: given 0"):

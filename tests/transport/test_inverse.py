@@ -13,8 +13,14 @@ from torch import Tensor
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
 from flowverify.transport.distance import TransportPlan, transport_plan, wasserstein_distance
-from flowverify.transport.inverse import flow_by_transport, flow_by_tree, flow_from_plan, minimal_flow
-from flowverify.transport.reference import REFERENCES, make_reference
+from flowverify.transport.references import (
+    REFERENCES,
+    flow_by_transport,
+    flow_by_tree,
+    flow_from_plan,
+    make_reference,
+    minimal_flow,
+)
 
 MAPPERS = [flow_by_transport, flow_by_tree]
 grids = st.builds(Grid, st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
-from flowverify.transport.reference import REFERENCES, make_reference
+from flowverify.transport.references import REFERENCES, make_reference
 
 GRID = Grid(3, 4, 2)
 MASS = torch.tensor([[1.0, 2.0], [30.0, 0.5]])

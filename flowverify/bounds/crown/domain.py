@@ -15,7 +15,7 @@ from flowverify.bounds.engine import Batch, DomainName
 from flowverify.errors import FoldError
 from flowverify.network import Network, fold
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE, FLOAT32_MASS_TOLERANCE
-from flowverify.transport.inverse import flow_by_tree
+from flowverify.transport.references import flow_by_tree
 
 
 class Domain(Protocol):

@@ -32,8 +32,7 @@ from flowverify.bounds.crown.backend import (
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.grid import Grid
-from flowverify.transport.capped import check_below
-from flowverify.transport.support import inner, support_value
+from flowverify.transport.support import check_below, inner, support_value
 
 
 class _Polytope(PerturbationLpNorm):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowverify.bounds.lifted.moves import Moves, shifted
 from flowverify.bounds.lifted.support import MoveRows, whole_grid, windows_of
 from flowverify.bounds.lifted.sweeps import UNIT, prices_at
-from flowverify.transport.backend import use_compiled
+from flowverify.transport.compiled import use_compiled
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
 from flowverify.bounds.lifted.sweeps import swept, without_positivity
 from flowverify.errors import InvalidInputError
-from flowverify.transport.backend import Backend, use_compiled
+from flowverify.transport.compiled import Backend, use_compiled
 
 WAYS = len(NEIGHBOURS)
 DOWNWARD, RIGHTWARD = zip(*NEIGHBOURS.offsets, strict=True)

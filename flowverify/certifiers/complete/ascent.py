@@ -1,6 +1,12 @@
 """Raises lower bounds by Adam on their multipliers, problem by problem, until each is positive or time is up.
 
 The steps are taken on the reduced problem; the bounds that come out are in float64 and on all pixels.
+
+The bound is that of :mod:`~flowverify.certifiers.complete.relaxation`. Two implementations of its gradient give the
+same numbers: compiled kernels on the CPU, autograd on any device. The gradient is a pass forwards through the relaxed
+network: rho's is what a layer reads at the minimiser over the ball, and what the layer puts out there is the gradient
+in the coefficients A, from which the next layer reads. The compiled pass knows no rounding: it is for the steps of a
+search, whose last bound is :func:`lower_bound`'s.
 """
 
 from __future__ import annotations
@@ -11,9 +17,119 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.gradients import slope
-from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, lower_bound
-from flowverify.certifiers.complete.settings import AscentSettings
+from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, linear_bound, lower_bound
+from flowverify.certifiers.options import AscentSettings
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Bounds (N,) with the sizes of their terms, the ball's multipliers and minimisers, gradients by variable."""
+
+    value: Tensor
+    size: Tensor
+    multiplier: Tensor
+    point: Tensor
+    gradients: list[Tensor]
+
+
+def slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
+    """Value and gradient; ``tolerance`` is that of the minimum over the ball."""
+    return (compiled_slope if relaxation.compiled else traced_slope)(relaxation, multipliers, tolerance)
+
+
+def values(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Tensor:
+    """The bounds alone, (N,), float64."""
+    if not relaxation.compiled:
+        return lower_bound(relaxation, multipliers, tolerance=tolerance).value.double()
+    constant, on_image, _ = _compiled_pass(relaxation, multipliers)
+    return constant + relaxation.problem.ball.minimum(on_image, multipliers.guess, tolerance).value.double()
+
+
+def coefficients(relaxation: Relaxation, multipliers: Multipliers) -> list[Tensor]:
+    """A (N, n_k) on the output of each layer."""
+    if relaxation.compiled:
+        return [known[0] for known in _compiled_pass(relaxation, multipliers)[2]]
+    return linear_bound(relaxation, multipliers).coefficients
+
+
+def traced_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
+    """By autograd, on any device."""
+    leaves = [v.detach().requires_grad_(True) for v in multipliers.variables]
+    with torch.enable_grad():
+        bound = lower_bound(relaxation, Multipliers.of(leaves, multipliers.guess), tolerance=tolerance, point=True)
+        found = torch.autograd.grad(bound.value.sum(), leaves, allow_unused=True)
+    gradients = [
+        torch.zeros_like(leaf) if gradient is None else gradient.nan_to_num()
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
+    value = bound.value.detach()
+    assert bound.point is not None
+    return Slope(value, value.abs(), bound.multiplier, bound.point.detach(), gradients)
+
+
+def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
+    """By compiled kernels, on the CPU."""
+    from flowverify.certifiers.complete import relaxation_kernel as kernel
+
+    problem = relaxation.problem
+    constant, on_image, known = _compiled_pass(relaxation, multipliers)
+    least = problem.ball.minimum(on_image, multipliers.guess, tolerance, True)
+    assert least.point is not None
+    outputs = {0: least.point}
+    gradients: list[list[Tensor]] = [[], [], []]
+    for layer in range(problem.stage):
+        coefficients, *rest = known[layer]
+        own = problem.maps.stages[layer]
+        read = own.bias.expand(len(coefficients), -1)
+        for source, weight in own.weights.items():
+            read = torch.addmm(read, outputs[source], weight.T)
+        output, by_alpha, by_gamma = (torch.empty_like(coefficients) for _ in range(3))
+        theta = multipliers.theta[layer]
+        by_theta = torch.empty_like(theta)
+        kernel.relax_gradients(
+            coefficients.numpy(), relaxation.lower[layer].numpy(), relaxation.upper[layer].numpy(),
+            multipliers.alpha[layer].numpy(), *_limits(relaxation, layer), theta.numpy(), *(v.numpy() for v in rest),
+            read.numpy(), output.numpy(), by_alpha.numpy(), by_gamma.numpy(), by_theta.numpy(),
+        )  # fmt: skip
+        outputs[layer + 1] = output
+        for group, gradient in zip(gradients, (by_alpha, by_gamma, by_theta), strict=True):
+            group.append(gradient)
+    value = constant + least.value.double()
+    size = constant.abs() + least.value.abs().double()
+    return Slope(value, size, least.multiplier, least.point, [g for group in gradients for g in group])
+
+
+def _compiled_pass(relaxation: Relaxation, multipliers: Multipliers) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """The constants, the functions on the image, and of each layer A, rho, U and D; by the compiled kernels."""
+    from flowverify.certifiers.complete import relaxation_kernel as kernel
+
+    problem, specification = relaxation.problem, relaxation.problem.specification
+    stages, stage = problem.maps.stages, problem.stage
+    constant = (specification @ stages[stage].bias).double()
+    carried = {source: specification @ weight for source, weight in stages[stage].weights.items()}
+    known: list[tuple[Tensor, ...]] = [()] * stage
+    for layer in range(stage - 1, -1, -1):
+        alpha = multipliers.alpha[layer]
+        coefficients = carried.pop(layer + 1, torch.zeros_like(alpha))
+        rho, steeper, flatter = (torch.empty_like(coefficients) for _ in range(3))
+        kernel.relax_rows(
+            coefficients.numpy(), relaxation.lower[layer].numpy(), relaxation.upper[layer].numpy(), alpha.numpy(),
+            multipliers.gamma[layer].numpy(), *_limits(relaxation, layer), multipliers.theta[layer].numpy(),
+            rho.numpy(), steeper.numpy(), flatter.numpy(), constant.numpy(),
+        )  # fmt: skip
+        constant += rho @ stages[layer].bias
+        known[layer] = coefficients, rho, steeper, flatter
+        for source, weight in stages[layer].weights.items():
+            carried[source] = torch.addmm(carried[source], rho, weight) if source in carried else rho @ weight
+    on_image = carried.get(0)
+    if on_image is None:
+        on_image = specification.new_zeros(len(specification), problem.maps.pixels)
+    return constant, on_image, known
+
+
+def _limits(relaxation: Relaxation, layer: int) -> tuple[object, ...]:
+    limits = relaxation.joint[layer]
+    return limits.members.numpy(), limits.up.numpy(), limits.down.numpy(), limits.limit.numpy()
 
 
 @dataclass

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
-from flowverify.certifiers.complete.affine_maps import affine_maps
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
-from flowverify.certifiers.complete.least_margin import LeastMargin, least_margin
-from flowverify.certifiers.complete.options import CompleteOptions
+from flowverify.certifiers.complete.problem import affine_maps
 from flowverify.certifiers.complete.radius_search import RadiusSearch
+from flowverify.certifiers.complete.tree import LeastMargin, least_margin
+from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Certificate, Interrupted, Verdict
 from flowverify.witness import replay

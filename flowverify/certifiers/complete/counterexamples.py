@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowverify.ball import Threat
-from flowverify.certifiers.complete.settings import DEFAULTS, CounterexampleSettings
+from flowverify.certifiers.options import DEFAULTS, CounterexampleSettings
 from flowverify.network.subject import Subject
 from flowverify.transport.least_budget import least_budget
 from flowverify.witness import replay
@@ -22,7 +22,7 @@ FLOW_MASS_TOLERANCE = 1e-6  # of what is lost and gained
 
 
 class Adversary(Protocol):
-    """A search for near adversarial images, such as :class:`flowverify.attack.minimal.MinimalRadius`."""
+    """A search for near adversarial images, such as :class:`flowverify.attack.frank_wolfe.MinimalRadius`."""
 
     def minimise(self, images: Tensor, labels: Tensor, ground: str = ..., cap: float | None = ...) -> Any:
         """A result whose ``images`` (B, C, H, W) are candidates; they are replayed, not trusted."""

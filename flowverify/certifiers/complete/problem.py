@@ -3,19 +3,285 @@
 The steps of a search look at the problem in small: mostly in float32, and only at the pixels near the image's mass.
 Nothing in that is a bound. What the steps lead to is bounded in float64 on all pixels, by
 :func:`~flowverify.certifiers.complete.relaxation.lower_bound`, for which any multipliers will do (theory, section 16).
+
+The network is affine maps between its image, its ReLUs and its output, for bounds that run backwards. Stage k is what
+the k-th ReLU reads (the last stage: the output). It is an affine function of the image (source 0) and of the outputs of
+earlier ReLUs (sources 1, 2, ...): z_k = b_k + sum over s of W_ks a_s. Convolutions, pooling by averages, scales and
+skip connections all lie inside these maps, as dense matrices.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowverify.certifiers.complete.affine_maps import AffineMaps, Stage
-from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
-from flowverify.certifiers.complete.single_ball import SingleBall
-from flowverify.certifiers.complete.workers import Workers
+from flowverify.ball import Ball
+from flowverify.certifiers.complete.deadline import Workers
+from flowverify.certifiers.options import DEFAULTS, AffineMapSettings, SearchSettings
+from flowverify.errors import UnsupportedOperationError
+from flowverify.network import Network, is_affine, operation_name
+from flowverify.network.affine import drop_biases
+from flowverify.network.graph import INPUT
+from flowverify.network.rounding import gamma, magnitudes, reach
+from flowverify.transport.compiled import Prepared
+
+
+@dataclass(frozen=True)
+class Stage:
+    """b_k (n_k,) and the matrices W_ks (n_k, n_s) by source; sources without influence are absent."""
+
+    bias: Tensor
+    weights: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far a bound may be off (:func:`~flowverify.certifiers.complete.relaxation.lower_bound`).
+
+    Attributes:
+        gamma: relative, to the sum of absolute values.
+        magnitudes: P of each stage in two parts, (n_k, 2): first + reach * second is at least |z_k| on the ball, and
+            the sum of absolute values that it is computed from (:mod:`flowverify.network.rounding`).
+    """
+
+    gamma: float
+    magnitudes: tuple[Tensor, ...]
+
+    def largest(self, stage: int, reach: float) -> Tensor:
+        """P of a stage, (n_k,)."""
+        parts = self.magnitudes[stage]
+        return parts[:, 0] + reach * parts[:, 1]
+
+
+@dataclass(frozen=True)
+class AffineMaps:
+    """The stages of a network in float64; ``stages[k]`` feeds ReLU k + 1, ``stages[-1]`` is the output.
+
+    Attributes:
+        names: of the values that the stages compute.
+        pixels: of the image.
+        rounding: of bounds that are computed with these maps; None where nothing is to be proven.
+    """
+
+    stages: tuple[Stage, ...]
+    names: tuple[str, ...]
+    pixels: int
+    rounding: Rounding | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many ReLU layers there are."""
+        return len(self.stages) - 1
+
+    @property
+    def widths(self) -> list[int]:
+        """Neurons of each ReLU layer."""
+        return [len(stage.bias) for stage in self.stages[:-1]]
+
+
+def affine_maps(network: Network, settings: AffineMapSettings = DEFAULTS.maps) -> AffineMaps:
+    """The affine maps of a network whose only activations are ReLUs, on its device.
+
+    Raises:
+        UnsupportedOperationError: another activation, named; or maps of more than ``settings.most_entries`` numbers.
+    """
+    for node in network.nodes:
+        if not is_affine(node.operation) and not isinstance(node.operation, nn.ReLU):
+            raise UnsupportedOperationError(
+                f"complete certification: layer {node.name!r} is {operation_name(node.operation)}; expected affine "
+                "layers and ReLU only"
+            )
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    precise = copy.deepcopy(network).cpu().double()
+    linear = copy.deepcopy(precise)
+    drop_biases(linear)
+    relus = [node for node in precise.nodes if isinstance(node.operation, nn.ReLU)]
+    names = [node.inputs[0] for node in relus] + [precise.output]
+    sources = [INPUT, *(node.name for node in relus)]
+    shapes = [precise.input_shape, *(node.shape for node in relus)]
+    sizes = [math.prod(shape) for shape in shapes]
+    reached = [_reached(precise, source) for source in sources]
+    entries = sum(
+        math.prod(_shape(precise, name)) * sizes[source]
+        for name in set(names)
+        for source in range(len(sources))
+        if name in reached[source]
+    )
+    if entries > settings.most_entries:
+        raise UnsupportedOperationError(
+            f"complete certification: the network's affine maps have {entries:,} entries, expected at most "
+            f"{settings.most_entries:,}"
+        )
+    zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
+    with torch.no_grad():
+        constant = _values(precise, dict(zip(sources, zeros, strict=True)))
+        blocks: dict[tuple[str, int], Tensor] = {}
+        for index, (source, shape, size) in enumerate(zip(sources, shapes, sizes, strict=True)):
+            wanted = sorted(reached[index] & set(names))
+            for name, rows in _columns(
+                linear, sources, zeros, source, shape, size, wanted, settings.chunk_entries
+            ).items():
+                blocks[name, index] = rows.to(device)
+    stages = tuple(
+        Stage(
+            constant[name].flatten().to(device),
+            {index: blocks[name, index] for index in range(len(sources)) if (name, index) in blocks},
+        )
+        for name in names
+    )
+    found = magnitudes(precise, relaxed=False)
+    rounding = Rounding(gamma(precise), tuple(found[name].flatten(1).T.contiguous().to(device) for name in names))
+    return AffineMaps(stages, tuple(names), sizes[0], rounding)
+
+
+def _shape(network: Network, name: str) -> tuple[int, ...]:
+    return network.input_shape if name == INPUT else network.node(name).shape
+
+
+def _reached(network: Network, source: str) -> set[str]:
+    """The values that depend on ``source`` through affine layers alone."""
+    names = {source}
+    for node in network.nodes:
+        if is_affine(node.operation) and names & set(node.inputs):
+            names.add(node.name)
+    return names
+
+
+def _values(network: Network, sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    values = dict(sources)
+    for node in network.nodes:
+        if node.name not in values:
+            values[node.name] = node.operation(*(values[name] for name in node.inputs))
+    return values
+
+
+def _columns(
+    linear: Network,
+    sources: list[str],
+    zeros: list[Tensor],
+    source: str,
+    shape: tuple[int, ...],
+    size: int,
+    wanted: list[str],
+    entries: int,
+) -> dict[str, Tensor]:
+    """The matrices from one source: images of its unit vectors under the maps without biases."""
+    widest = max(math.prod(node.shape) for node in linear.nodes)
+    chunk = max(1, entries // max(widest, size))
+    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    if not wanted:
+        return {}
+    for start in range(0, size, chunk):
+        count = min(chunk, size - start)
+        basis = torch.zeros(count, size, dtype=torch.float64)
+        basis[torch.arange(count), torch.arange(start, start + count)] = 1
+        own = {name: zero.expand(count, *zero.shape[1:]) for name, zero in zip(sources, zeros, strict=True)}
+        values = _values(linear, {**own, source: basis.reshape(count, *shape)})
+        for name in wanted:
+            parts[name].append(values[name].flatten(1).T)
+    return {name: torch.cat(columns, 1).contiguous() for name, columns in parts.items()}
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """min of c . nu over the ball, one row a function.
+
+    Attributes:
+        value: a sound lower bound, exact to the tolerance, (N,).
+        multiplier: to start the next search from, (N,).
+        point: where it is attained, (N, pixels), if it was asked for.
+    """
+
+    value: Tensor
+    multiplier: Tensor
+    point: Tensor | None
+
+
+class SingleBall:
+    """A batch of one ball (:class:`flowverify.ball.Ball`), with what is prepared for its image in each precision.
+
+    With a cap minima are lower bounds, never looser than without.
+
+    Attributes:
+        image: (C, H, W); flat: the same, (pixels,).
+        budget: mass times ground cost.
+        positive: whether its points are images; otherwise they may have negative pixels.
+        is_program: whether it is a polytope of flows on the grid's edges.
+    """
+
+    def __init__(self, ball: Ball) -> None:
+        self.ball, self.image, self.budget = ball, ball.images[0], float(ball.budget[0])
+        self.flat = self.image.flatten()
+        threat = ball.threat
+        self.positive = threat.positive
+        self.is_program = threat.ground == "l1" and threat.cap is None
+        self._prepared: dict[torch.dtype, Prepared] = {}
+
+    @property
+    def reach(self) -> float:
+        """What multiplies the largest coefficient of a pixel in bounds on rounding."""
+        return float(reach(self.image.double().sum(), self.budget))
+
+    def window(self, rows: slice, columns: slice, kind: torch.dtype) -> SingleBall:
+        """The ball of a part of the image, in this precision; a smaller one where mass could leave the window."""
+        image = self.image[:, rows, columns].to(kind).contiguous()
+        return SingleBall(Ball(self.ball.threat, image[None], self.ball.budget))
+
+    def minimum(
+        self,
+        coefficients: Tensor,  # (N, pixels)
+        guess: Tensor | None = None,
+        tolerance: float = 1e-9,
+        point: bool = False,
+    ) -> Minimum:
+        coefficients = coefficients.detach()
+        if self._compiled:
+            excess, multiplier, nearest = self._solver(coefficients.dtype).solve(-coefficients, guess, tolerance, point)
+            centre = coefficients @ self.flat  # not finite if any coefficient is not: then the excess says nothing
+            value = torch.where(torch.isfinite(centre), centre - excess.to(centre), torch.nan)
+            return Minimum(value, multiplier, nearest)
+        found = self.ball.support(
+            -coefficients.reshape(-1, *self.image.shape), guess=None if guess is None else guess[None],
+            tolerance=tolerance, maximiser=point,
+        )  # fmt: skip
+        nearest = None if found.maximiser is None else found.maximiser[0].flatten(1)
+        return Minimum(coefficients @ self.flat - found.excess[0], found.multiplier[0].double(), nearest)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.positive and self.is_program and self.image.device.type == "cpu"
+
+    def _solver(self, kind: torch.dtype) -> Prepared:
+        if kind not in self._prepared:
+            self._prepared[kind] = Prepared(self.image.to(kind), self.budget)
+        return self._prepared[kind]
+
+    def greatest_excess(self, coefficients: Tensor, error: Tensor, tolerance: float) -> Tensor:
+        """An upper bound (N,), float64, of max c . (nu - image) for functions c (N, pixels) in any precision.
+
+        Args:
+            coefficients: c, each entry off by at most ``error`` (N,).
+
+        The bound allows for them and for its own rounding: half a unit for each step of a scan, a subtraction, and
+        the sum over the pixels. A unit of mass moves at a cost of at least 1, so that errors of c count with twice
+        the budget.
+        """
+        kind = coefficients.dtype
+        shaped = coefficients.reshape(-1, *self.image.shape)
+        if not self.positive:
+            slope = self.ball.support(shaped).multiplier[0].double()
+            return self.budget * (slope * (1 + 4 * torch.finfo(kind).eps) + 2 * error)
+        if self._compiled:
+            excess = self._solver(kind).solve(coefficients, None, tolerance, False)[0]
+        else:
+            excess = self.ball.to(dtype=kind).support(shaped, tolerance=tolerance).excess[0].double()
+        unit = torch.finfo(kind).eps / 2
+        scanned = (sum(self.image.shape[1:]) + 4) * float(self.flat.sum()) * coefficients.abs().amax(1).double()
+        return excess + unit * (scanned + (self.flat.numel() + 4) * excess) + 2 * self.budget * error
 
 
 @dataclass(frozen=True, eq=False)

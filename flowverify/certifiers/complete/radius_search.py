@@ -6,27 +6,76 @@ across lowers the radius of that same tree: balls are nested, so nothing that is
 the budget, for a tree that would not be done by then. Where a tree ends undecided, with neither a proof nor a
 counterexample (a tie to within rounding, or a ball whose bounds are not exact), so would every larger one: radii are
 then halved down to the least such.
+
+Which radius comes next is decided from what the trees before it have cost. The size of a tree grows exponentially with
+its radius, so that most of a budget belongs to the radius that closes the bracket, if that can be reached, and all
+smaller ones together cost little beside it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from flowverify.ball import Ball, Threat
-from flowverify.certifiers.complete.affine_maps import AffineMaps
 from flowverify.certifiers.complete.counterexamples import Adversary, NearestCounterexample
-from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.certifiers.complete.deadline import Deadline, Workers
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, neuron_bounds, refine
-from flowverify.certifiers.complete.problem import Problem
-from flowverify.certifiers.complete.schedule import Schedule
-from flowverify.certifiers.complete.settings import DEFAULTS, SearchSettings
-from flowverify.certifiers.complete.single_ball import SingleBall
+from flowverify.certifiers.complete.problem import AffineMaps, Problem, SingleBall
 from flowverify.certifiers.complete.tree import Counts, Tree
-from flowverify.certifiers.complete.workers import Workers
+from flowverify.certifiers.options import DEFAULTS, ScheduleSettings, SearchSettings
+
+
+@dataclass
+class Schedule:
+    """The trees that have been finished with this budget: radius, cost in the unit of the budget, and nodes."""
+
+    budget: float = math.inf
+    settings: ScheduleSettings = DEFAULTS.schedule
+    finished: list[tuple[float, float, int]] = field(default_factory=list)
+    _falls: int = 0
+
+    def target(self, proven: float, upper: float, last: float, left: float) -> float:
+        """The next radius, at most ``last``, which closes the bracket; ``upper`` is the nearest counterexample's."""
+        own = self.settings
+        if left == math.inf or proven >= last * (1 - own.step):
+            return last
+        if not self.finished:
+            first = proven + own.first * (upper - proven)
+            return first if proven * (1 + own.step) < first < own.near * upper else last
+        radius, cost, _ = self.finished[-1]
+        growth = self._growth(upper) / upper
+        near = min(own.near * upper, last)
+        if proven >= near * (1 - own.step) or cost * math.exp(growth * (last - radius)) <= own.safe * left:
+            return last
+        reached = radius + math.log(own.middle * left / cost) / growth if left > 0 else radius
+        return (proven + near) / 2 if reached <= max(proven, radius) * (1 + own.step) else min(reached, near)
+
+    def tell(self, radius: float, cost: float, nodes: int) -> None:
+        """A tree was finished at this radius."""
+        self.finished.append((radius, max(cost, 1e-9), max(nodes, 1)))
+
+    def lowered(self, proven: float, radius: float, left: float) -> float | None:
+        """A smaller radius for the tree that is grown, when it is time for one: once for each of ``late``."""
+        late = self.settings.late
+        if self._falls >= len(late) or not left < (1 - late[self._falls]) * self.budget < math.inf:
+            return None
+        self._falls += 1
+        return radius - self.settings.lowered * (radius - proven)
+
+    def _growth(self, upper: float) -> float:
+        """From the last two trees, if their radii differ and they have more nodes than their roots."""
+        own = self.settings
+        if len(self.finished) < 2:
+            return own.growth
+        (first, _, before), (second, _, after) = self.finished[-2:]
+        if second <= first * (1 + own.step / 2) or before < own.small:
+            return own.growth
+        least, most = own.growth_range
+        return min(max(math.log(after / before) / (second / upper - first / upper), least), most)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOp
 from flowverify.grid import Grid
 from flowverify.lirpa import PerturbationFlowPolytope, PerturbationWasserstein
 from flowverify.network import Network, ScaleShift, fold
-from flowverify.transport.inverse import flow_by_tree
-from flowverify.transport.reference import REFERENCES, make_reference
+from flowverify.transport.references import REFERENCES, flow_by_tree, make_reference
 
 METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
 MLP = [nn.Flatten(), nn.Linear(25, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)]
