@@ -222,9 +222,7 @@ def _displace(place: tuple[int, int, int, int], shape: tuple[int, int, int], gai
 
 
 @numba.njit(nogil=True, cache=True)
-def _best_pair(
-    gains: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int]
-) -> tuple[float, int, int]:
+def _best_pair(gains: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int]) -> tuple[float, int, int]:
     """The largest mean gain of a move and its reverse, below which no prices exist, and both as entries of the row."""
     channels, height, width = shape
     top, left, rows, columns = place

@@ -13,6 +13,7 @@ from flowverify.errors import BoundError
 from flowverify.network import Network
 from flowverify.network.operations import is_affine
 
+
 class LiftedEngine:
     """Neurons and margins by rows of moves. A cap is not made use of: the ball without it holds the one with it.
 

@@ -153,14 +153,15 @@ class _Maximum(torch.autograd.Function):
         return weighted, None, None, None, None
 
 
-def maximum_value(
-    rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """:func:`maximum`'s value, and its multiplier.
 
     The value is differentiable in the gains: the gradient is the maximiser (Danskin's theorem).
     """
-    return _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-any-return]
+    found: tuple[Tensor, Tensor] = _Maximum.apply(  # type: ignore[no-untyped-call]
+        rows.gains, rows.origins, images, budget, options
+    )
+    return found
 
 
 def _compiled(
