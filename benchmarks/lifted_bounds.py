@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 
-import torch
 from torch import Tensor
 
 import flowverify as fv

@@ -36,7 +36,8 @@ class EngineOptions:
     alpha_iterations: int = field(default=20, metadata={"help": "steps of alpha-crown's optimisation of slopes"})
     alpha_learning_rate: float = field(default=0.5, metadata={"help": "learning rate of these steps"})
     lifted_steps: int = field(
-        default=10, metadata={"help": "steps up the gradient by which lifted bounds mix rows and chords for the margins"}
+        default=10,
+        metadata={"help": "steps up the gradient by which lifted bounds mix rows and chords"},
     )
     lifted_rate: float = field(default=0.2, metadata={"help": "learning rate of these steps"})
     lifted_share: float = field(default=0.9, metadata={"help": "share of rows from which these steps start"})

@@ -14,7 +14,6 @@ from flowverify.bounds.intervals import Interval, propagate
 from flowverify.network import Network
 from flowverify.network import operations as ops
 
-
 _RISING = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Flatten, ops.Reshape, ops.Permute, ops.Index, ops.Pad, ops.Concatenate)
 
 

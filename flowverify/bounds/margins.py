@@ -27,7 +27,8 @@ class MarginBounds:
     Values that are affine in the image are bounded exactly; activations above them get intervals, in topological
     order, from the engines that the bound has for neurons, the tightest at every neuron. They are asked for a neuron
     only if interval arithmetic has not already shown its ReLU to be linear on the ball; the relaxation of such a ReLU
-    is exact; and only above the values whose intervals are exact. The margins are the largest of those of the engines that the bound has for margins.
+    is exact; and only above the values whose intervals are exact. The margins are the largest of those of the engines
+    that the bound has for margins.
 
     A bound goes on, with a note, without an engine that cannot take the network or fails, if it has another one for
     the margins.
@@ -199,7 +200,8 @@ class MarginBounds:
         if batch.effort.enough is None:
             return torch.zeros_like(margins, dtype=torch.bool)
         clean = (specification @ self.network(batch.ball.images)[..., None]).squeeze(-1)
-        return margins > batch.effort.enough * clean
+        goal: Tensor = batch.effort.enough * clean
+        return margins > goal
 
     def _pass(self, batch: Batch) -> dict[str, Run]:
         """All intervals of a batch, from the image upward."""

@@ -212,7 +212,7 @@ class Certifier(BaseCertifier):
         found, margin = confirm(at(torch.float64, first, None, CONFIRMING), found, clean, tolerance)
         for cover in others:
             floor = (found * (1 + tolerance)).clamp(min=SMALLEST, max=limit)
-            at_floor = at(torch.float32, cover, None, ROUGH)(torch.arange(count), floor)
+            at_floor = at(torch.float32, cover, None, SEARCHING)(torch.arange(count), floor)
             better = ((at_floor > 0) & (floor > found)).nonzero().flatten()
             if not better.numel():
                 continue

@@ -84,7 +84,7 @@ class Bracket:
         """A trial above all that had a positive margin: just beyond the zero, where that can be told."""
         beyond = 1 + 0.45 * self.tolerance
         if self.low == 0:
-            return self.expected * beyond if 0 < self.expected else self.first
+            return self.expected * beyond if self.expected > 0 else self.first
         known = len(self._points) == 1 and self.expected > self.low
         guess = self.expected if known else self.low + self.low_margin / self.fall
         least, most = self.low * (1 + 0.95 * self.tolerance), guess * beyond if known else self.growth * self.low

@@ -22,9 +22,7 @@ def pooled(kernel: int, stride: int) -> Network:
 
 
 @pytest.mark.parametrize("bound", ["crown", "best"])
-def test_what_the_host_cannot_take_is_refused_or_bounded_by_others(
-    bound: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_host_cannot_take_is_refused_or_bounded_by_others(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaking down as it is built, and in the middle of a batch."""
 
     def refuse(*arguments: object, **options: object) -> None:

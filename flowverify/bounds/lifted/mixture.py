@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -98,7 +97,9 @@ class MarginSearch:
 
     def __init__(self, batch: _Batch, rises: Tensor, clean: Tensor, goal: Tensor, best: Tensor) -> None:
         self.batch, self.rises, self.clean, self.goal, self.best = batch, rises, clean, goal, best
-        self.bent = {name: one for name, one in batch.relaxations.items() if one.mixes}
+        self.chords = {
+            name: one.chord for name, one in batch.relaxations.items() if one.mixes and one.chord is not None
+        }
         self.tolerance = batch.engine.tolerance / 10
 
     def by_rows(self) -> None:
@@ -110,12 +111,11 @@ class MarginSearch:
     def by_chords(self) -> None:
         """Without rows, and with the lines below that CROWN takes: its margins over the same intervals."""
         picked = self._pick()
-        if picked is None or not self.bent:
+        if picked is None or not self.chords:
             return
         choices = {}
-        for name, one in self.bent.items():
-            assert one.chord is not None
-            slope = one.chord.usual[:, None].to(self.clean.dtype)
+        for name, chord in self.chords.items():
+            slope = chord.usual[:, None].to(self.clean.dtype)
             choices[name] = Choice(torch.zeros_like(slope), slope)
         self._raise(picked, self._evaluated(picked, choices)[0])
 
@@ -126,10 +126,10 @@ class MarginSearch:
         other margins do not matter then.
         """
         picked = self._pick()
-        if picked is None or not self.bent:
+        if picked is None or not self.chords:
             return
         engine = self.batch.engine
-        choices = {name: self._start(name, picked) for name in self.bent}
+        choices = {name: self._start(name, picked) for name in self.chords}
         variables = [tensor.requires_grad_(True) for one in choices.values() for tensor in (one.share, one.slope)]
         optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95))
         active, own, guess = picked.active, self.best.gather(1, picked.index), self._guess(picked)
@@ -152,10 +152,8 @@ class MarginSearch:
                 group["lr"] = engine.rate * (1 - step / (engine.steps + 1))
             optimiser.step()
             for name, choice in choices.items():
-                chord = self.bent[name].chord
-                assert chord is not None
                 choice.share.data.clamp_(0, 1)
-                choice.slope.data.clamp_(chord.flattest, 1)
+                choice.slope.data.clamp_(self.chords[name].flattest, 1)
         self._raise(picked, own)
 
     def _pick(self) -> _Picked | None:
@@ -210,10 +208,8 @@ class MarginSearch:
         return None if known is None else known.gather(1, picked.index)
 
     def _start(self, name: str, picked: _Picked) -> Choice:
-        chord = self.bent[name].chord
-        assert chord is not None
+        chord = self.chords[name]
         centre = chord.centre
         tangent = torch.where(centre >= 0, torch.ones_like(centre), chord.flattest)[:, None]
         slope = tangent.expand(-1, picked.index.shape[1], *centre.shape[1:]).clone()
-        share = torch.full_like(slope, self.batch.engine.first_share)
-        return Choice(share, slope)
+        return Choice(torch.full_like(slope, self.batch.engine.first_share), slope)

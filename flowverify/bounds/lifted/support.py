@@ -145,7 +145,10 @@ def maximum_value(rows: MoveRows, images: Tensor, budget: Tensor, options: dict[
 
     The value is differentiable in the gains: the gradient is the maximiser (Danskin's theorem).
     """
-    return _Maximum.apply(rows.gains, rows.origins, images, budget, options)  # type: ignore[no-any-return]
+    found: tuple[Tensor, Tensor] = _Maximum.apply(  # type: ignore[no-untyped-call]
+        rows.gains, rows.origins, images, budget, options
+    )
+    return found
 
 
 def _compiled(
