@@ -36,7 +36,7 @@ class LiftedEngine:
         )  # fmt: skip
         self.refines = options.lifted_steps > 0
         if not all(has_chord(node.operation) for node in network.activations):
-            self.instead_of = ()
+            self.instead_of, self.monotone = (), False
 
     def start(self, batch: Batch) -> LiftedRun:
         return LiftedRun(self.bounds, batch)

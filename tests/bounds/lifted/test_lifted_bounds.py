@@ -12,6 +12,7 @@ from flowverify.ball import Threat
 from flowverify.bounds.lifted import activations, engine
 from flowverify.bounds.lifted.activations import Secants, secants
 from flowverify.bounds.lifted.engine import LiftedBounds
+from flowverify.bounds.lifted.mixture import MarginSearch
 from flowverify.bounds.margins import MarginBounds, margin_specification
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
@@ -101,7 +102,10 @@ def test_with_no_share_of_rows_it_is_crown(slope: float) -> None:
     ball = batch_of(network, images, budget, tolerance=1e-8)
     rises = -margin_specification(labels, 4, torch.float64)
     clean = margins_at(network, images[:, None], labels)[:, 0]
-    found = ball.margins_at(rises, clean, 0.0)
+    infinite = torch.full_like(clean, torch.inf)
+    search = MarginSearch(ball, rises, clean, infinite, -infinite)
+    search.by_chords()
+    found = search.best
     crown = margins_by("crown", network, images, labels, budget)
     # auto_LiRPA gets LeakyReLU as s x + (1 - s) relu(x), which is relaxed alike.
     torch.testing.assert_close(found, crown, rtol=1e-6, atol=1e-6)
