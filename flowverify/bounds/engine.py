@@ -111,8 +111,8 @@ class Engine(Protocol):
         notes: what it had to do without, or in another way, for the results to show.
         refines (optional): whether margins of less effort are looser, and cheaper.
         monotone (optional): whether bounds are no looser over a smaller ball, given intervals that are no looser.
-        instead_of (optional): engines that a bound does not need beside it, of its class and of the one at hand.
-        grounds (with instead_of): the ground costs that it knows; for others, the bound goes on with those.
+        instead_of (optional): engines that a bound does not need beside it.
+        numbers_per_value (optional): how many it holds for each value of the widest layer, if they are more than 128.
 
     Raises, as it is built or as a run goes on:
         UnsupportedOperationError, BoundError: it cannot take the network. A bound that has another engine for the

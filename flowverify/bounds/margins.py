@@ -80,7 +80,8 @@ class MarginBounds:
             for node in self.network.activations
         }
         widest = max(math.prod(node.shape) for node in self.network.nodes) if self.network.nodes else 1
-        self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * 128))
+        held = max(128, *(getattr(engine, "numbers_per_value", 0) for engine in self._engines.values()))
+        self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * held))
 
     @property
     def monotone(self) -> bool:
@@ -243,10 +244,6 @@ class MarginBounds:
                 continue
             if name not in self._engines:
                 make = ENGINES.find(name)
-                elsewhere = set(self._composition.margins) & set(getattr(make, "instead_of", ()))
-                if elsewhere and self.threat.ground not in make.grounds:
-                    needless.add(name)
-                    continue
                 try:
                     self._engines[name] = make(self.network, self.threat, self.dtype, self.options)
                 except (UnsupportedOperationError, BoundError) as error:

@@ -194,7 +194,8 @@ class _Batch:
             for query in self._queries(name, open_):
                 rows, _ = self.rows(name, query.coefficients)
                 # Where nothing needs their value, rows above pieces still take off what moves are charged.
-                multipliers = self._tighten(name, query, rows, two_piece) if tighten or two_piece else None
+                wanted = tighten or two_piece
+                multipliers = self._tighten(name, query, rows, two_piece, tighten) if wanted else None
                 chunks.append((query, replace(rows, multipliers=multipliers)))
         return chunks
 
@@ -230,7 +231,12 @@ class _Batch:
             queries.append(_Query(Coefficients(data, None), None, part))
         return queries
 
-    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool) -> Tensor:
+    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool, both: bool) -> Tensor:
+        """Bounds by rows, and the multipliers of them.
+
+        Args:
+            both: whether the end that secants and charges have no use for is worth bounding, for chords.
+        """
         centre = query.pick(self.values[name])  # (B, places, channels)
         lower, upper = (query.pick(bound) for bound in self.intervals[name])
         batch = len(self.images)
@@ -238,7 +244,7 @@ class _Batch:
         if two_piece:
             # One end is what secants need; a cheaper bound does for the other.
             open_ = (lower < 0) & (upper > 0)
-            other = torch.full_like(centre, -torch.inf) if self.steps else settled
+            other = torch.full_like(centre, -torch.inf) if self.steps and both else settled
             for_upper = torch.where(open_, torch.where(centre < 0, -centre, other), settled)
             for_lower = torch.where(open_, torch.where(centre >= 0, centre, other), settled)
         else:

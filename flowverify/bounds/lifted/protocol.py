@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,26 +19,29 @@ from flowverify.network.operations import is_affine
 class LiftedEngine:
     """Neurons and margins by rows of moves. A cap is not made use of: the ball without it holds the one with it.
 
-    Where all activations have chords, CROWN over the same intervals is among the margins.
+    Where all activations have chords, and moves stand for the ball exactly, CROWN over the same intervals is among the
+    margins.
 
     Raises:
         UnsupportedOperationError: an operation without a rule, named.
-        BoundError: a ground cost whose moves do not lead from neighbour to neighbour.
+        BoundError: a ground cost whose moves are too far from what its plans cost.
     """
 
-    grounds = ("l1",)
     instead_of: tuple[str, ...] = ("crown",)
 
     def __init__(self, network: Network, threat: Threat, dtype: torch.dtype, options: EngineOptions) -> None:
         self.notes: list[str] = []
+        moves = moves_of(threat.ground, *network.input_shape[-2:])
         self.bounds = LiftedBounds(
-            network, feasible=threat.positive, moves=moves_of(threat.ground, *network.input_shape[-2:]), dtype=dtype,
-            tolerance=options.lifted_tolerance, steps=options.lifted_steps, rate=options.lifted_rate,
-            first_share=options.lifted_share,
+            network, feasible=threat.positive, moves=moves, dtype=dtype, tolerance=options.lifted_tolerance,
+            steps=options.lifted_steps, rate=options.lifted_rate, first_share=options.lifted_share,
         )  # fmt: skip
+        # Windows grow by the reach of moves, up to the whole grid.
+        self.numbers_per_value = len(moves) * min(32 * math.prod(moves.reach), 2 * network.grid.pixels)
         self.refines = options.lifted_steps > 0
-        if not all(has_chord(node.operation) for node in network.activations):
-            self.instead_of, self.monotone = (), False
+        exact = threat.ground == "l1" or not moves.chained
+        if not exact or not all(has_chord(node.operation) for node in network.activations):
+            self.instead_of = ()
 
     def start(self, batch: Batch) -> LiftedRun:
         return LiftedRun(self.bounds, batch)

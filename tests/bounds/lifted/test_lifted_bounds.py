@@ -14,6 +14,7 @@ from flowverify.bounds.lifted.activations import Secants, secants
 from flowverify.bounds.lifted.engine import LiftedBounds
 from flowverify.bounds.lifted.mixture import MarginSearch
 from flowverify.bounds.margins import MarginBounds, margin_specification
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import Add, output_shape
@@ -111,6 +112,31 @@ def test_with_no_share_of_rows_it_is_crown(slope: float) -> None:
     torch.testing.assert_close(found, crown, rtol=1e-6, atol=1e-6)
     mixed = LiftedBounds(network, steps=3).lower_bounds(images, labels, budget)
     assert (mixed >= crown - 1e-4 * crown.abs() - 1e-6).all()
+
+
+@pytest.mark.parametrize("slope", [-0.5, -3.0, 0.3, 3.0])
+def test_no_slope_of_the_left_piece_takes_a_bound_above_the_least_margin(slope: float) -> None:
+    """A negative one falls to the left of zero; leaky(z) = relu(z) - slope relu(-z) is what the oracle knows."""
+    gap = []
+    for seed in range(12):
+        network = random_network((1, 3, 3), [nn.Flatten(), nn.Linear(9, 3), nn.LeakyReLU(slope), nn.Linear(3, 3)], seed)
+        twice = Network.sequential((1, 3, 3), [nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3)]).double()
+        (first, last), (both, joined) = (
+            [node.operation for node in one.nodes if isinstance(node.operation, nn.Linear)] for one in (network, twice)
+        )
+        both.weight.copy_(torch.cat([first.weight, -first.weight]))
+        both.bias.copy_(torch.cat([first.bias, -first.bias]))
+        joined.weight.copy_(torch.cat([last.weight, -slope * last.weight], 1))
+        joined.bias.copy_(last.bias)
+        image = sparse_images((1, 3, 3), 1, seed)
+        label, budget = network(image).argmax(1), RADII[seed % 3] * image.flatten(1).sum(1)
+        torch.testing.assert_close(twice(image), network(image))
+        least = torch.tensor(exact_margins(twice, image[0], int(label), float(budget)), dtype=torch.float64)
+        for feasible, steps in ((True, 0), (True, 5), (False, 0)):
+            found = LiftedBounds(network, steps=steps, feasible=feasible).lower_bounds(image, label, budget)[0]
+            assert (found <= least + 1e-9).all(), (seed, feasible, steps)
+            gap.append(float((least - found).mean()))
+    assert min(gap) < 1e-2
 
 
 def residual() -> Network:
@@ -270,6 +296,19 @@ def test_the_example_on_paper(count: int) -> None:
     assert float(LiftedBounds(network).lower_bounds(*given)) == pytest.approx(10 - reach)
     crown = margins_by("crown", network, *given)
     assert float(crown) == pytest.approx(10 - (count + 1) * reach / 2)
+
+
+def test_a_vanilla_ball_may_have_the_better_rows_and_is_asked_after_the_fine_tuned_one() -> None:
+    layers = [nn.Flatten(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+    network, image = random_network((1, 3, 3), layers, 110), sparse_images((1, 3, 3), 1, 110)
+    label, ball = network(image).argmax(1), Threat().ball(image, 0.3 * image.flatten(1).sum(1))
+    certifier = Certifier(network, "fine-tuned", "lifted")
+    own, vanilla = (
+        float(LiftedBounds(network, feasible=feasible).lower_bounds(image, label, ball.budget).min())
+        for feasible in (True, False)
+    )
+    assert own < vanilla - 0.1
+    assert Threat(positive=False) in certifier.covers(Threat())
 
 
 # Mutants: each of these breaks the bound, and is seen to.
