@@ -114,24 +114,31 @@ def test_with_no_share_of_rows_it_is_crown(slope: float) -> None:
     assert (mixed >= crown - 1e-4 * crown.abs() - 1e-6).all()
 
 
+def by_relus(network: Network, slope: float) -> Network:
+    """A chain of Linear and LeakyReLU as one of ReLUs, twice as many: leaky(z) = relu(z) - slope relu(-z)."""
+    weights = [(one.weight, one.bias) for one in (node.operation for node in network.nodes) if hasattr(one, "weight")]
+    weights[1:] = [(torch.cat([weight, -slope * weight], 1), bias) for weight, bias in weights[1:]]
+    weights[:-1] = [(torch.cat([weight, -weight]), torch.cat([bias, -bias])) for weight, bias in weights[:-1]]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for weight, _ in weights:
+        layers += [nn.Linear(weight.shape[1], weight.shape[0]), nn.ReLU()]
+    found = Network.sequential(network.input_shape, layers[:-1]).double()
+    for value, given in zip(found.parameters(), (value for pair in weights for value in pair), strict=True):
+        value.copy_(given)
+    return found
+
+
 @pytest.mark.parametrize("slope", [-0.5, -3.0, 0.3, 3.0])
 def test_no_slope_of_the_left_piece_takes_a_bound_above_the_least_margin(slope: float) -> None:
-    """A negative one falls to the left of zero; leaky(z) = relu(z) - slope relu(-z) is what the oracle knows."""
+    """Negative ones, too, which take rows downward to the upper side."""
+    layers = [nn.Flatten(), nn.Linear(9, 2), nn.LeakyReLU(slope), nn.Linear(2, 2), nn.LeakyReLU(slope), nn.Linear(2, 3)]
     gap = []
-    for seed in range(12):
-        network = random_network((1, 3, 3), [nn.Flatten(), nn.Linear(9, 3), nn.LeakyReLU(slope), nn.Linear(3, 3)], seed)
-        twice = Network.sequential((1, 3, 3), [nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3)]).double()
-        (first, last), (both, joined) = (
-            [node.operation for node in one.nodes if isinstance(node.operation, nn.Linear)] for one in (network, twice)
-        )
-        both.weight.copy_(torch.cat([first.weight, -first.weight]))
-        both.bias.copy_(torch.cat([first.bias, -first.bias]))
-        joined.weight.copy_(torch.cat([last.weight, -slope * last.weight], 1))
-        joined.bias.copy_(last.bias)
-        image = sparse_images((1, 3, 3), 1, seed)
+    for seed in range(8):
+        network = random_network((1, 3, 3), layers, seed)
+        image, known = sparse_images((1, 3, 3), 1, seed), by_relus(network, slope)
         label, budget = network(image).argmax(1), RADII[seed % 3] * image.flatten(1).sum(1)
-        torch.testing.assert_close(twice(image), network(image))
-        least = torch.tensor(exact_margins(twice, image[0], int(label), float(budget)), dtype=torch.float64)
+        torch.testing.assert_close(known(image), network(image))
+        least = torch.tensor(exact_margins(known, image[0], int(label), float(budget)), dtype=torch.float64)
         for feasible, steps in ((True, 0), (True, 5), (False, 0)):
             found = LiftedBounds(network, steps=steps, feasible=feasible).lower_bounds(image, label, budget)[0]
             assert (found <= least + 1e-9).all(), (seed, feasible, steps)
