@@ -106,22 +106,23 @@ class TestWithoutAutoLirpa:
             "import sys; sys.modules['auto_LiRPA'] = None; import flowverify as fv\n"
             "model, data, ball = fv.load_model('digits-fc3'), fv.load_dataset('digits'), fv.WassersteinBall(0.1)\n"
             "fv.fold(model)\n"
-            "try: fv.certify(model, data.images[0], 0, ball)\n"
+            "try: fv.certify(model, data.images[0], 0, ball, bound='crown')\n"
             "except fv.FlowverifyError as error: print(type(error).__name__, error)"
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("DependencyError auto_LiRPA cannot be used")
         assert "pip install --no-deps auto-LiRPA==0.3" in done.stdout
 
-    def test_intervals_do_without_it(self):
+    @pytest.mark.parametrize("bound", ["ibp", "best"])
+    def test_intervals_and_networks_of_relus_do_without_it(self, bound):
         done = run(
             "import sys; sys.modules['auto_LiRPA'] = None; import flowverify as fv\n"
             "model, data, ball = fv.load_model('digits-fc3'), fv.load_dataset('digits'), fv.WassersteinBall(0.001)\n"
-            "print(fv.certify(model, data.images[0], data.labels[0], ball, bound='ibp').verdict)"
+            f"print(fv.certify(model, data.images[0], data.labels[0], ball, bound={bound!r}).verdict)"
         )
         assert done.stdout.strip() == "certified", done.stderr
 
-    @pytest.mark.parametrize(("command", "code"), [("verify digits-fc3 --index 0", 2), ("doctor", 1)])
+    @pytest.mark.parametrize(("command", "code"), [("verify digits-fc3 --index 0 --bound crown", 2), ("doctor", 1)])
     def test_command_line_says_what_to_install(self, command, code):
         done = run(
             f"import sys; sys.modules['auto_LiRPA'] = None; sys.argv = 'flowverify {command}'.split()\n"

@@ -35,9 +35,31 @@ class EngineOptions:
     )
     alpha_iterations: int = field(default=20, metadata={"help": "steps of alpha-crown's optimisation of slopes"})
     alpha_learning_rate: float = field(default=0.5, metadata={"help": "learning rate of these steps"})
+    lifted_steps: int = field(
+        default=10,
+        metadata={"help": "steps up the gradient by which lifted bounds mix rows and chords"},
+    )
+    lifted_rate: float = field(default=0.2, metadata={"help": "learning rate of these steps"})
+    lifted_share: float = field(default=0.9, metadata={"help": "share of rows from which these steps start"})
+    lifted_tolerance: float = field(
+        default=1e-2, metadata={"help": "relative gap at which lifted bounds stop searching a neuron's multiplier"}
+    )
     chunk_entries: int = field(
         default=1 << 25, metadata={"help": "images x specifications x widest layer in one backward pass"}
     )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How tight margins need to be; less is asked for by a search that wants to know a sign.
+
+    Attributes:
+        rough: whether a bound that takes steps to improve may do without them.
+        enough: a share of its clean margin above which a margin need not be raised; None for as tight as can be.
+    """
+
+    rough: bool = False
+    enough: float | None = None
 
 
 @dataclass(eq=False)
@@ -49,13 +71,17 @@ class Batch:
         intervals: the tightest known of each value by name, (B, *shape): of the values where the affine part ends
             exactly, and of every value above them up to the one that is being bounded.
         references: R of the masses of the images, (B, C, H, W), for engines that run in flow coordinates.
-        warm_start: multipliers of an earlier call with these images.
+        warm_start: what an earlier call with these images found.
+        effort: how tight the margins need to be.
+        margins: lower bounds of the margins from other engines, (B, S); None before there are any.
     """
 
     ball: Ball
     references: Tensor | None = None
     warm_start: WarmStart | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
+    effort: Effort = field(default_factory=Effort)
+    margins: Tensor | None = None
 
 
 class Run(Protocol):
@@ -83,6 +109,10 @@ class Engine(Protocol):
 
     Attributes:
         notes: what it had to do without, or in another way, for the results to show.
+        refines (optional): whether margins of less effort are looser, and cheaper.
+        monotone (optional): whether bounds are no looser over a smaller ball, given intervals that are no looser.
+        instead_of (optional): engines that a bound does not need beside it.
+        numbers_per_value (optional): how many it holds for each value of the widest layer, if they are more than 128.
 
     Raises, as it is built or as a run goes on:
         UnsupportedOperationError, BoundError: it cannot take the network. A bound that has another engine for the

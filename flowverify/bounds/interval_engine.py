@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +13,16 @@ from flowverify.bounds.first_layer import AffineValue
 from flowverify.bounds.intervals import Interval, propagate
 from flowverify.bounds.outward import Outward
 from flowverify.network import Network
+from flowverify.network import operations as ops
 from flowverify.network.rounding import is_steep
+
+_RISING = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Flatten, ops.Reshape, ops.Permute, ops.Index, ops.Pad, ops.Concatenate)
 
 
 class IntervalEngine:
     """Bounds by intervals (theory, section 13); takes every network, and every other engine builds on it."""
+
+    monotone = True
 
     def __init__(self, network: Network, threat: Threat, dtype: torch.dtype, options: EngineOptions) -> None:
         self.network, self.options = network, options
@@ -25,11 +32,24 @@ class IntervalEngine:
         ends = {name for node in self.above for name in node.inputs if name in affine}
         if network.is_affine:
             ends.add(network.output)
+        self.exact = _exact_above(network, affine)  # where no other engine is of use
         self.affine = {name: AffineValue(network, name, dtype, threat) for name in sorted(ends)}
         self.outward = Outward(network, self.affine) if is_steep(network) else None
 
     def start(self, batch: Batch) -> IntervalRun:
         return IntervalRun(self, batch)
+
+
+def _exact_above(network: Network, affine: Collection[str]) -> set[str]:
+    """The values whose entries are non-decreasing functions of one entry each of what is bounded exactly."""
+    exact = set(affine)
+    for node in network.nodes:
+        rising = isinstance(node.operation, _RISING) or (
+            isinstance(node.operation, nn.LeakyReLU) and node.operation.negative_slope >= 0
+        )
+        if rising and exact.issuperset(node.inputs):
+            exact.add(node.name)
+    return exact - set(affine)
 
 
 class IntervalRun:
@@ -38,7 +58,7 @@ class IntervalRun:
     def __init__(self, engine: IntervalEngine, batch: Batch) -> None:
         self.engine, self.batch = engine, batch
         for name, value in engine.affine.items():
-            if name != engine.network.output:
+            if name != engine.network.output and name not in batch.intervals:
                 found = value.bounds(batch.ball, engine.options.tolerance, batch.warm_start)
                 batch.intervals[name] = engine.outward.start(name, found, batch.ball) if engine.outward else found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat
-from flowverify.bounds.engine import Batch, Engine, EngineOptions, Run, largest
+from flowverify.bounds.engine import Batch, Effort, Engine, EngineOptions, Run, largest
 from flowverify.bounds.interval_engine import IntervalEngine
 from flowverify.bounds.intervals import Interval, intersect
 from flowverify.bounds.recipes import ENGINES, Bound, check_bound
@@ -27,7 +27,8 @@ class MarginBounds:
     Values that are affine in the image are bounded exactly; activations above them get intervals, in topological
     order, from the engines that the bound has for neurons, the tightest at every neuron. They are asked for a neuron
     only if interval arithmetic has not already shown its ReLU to be linear on the ball; the relaxation of such a ReLU
-    is exact. The margins are the largest of those of the engines that the bound has for margins.
+    is exact; and only above the values whose intervals are exact. The margins are the largest of those of the engines
+    that the bound has for margins.
 
     A bound goes on, with a note, without an engine that cannot take the network or fails, if it has another one for
     the margins.
@@ -55,8 +56,7 @@ class MarginBounds:
         dtype: torch.dtype = torch.float32,
         options: EngineOptions | None = None,
     ) -> None:
-        composition = check_bound(bound)
-        self._neurons, self._margins = composition.neurons, composition.margins
+        self._composition = check_bound(bound)
         self.network, self.dtype = copy.deepcopy(network).to(dtype), dtype
         self.threat = Threat() if threat is None else threat
         self.options = EngineOptions() if options is None else options
@@ -69,9 +69,9 @@ class MarginBounds:
         self._notes: list[str] = []
         self._intervals = IntervalEngine(self.network, self.threat, dtype, self.options)
         self._engines: dict[str, Engine] = {"interval": self._intervals}
-        for name in dict.fromkeys((*composition.neurons, *composition.margins)):
-            if name not in self._engines:
-                self._build(name, composition.otherwise)
+        self._failed: dict[str, FlowverifyError] = {}
+        self._stand_ins: dict[str, str] = {}
+        self._assemble()
         # What activations read, and whether it is enough to know the sign.
         self._two_pieces = {
             node.inputs[0]: all(
@@ -81,21 +81,18 @@ class MarginBounds:
             for node in self.network.activations
         }
         widest = max(math.prod(node.shape) for node in self.network.nodes) if self.network.nodes else 1
-        self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * 128))
+        held = max(128, *(getattr(engine, "numbers_per_value", 0) for engine in self._engines.values()))
+        self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * held))
 
-    def _build(self, name: str, otherwise: str) -> None:
-        """An engine, or the one that takes its place where it does not know an operation, or none."""
-        try:
-            self._engines[name] = ENGINES.find(name)(self.network, self.threat, self.dtype, self.options)
-        except (UnsupportedOperationError, BoundError) as error:
-            if isinstance(error, BoundError) or not otherwise or otherwise in self._engines:
-                self._without(name, error)
-                return
-            self._notes.append(f"bounded by {otherwise} in place of {name}: {error}")
-            self._neurons, self._margins = (
-                tuple(otherwise if one == name else one for one in names) for names in (self._neurons, self._margins)
-            )
-            self._build(otherwise, "")
+    @property
+    def monotone(self) -> bool:
+        """Whether bounds over a ball are no looser than those over a ball around it."""
+        return all(getattr(self._engines[name], "monotone", False) for name in (*self._neurons, *self._margins))
+
+    @property
+    def refines(self) -> bool:
+        """Whether there are margins of less effort, looser and cheaper."""
+        return any(getattr(engine, "refines", False) for engine in self._engines.values())
 
     @property
     def notes(self) -> list[str]:
@@ -109,6 +106,7 @@ class MarginBounds:
         *,
         references: Tensor | None = None,
         warm_start: WarmStart | None = None,
+        effort: Effort | None = None,
     ) -> Tensor:
         """Lower bounds of f_y - f_t over each ball, for the classes t other than y.
 
@@ -116,7 +114,8 @@ class MarginBounds:
             ball: of the threat; its images are converted to the precision of the bounds.
             labels: y, (B,).
             references: R of equal masses, (B, C, H, W), for the flow domain; the image itself by default.
-            warm_start: multipliers of an earlier call on the same images; its ``images`` say which.
+            warm_start: what an earlier call on the same images found; its ``images`` say which.
+            effort: how tight the bounds need to be; as tight as the engines make them by default.
 
         Returns:
             (B, classes - 1), in ascending order of t.
@@ -131,39 +130,84 @@ class MarginBounds:
             if warm_start is not None:
                 warm_start.at(None, rows[part])
             own = None if references is None else references[part].to(ball.images.device)
-            margins, _ = self._bounded(ball[part], specification[part], own, warm_start)
-            assert margins is not None
-            parts.append(margins)
+            batch = Batch(ball[part].to(dtype=self.dtype), own, warm_start, effort=effort or Effort())
+            parts.append(self._bounded(batch, specification[part]))
         if warm_start is not None:
             warm_start.at(None, rows)
         return torch.cat(parts)
 
     def neurons(self, ball: Ball) -> list[Interval]:
         """Lower and upper bounds (B, *shape) of what each activation reads, in the order of the activations."""
-        _, intervals = self._bounded(ball)
-        return [intervals[node.inputs[0]] for node in self.network.activations]
+        return self.neurons_and_margins(ball)[0]
 
-    def _bounded(
-        self,
-        ball: Ball,
-        specification: Tensor | None = None,
-        references: Tensor | None = None,
-        warm_start: WarmStart | None = None,
-    ) -> tuple[Tensor | None, dict[str, Interval]]:
-        """The margins, where there is a specification, and the intervals; without the engines that fail."""
+    def neurons_and_margins(self, ball: Ball, specification: Tensor | None = None) -> tuple[list[Interval], Tensor]:
+        """Bounds of the neurons as :meth:`neurons`, and lower bounds (B, S) of functions (B, S, classes) of the output."""
+        batch = Batch(ball.to(dtype=self.dtype))
+        margins = self._bounded(batch, specification)
+        return [batch.intervals[node.inputs[0]] for node in self.network.activations], margins
+
+    def _bounded(self, batch: Batch, specification: Tensor | None = None) -> Tensor:
+        """The margins, where there is a specification, and the intervals of the batch; without engines that fail."""
         while True:
-            batch = Batch(ball.to(dtype=self.dtype), references, warm_start)
             try:
-                runs = self._pass(batch)
                 if specification is None:
-                    return None, batch.intervals
-                found = []
-                for name in self._margins:
-                    with _blaming(name):
-                        found.append(runs[name].margins(specification))
-                return largest(found), batch.intervals
+                    self._pass(batch)
+                    return batch.ball.images.new_zeros(len(batch.ball), 0)
+                if batch.effort.enough is None or self._margins[:1] != ("interval",) or len(self._margins) == 1:
+                    return self._margins_of(batch, specification)
+                return self._undecided(batch, specification)
             except _EngineFailed as failure:
                 self._without(failure.engine, failure.error)
+                batch.intervals, batch.margins = {}, None
+
+    def _undecided(self, batch: Batch, specification: Tensor) -> Tensor:
+        """Margins by intervals alone, and by all engines where these are not enough."""
+        run = self._intervals.start(batch)
+        affine = dict(batch.intervals)
+        for node in self._intervals.above:
+            batch.intervals[node.name] = run.tighten(node.name)
+        found = run.margins(specification)
+        rest = (~self._enough(batch, specification, found).all(1)).nonzero().flatten()
+        if not rest.numel():
+            return found
+        warm_start = batch.warm_start
+        rows = None if warm_start is None else warm_start.images
+        if warm_start is not None and rows is not None:
+            warm_start.at(None, rows[rest.to(rows.device)])
+        part = Batch(
+            batch.ball[rest],
+            None if batch.references is None else batch.references[rest],
+            warm_start,
+            {name: (low[rest], high[rest]) for name, (low, high) in affine.items()},
+            batch.effort,
+            found[rest],
+        )
+        try:
+            found[rest] = self._margins_of(part, specification[rest])
+        finally:
+            if warm_start is not None:
+                warm_start.at(None, rows)
+        return found
+
+    def _margins_of(self, batch: Batch, specification: Tensor) -> Tensor:
+        runs = self._pass(batch)
+        for name in self._margins:
+            known = batch.margins
+            if known is not None and bool(self._enough(batch, specification, known).all()):
+                return known
+            with _blaming(name):
+                found = runs[name].margins(specification)
+            batch.margins = largest([found] if known is None else [known, found])
+        assert batch.margins is not None
+        return batch.margins
+
+    def _enough(self, batch: Batch, specification: Tensor, margins: Tensor) -> Tensor:
+        """Which margins need no further work, (B, S)."""
+        if batch.effort.enough is None:
+            return torch.zeros_like(margins, dtype=torch.bool)
+        clean = (specification @ self.network(batch.ball.images)[..., None]).squeeze(-1)
+        goal: Tensor = batch.effort.enough * clean
+        return margins > goal
 
     def _pass(self, batch: Batch) -> dict[str, Run]:
         """All intervals of a batch, from the image upward."""
@@ -174,7 +218,7 @@ class MarginBounds:
         every = torch.ones(1, dtype=torch.bool)
         for node in self._intervals.above:
             batch.intervals[node.name] = runs["interval"].tighten(node.name, every)
-            if node.name in self._two_pieces:
+            if node.name in self._two_pieces and node.name not in self._intervals.exact:
                 self._tighten(node.name, batch, runs)
         return runs
 
@@ -197,6 +241,34 @@ class MarginBounds:
             if self._two_pieces[name]:
                 wanted = crosses_zero(found)
 
+    def _assemble(self) -> None:
+        """The engines of the composition: without those that failed, and those that others stand in for."""
+        composition, needless = self._composition, set[str]()
+        for asked in dict.fromkeys((*composition.neurons, *composition.margins)):
+            name = self._stand_ins.get(asked, asked)
+            if name in self._failed or name in needless:
+                continue
+            if name not in self._engines:
+                make = ENGINES.find(name)
+                try:
+                    self._engines[name] = make(self.network, self.threat, self.dtype, self.options)
+                except (UnsupportedOperationError, BoundError) as error:
+                    other = composition.otherwise
+                    taken = {*self._engines, *self._failed, *self._stand_ins.values()}
+                    if isinstance(error, UnsupportedOperationError) and other and other not in taken:
+                        self._notes.append(f"bounded by {other} in place of {name}: {error}")
+                        self._failed[name], self._stand_ins[asked] = error, other
+                        self._assemble()
+                    else:
+                        self._without(name, error)
+                    return
+            needless.update(getattr(self._engines[name], "instead_of", ()))
+        usable = set(self._engines) - needless
+        self._neurons, self._margins = (
+            tuple(name for asked in names if (name := self._stand_ins.get(asked, asked)) in usable)
+            for names in (composition.neurons, composition.margins)
+        )
+
     def _without(self, name: str, error: FlowverifyError) -> None:
         """Goes on without an engine, where there is another one for the margins.
 
@@ -204,11 +276,12 @@ class MarginBounds:
             FlowverifyError: the error, where there is none.
         """
         self._engines.pop(name, None)
-        self._neurons = tuple(other for other in self._neurons if other != name)
-        self._margins = tuple(other for other in self._margins if other != name)
-        if not self._margins or name == "interval":
+        self._failed[name] = error
+        left = {self._stand_ins.get(asked, asked) for asked in self._composition.margins} - set(self._failed)
+        if name == "interval" or not left:
             raise type(error)(f"{error}; the bounds ibp and best take this network") from error
         self._notes.append(f"bounded without {name}: {error}")
+        self._assemble()
 
 
 class _EngineFailed(Exception):  # noqa: N818 - it is caught here

@@ -49,8 +49,8 @@ BOUNDS: dict[str, Bound] = {
     "lifted": Bound("moves that share the budget, over intervals", ("interval", "lifted"), ("interval", "lifted")),
     "zonotope": Bound("affine forms over intervals", ("interval", "zonotope"), ("interval", "zonotope")),
     "best": Bound(
-        "the tighter of intervals and CROWN at every neuron, zonotopes where CROWN knows an operation not",
-        ("interval", "crown"), ("interval", "crown"), "zonotope",
+        "lifted bounds, CROWN where they do without chords or are not exact, zonotopes for what neither knows",
+        ("interval", "lifted", "crown"), ("interval", "lifted", "crown"), "zonotope",
     ),
 }  # fmt: skip
 

@@ -1,15 +1,15 @@
-"""Multipliers carried from one bound computation to the next."""
+"""What is carried from one bound computation to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 
 class WarmStart:
-    """Multipliers of earlier solutions, by place in the computation, to start the next search from.
+    """What earlier computations found for the same images, by place in the computation, to start the next from.
 
     ``place`` is set by the caller before each bound computation; ``images`` are the rows of the batch that
     are being bounded. Starting values change the time and never the validity of a bound.
@@ -19,7 +19,7 @@ class WarmStart:
         self.batch = batch
         self.place: Hashable = None
         self.images: Tensor = torch.arange(batch)
-        self._multipliers: dict[Hashable, Tensor] = {}
+        self._kept: dict[Hashable, Tensor] = {}
 
     def at(self, place: Hashable, images: Tensor | None = None) -> WarmStart:
         """Sets the place, and the images where they are given; returns itself."""
@@ -30,14 +30,21 @@ class WarmStart:
 
     def guess(self, sign: int, count: int) -> Tensor | None:
         """Multipliers of shape (images, count) for the present place, or None."""
-        known = self._multipliers.get((self.place, sign))
-        return None if known is None or known.shape[1] != count else known[self.images]
+        return self.recall((self.place, sign), (count,))
 
     def keep(self, sign: int, multipliers: Tensor) -> None:
         """Remembers the multipliers found at the present place."""
-        key = (self.place, sign)
-        known = self._multipliers.get(key)
-        if known is None or known.shape[1] != multipliers.shape[1]:
-            known = torch.zeros(self.batch, multipliers.shape[1], dtype=torch.float64)
-            self._multipliers[key] = known
-        known[self.images] = multipliers.detach().double().cpu()
+        self.remember((self.place, sign), multipliers.double(), 0.0)
+
+    def recall(self, key: Hashable, shape: Sequence[int]) -> Tensor | None:
+        """What was remembered of the present images, (images, *shape), or None."""
+        known = self._kept.get(key)
+        return None if known is None or known.shape[1:] != tuple(shape) else known[self.images]
+
+    def remember(self, key: Hashable, values: Tensor, otherwise: float) -> None:
+        """Keeps values (images, *shape) of the present images; the other images get ``otherwise``."""
+        known = self._kept.get(key)
+        if known is None or known.shape[1:] != values.shape[1:]:
+            known = torch.full((self.batch, *values.shape[1:]), otherwise, dtype=values.dtype)
+            self._kept[key] = known
+        known[self.images] = values.detach().to(known)

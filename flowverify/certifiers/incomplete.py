@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat, WassersteinBall
-from flowverify.bounds.engine import EngineOptions
+from flowverify.bounds.engine import Effort, EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
@@ -24,6 +24,7 @@ from flowverify.results import Certificate, Verdict
 
 DUALITY_GAP = 1e-6  # relative; what it costs in radius is far below the tolerance of any search
 RAISE = 1.25  # from trial to trial, above a budget that a looser bound has certified
+ROUGH, SEARCHING, CONFIRMING = Effort(rough=True, enough=0.2), Effort(enough=0.2), Effort(enough=1e-4)
 
 
 class Certifier(BaseCertifier):
@@ -75,7 +76,9 @@ class Certifier(BaseCertifier):
         """
         native = replace(threat, ground="l1") if self.options.domain == "flow" else threat
         if self.method == "fine-tuned":
-            return native.covers()
+            positive = [cover for cover in native.covers() if cover.positive]
+            monotone = all(self.engine(cover).monotone for cover in positive)
+            return positive if monotone else native.covers()
         return [Threat(ground, positive=False) for ground in dict.fromkeys((native.ground, "l1"))]
 
     def engine(self, threat: Threat, dtype: torch.dtype = torch.float64) -> MarginBounds:
@@ -94,16 +97,18 @@ class Certifier(BaseCertifier):
         dtype: torch.dtype = torch.float64,
         warm_start: WarmStart | None = None,
         references: Tensor | None = None,
+        effort: Effort | None = None,
     ) -> Tensor:
         """min over t of the lower bound of f_y - f_t over each ball, (B,) float64.
 
         Args:
             ball: of a threat of :meth:`covers`.
             references: R for each image, (B, C, H, W), of its mass; used in the flow domain only.
+            effort: how tight the margins need to be.
         """
         images, budget = ball.images, ball.budget
         engine = self.engine(ball.threat, dtype)
-        bounds = engine.margins(ball, labels, references=references, warm_start=warm_start)
+        bounds = engine.margins(ball, labels, references=references, warm_start=warm_start, effort=effort)
         worst = bounds.double().amin(1)
         if dtype == torch.float64:
             displaced = 0.0 * budget
@@ -182,14 +187,16 @@ class Certifier(BaseCertifier):
         threat, count = ball.threat, len(ball)
         limit = threat.cost.budget(threat.largest_radius(ball.grid))
 
-        def at(dtype: torch.dtype, cover: Threat, warm_start: WarmStart | None) -> MarginFunction:
+        def at(dtype: torch.dtype, cover: Threat, warm_start: WarmStart | None, effort: Effort) -> MarginFunction:
             def evaluate(rows: Tensor, budget: Tensor) -> Tensor:
                 if warm_start is not None:
                     warm_start.at(None, rows)
                 own = ball[rows]
                 own = own.with_budget(budget.to(own.mass) * own.mass).within(cover)
                 given = None if references is None else references[rows]
-                return self.margins(own, labels[rows], dtype=dtype, warm_start=warm_start, references=given).cpu()
+                return self.margins(
+                    own, labels[rows], dtype=dtype, warm_start=warm_start, references=given, effort=effort
+                ).cpu()
 
             return evaluate
 
@@ -199,17 +206,20 @@ class Certifier(BaseCertifier):
         first, *others = self.covers(threat)
         if first.cap is not None:
             first, others = others[0], [first, *others[1:]]
-        found = bracket(at(torch.float32, first, WarmStart(count)), zero, clean, limit, tolerance)
-        found, margin = confirm(at(torch.float64, first, None), found, clean, tolerance)
+        warm, refines = WarmStart(count), self.engine(first, torch.float32).refines
+        searched, rough = (at(torch.float32, first, warm, effort) for effort in (SEARCHING, ROUGH))
+        found = bracket(searched, zero, clean, limit, tolerance, rough=rough if refines else None)
+        found, margin = confirm(at(torch.float64, first, None, CONFIRMING), found, clean, tolerance)
         for cover in others:
             floor = (found * (1 + tolerance)).clamp(min=SMALLEST, max=limit)
-            at_floor = at(torch.float32, cover, None)(torch.arange(count), floor)
+            at_floor = at(torch.float32, cover, None, SEARCHING)(torch.arange(count), floor)
             better = ((at_floor > 0) & (floor > found)).nonzero().flatten()
             if not better.numel():
                 continue
-            searched = of_rows(at(torch.float32, cover, WarmStart(count)), better)
+            warm = WarmStart(count)
+            searched = of_rows(at(torch.float32, cover, warm, SEARCHING), better)
             raised = bracket(searched, floor[better], at_floor[better], limit, tolerance, growth=RAISE)
-            exact = of_rows(at(torch.float64, cover, None), better)
+            exact = of_rows(at(torch.float64, cover, None, CONFIRMING), better)
             raised, proven = confirm(exact, raised, clean[better], tolerance)
             kept = raised > found[better]
             found[better[kept]], margin[better[kept]] = raised[kept], proven[kept]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 FIRST = 0.05  # the order of what is found on plainly trained networks (theory, section 20)
 SMALLEST = 1e-7
+NEAR, CLOSE = 0.1, 0.1  # rough margins lead to a bracket as narrow, or to as small a share of the margin at the start
+REFINED = 1.1  # from trial to trial, above what rough margins have led to
 
 MarginFunction = Callable[[Tensor, Tensor], Tensor]  # (rows, budgets) -> margins
 
@@ -34,6 +36,9 @@ class Bracket:
         first: the first trial, where low is 0.
         smallest: radii below it count as 0.
         growth: from trial to trial until one has no positive margin.
+        close: the search ends where a margin is within close of zero, too.
+        expected: where the zero is thought to be, and
+        fall: of margins for each unit of radius; from margins that are never larger, NaN for unknown.
     """
 
     low: float
@@ -43,6 +48,9 @@ class Bracket:
     first: float
     smallest: float
     growth: float = 2.0
+    close: float = 0.0
+    expected: float = math.nan
+    fall: float = math.nan
     high: float = math.inf
     _points: list[tuple[float, float]] = field(default_factory=list)
     _slow: int = 0
@@ -53,12 +61,13 @@ class Bracket:
     @property
     def finished(self) -> bool:
         closed = self.low > 0 and self.high <= self.low * (1 + self.tolerance)
-        return closed or self.low >= self.limit or self.high <= self.smallest
+        near = len(self._points) > 1 and min(abs(margin) for _, margin in self._points) <= self.close
+        return closed or near or self.low >= self.limit or self.high <= self.smallest
 
     def trial(self) -> float:
         """The next radius to evaluate."""
         if self.high == math.inf:
-            return min(self.limit, self.first if self.low == 0 else self.growth * self.low)
+            return min(self.limit, self._further())
         estimate = self._estimate()
         inside, step = 0.45 * self.tolerance, 0.95 * self.tolerance
         if self.low > 0 and self.low < estimate < self.low * (1 + self.tolerance):
@@ -70,6 +79,27 @@ class Bracket:
         else:
             trial = math.nan
         return trial if self.low < trial < self.high else math.sqrt(max(self.low, self.high / 100) * self.high)
+
+    def _further(self) -> float:
+        """A trial above all that had a positive margin: just beyond the zero, where that can be told."""
+        beyond = 1 + 0.45 * self.tolerance
+        if self.low == 0:
+            return self.expected * beyond if self.expected > 0 else self.first
+        known = len(self._points) == 1 and self.expected > self.low
+        guess = self.expected if known else self.low + self.low_margin / self.fall
+        least, most = self.low * (1 + 0.95 * self.tolerance), guess * beyond if known else self.growth * self.low
+        return max(least, min(most, guess * beyond)) if math.isfinite(guess) else most
+
+    def refined(self, tolerance: float, growth: float) -> Bracket:
+        """The search with margins that are never smaller, from where this one has led."""
+        expected = self._estimate() if self.high < math.inf else math.nan
+        points = sorted(self._points, key=lambda point: abs(point[1]))[:2]
+        (first, at_first), (second, at_second) = points if len(points) == 2 else (points[0], (math.nan, math.nan))
+        fall = (at_first - at_second) / (second - first) if second != first else math.nan
+        return Bracket(
+            self.low, self.low_margin, self.limit, tolerance, self.first, self.smallest, growth,
+            expected=expected, fall=fall if fall > 0 else math.nan,
+        )  # fmt: skip
 
     def update(self, radius: float, margin: float) -> None:
         """Takes in the margin at a trial; anything but a positive number counts as not certified."""
@@ -101,19 +131,38 @@ def of_rows(evaluate: MarginFunction, rows: Tensor) -> MarginFunction:
 
 
 def bracket(
-    evaluate: MarginFunction, start: Tensor, at_start: Tensor, limit: float, tolerance: float, growth: float = 2.0
+    evaluate: MarginFunction,
+    start: Tensor,
+    at_start: Tensor,
+    limit: float,
+    tolerance: float,
+    growth: float = 2.0,
+    rough: MarginFunction | None = None,
 ) -> Tensor:
-    """The largest budgets with a positive margin, to ``tolerance``, from those of ``start`` with these margins."""
+    """The largest budgets with a positive margin, to ``tolerance``, from those of ``start`` with these margins.
+
+    Args:
+        rough: margins that are never larger than those of ``evaluate``, and cheaper: they lead to near the radius.
+    """
     brackets = [
-        Bracket(low, margin, limit, tolerance, FIRST, SMALLEST, growth)
+        Bracket(low, margin, limit, tolerance if rough is None else max(NEAR, tolerance), FIRST, SMALLEST, growth,
+                close=0.0 if rough is None else CLOSE * margin)
         for low, margin in zip(start.tolist(), at_start.tolist(), strict=True)
-    ]
+    ]  # fmt: skip
+    if rough is not None:
+        _close(rough, brackets)
+        brackets = [one.refined(tolerance, REFINED) for one in brackets]
+    _close(evaluate, brackets)
+    return torch.tensor([bracket.low for bracket in brackets], dtype=torch.float64)
+
+
+def _close(evaluate: MarginFunction, brackets: list[Bracket]) -> None:
+    """Searches on until all brackets are finished."""
     while active := [index for index, bracket in enumerate(brackets) if not bracket.finished]:
         trials = [brackets[index].trial() for index in active]
         margins = evaluate(torch.tensor(active), torch.tensor(trials, dtype=torch.float64)).tolist()
         for index, trial, margin in zip(active, trials, margins, strict=True):
             brackets[index].update(trial, margin)
-    return torch.tensor([bracket.low for bracket in brackets], dtype=torch.float64)
 
 
 def confirm(evaluate: MarginFunction, budget: Tensor, clean: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,7 @@ def pooled(kernel: int, stride: int) -> Network:
 
 
 @pytest.mark.parametrize("bound", ["crown", "best"])
-def test_what_the_host_cannot_take_is_refused_or_bounded_by_intervals(
-    bound: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_host_cannot_take_is_refused_or_bounded_by_others(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaking down as it is built, and in the middle of a batch."""
 
     def refuse(*arguments: object, **options: object) -> None:
@@ -32,7 +30,7 @@ def test_what_the_host_cannot_take_is_refused_or_bounded_by_intervals(
 
     labels = torch.tensor([0, 1])
     ball = Threat().ball(torch.rand(2, 1, 6, 6), torch.tensor([0.1, 0.2]))
-    expected = MarginBounds(pooled(3, 2), bound="ibp").margins(ball, labels)
+    expected = MarginBounds(pooled(3, 2), bound="lifted").margins(ball, labels)
     for method in ("__init__", "crown"):
         with monkeypatch.context() as patch:
             engine = MarginBounds(pooled(3, 2), bound=bound) if method == "crown" else None

@@ -3,7 +3,8 @@
 Relaxations of single neurons let every neuron spend the whole budget. Here each value v keeps its centre v0, its value
 at the image, and a row P with v - v0 <= P . m for all flows m of the ball (theory, section 21). Affine operations are
 merged backward, as in CROWN; an activation that is not settled takes max(s+ P, s- P), entry by entry, where it is
-bounded by secants, and hands its coefficient on where one line bounds it.
+bounded by secants, or a piecewise linear one P less charges (section 22), and hands its coefficient on where one line
+bounds it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from flowverify.bounds.engine import Effort
 from flowverify.bounds.intervals import Interval, intersect, propagate
 from flowverify.bounds.lifted.activations import secants
+from flowverify.bounds.lifted.charges import charged, unit_charges
 from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
+from flowverify.bounds.lifted.mixture import Choice, Chord, MarginSearch, mixed
+from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
 from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
 from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows, rows_of_pixels, total
-from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value
+from flowverify.bounds.lifted.support import MoveRows, maximum
 from flowverify.bounds.margins import margin_specification
+from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import is_affine, is_elementwise_activation, operation_name
@@ -56,51 +61,18 @@ class Relaxation:
         return Coefficients(up.data * up.taken(self.above) + down.data * down.taken(self.below), up.origins)
 
 
-@dataclass(frozen=True, eq=False)
-class Chord:
-    """The lines of CROWN for an activation of two pieces whose slope rises: the chord above, lines through 0 below.
-
-    Attributes:
-        bent: which entries are on both pieces within the ball, (B, *shape); the others have no use for a choice.
-        slope, rise: of the chord, and its height above the activation at the centre.
-        centre, value: of the activation's input, and of itself.
-        flattest: the slope of the left piece; that of the right one is 1.
-        usual: the slope that CROWN takes below.
-    """
-
-    bent: Tensor
-    slope: Tensor
-    rise: Tensor
-    centre: Tensor
-    value: Tensor
-    flattest: float
-    usual: Tensor
-
-
-@dataclass(eq=False)
-class Choice:
-    """How rows mix both relaxations of one activation: (B, R, *shape) each.
-
-    Attributes:
-        share: of the rows of moves in what bounds it from above, in [0, 1]; the chord has the rest.
-        slope: of the line through 0 below it.
-    """
-
-    share: Tensor
-    slope: Tensor
-
-
 class LiftedBounds:
     """Lower bounds of margins of one network, batched over images.
 
     Args:
         network: in canonical form; it is copied.
         feasible: whether balls hold nonnegative images only (fine-tuned), or are the L1 balls of flows (vanilla).
+        moves: in which rows are written: those of l1, or of another ground cost.
         dtype: precision of the bounds.
         tolerance: relative gap at which the search for a multiplier stops.
         steps: up the gradient, by which rows and chords are mixed for the margins; 0 for rows alone.
         rate, first_share: of these steps, and the share of rows that they start from.
-        goal: a share of its clean margin above which a margin is not improved further; None for no end.
+        trust: rows are made from secants where something else bounds a neuron to less than this share of its own bound.
         chunk_entries: how many entries of rows are held at a time.
 
     Raises:
@@ -112,16 +84,18 @@ class LiftedBounds:
         network: Network,
         *,
         feasible: bool = True,
+        moves: Moves = NEIGHBOURS,
         dtype: torch.dtype = torch.float64,
         tolerance: float = 1e-3,
         steps: int = 0,
         rate: float = 0.2,
         first_share: float = 0.9,
-        goal: float | None = None,
+        trust: float = 0.9,
         chunk_entries: int = CHUNK_ENTRIES,
     ) -> None:
-        self.steps, self.rate, self.first_share, self.goal = steps, rate, first_share, goal
+        self.steps, self.rate, self.first_share = steps, rate, first_share
         self.network = copy.deepcopy(network).to(dtype)
+        self.moves, self.trust = moves, trust
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
             known = is_affine(node.operation) or is_elementwise_activation(node.operation)
@@ -136,19 +110,19 @@ class LiftedBounds:
         labels: Tensor,
         budget: Tensor,
         known: Mapping[str, Interval] | None = None,
-        warm: dict[str, Choice] | None = None,
+        warm: WarmStart | None = None,
     ) -> Tensor:
         """Lower bounds of f_y - f_t over the ball around each image, for the classes t other than y in ascending order.
 
         Args:
             images: (B, C, H, W), nonnegative, of positive mass; converted to the engine's precision.
             labels: y, (B,).
-            budget: radius times mass, (B,), for l1 ground cost.
+            budget: what moves may cost, (B,): radius times mass for l1 ground cost.
             known: bounds (B, *shape) of values of the network from elsewhere, by name.
-            warm: how earlier bounds of the same images mixed their rows; taken as a start, and brought up to date.
+            warm: what earlier bounds of the same images found; taken as a start, and brought up to date.
         """
         with torch.no_grad():
-            ball = _Batch(self, images, budget, known or {}, {} if warm is None else warm)
+            ball = _Batch(self, images, budget, known or {}, warm)
             ball.analyse()
             return ball.margins(labels)
 
@@ -171,9 +145,12 @@ class _Batch:
         images: Tensor,
         budget: Tensor,
         known: Mapping[str, Interval],
-        warm: dict[str, Choice] | None = None,
+        warm: WarmStart | None = None,
+        effort: Effort | None = None,
     ) -> None:
-        self.engine, self.network, self.known, self.warm = engine, engine.network, known, {} if warm is None else warm
+        self.engine, self.network, self.known, self.warm = engine, engine.network, known, warm
+        self.effort = Effort() if effort is None else effort
+        self.steps = 0 if self.effort.rough else engine.steps
         self.images = images.to(engine.dtype)
         self.budget = budget.to(self.images.device)
         self.values = self.network.values(self.images)
@@ -202,8 +179,12 @@ class _Batch:
         """Bounds what activations read, and relaxes all that read it."""
         self.relax_readers(name, self.bound(name))
 
-    def bound(self, name: str) -> Chunks:
-        """Bounds what activations read by rows, where they may be on several pieces; returns the rows."""
+    def bound(self, name: str, *, tighten: bool = True) -> Chunks:
+        """Bounds what activations read by rows, where they may be on several pieces; returns the rows.
+
+        Args:
+            tighten: whether the rows bound it, too; not where bounds are known that they cannot improve.
+        """
         readers = [node for node in self.network.consumers(name) if not is_affine(node.operation)]
         two_piece = all(isinstance(node.operation, nn.ReLU | nn.LeakyReLU) for node in readers)
         lower, upper = self.intervals[name]
@@ -211,9 +192,11 @@ class _Batch:
         chunks: Chunks = []
         if bool(open_.any()):
             for query in self._queries(name, open_):
-                rows, _ = self._rows(name, query.coefficients)
-                chunks.append((query, rows))
-                self._tighten(name, query, rows, two_piece)
+                rows, _ = self.rows(name, query.coefficients)
+                # Where nothing needs their value, rows above pieces still take off what moves are charged.
+                wanted = tighten or two_piece
+                multipliers = self._tighten(name, query, rows, two_piece, tighten) if wanted else None
+                chunks.append((query, replace(rows, multipliers=multipliers)))
         return chunks
 
     def relax_readers(self, name: str, chunks: Chunks) -> None:
@@ -228,7 +211,7 @@ class _Batch:
         shape, batch = self.shapes[name], len(self.images)
         device, dtype = self.images.device, self.images.dtype
         anywhere = open_.any(0)
-        moves = 4 * math.prod(self.network.input_shape)
+        moves = len(self.engine.moves) * math.prod(self.network.input_shape)
         if len(shape) == 3 and shape[1] * shape[2] > 1:
             channels, height, width = shape
             chosen = anywhere.any(0)
@@ -248,7 +231,12 @@ class _Batch:
             queries.append(_Query(Coefficients(data, None), None, part))
         return queries
 
-    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool) -> None:
+    def _tighten(self, name: str, query: _Query, rows: MoveRows, two_piece: bool, both: bool) -> Tensor:
+        """Bounds by rows, and the multipliers of them.
+
+        Args:
+            both: whether the end that secants and charges have no use for is worth bounding, for chords.
+        """
         centre = query.pick(self.values[name])  # (B, places, channels)
         lower, upper = (query.pick(bound) for bound in self.intervals[name])
         batch = len(self.images)
@@ -256,21 +244,39 @@ class _Batch:
         if two_piece:
             # One end is what secants need; a cheaper bound does for the other.
             open_ = (lower < 0) & (upper > 0)
-            other = torch.full_like(centre, -torch.inf) if self.engine.steps else settled
+            other = torch.full_like(centre, -torch.inf) if self.steps and both else settled
             for_upper = torch.where(open_, torch.where(centre < 0, -centre, other), settled)
             for_lower = torch.where(open_, torch.where(centre >= 0, centre, other), settled)
         else:
             for_upper = for_lower = torch.where(upper > lower, -settled, settled)
         enough = torch.stack([for_upper, for_lower], 2).reshape(batch, -1)
         found = maximum(
-            rows, self.images, self.budget, feasible=self.engine.feasible, enough=enough,
-            tolerance=self.engine.tolerance,
+            rows, self.images, self.budget, feasible=self.engine.feasible, moves=self.engine.moves, enough=enough,
+            guess=self._guess(name, query), tolerance=self.engine.tolerance,
         )  # fmt: skip
+        self._keep(name, query, found.multiplier)
         rise, fall = found.value.to(centre.dtype).reshape(batch, len(query), 2, -1).nan_to_num(nan=torch.inf).unbind(2)
         low, high = torch.maximum(lower, centre - fall), torch.minimum(upper, centre + rise)
         self.intervals[name] = tuple(  # type: ignore[assignment]
             query.put(old, new) for old, new in zip(self.intervals[name], (low, high), strict=True)
         )
+        return found.multiplier
+
+    def _guess(self, name: str, query: _Query) -> Tensor | None:
+        if self.warm is None:
+            return None
+        known = self.warm.recall(("lifted", name), (2, *self.shapes[name]))
+        return None if known is None else torch.stack([query.pick(one) for one in known.unbind(1)], 2).flatten(1)
+
+    def _keep(self, name: str, query: _Query, multipliers: Tensor) -> None:
+        if self.warm is None:
+            return
+        shape = (2, *self.shapes[name])
+        known = self.warm.recall(("lifted", name), shape)
+        known = multipliers.new_zeros(len(self.images), *shape) if known is None else known
+        both = multipliers.reshape(len(self.images), len(query), 2, -1).unbind(2)
+        ends = [query.put(old, new) for old, new in zip(known.unbind(1), both, strict=True)]
+        self.warm.remember(("lifted", name), torch.stack(ends, 1), 0.0)
 
     def _relax_elementwise(self, node: Node, chunks: Chunks) -> None:
         name = node.inputs[0]
@@ -283,9 +289,12 @@ class _Batch:
         above = torch.where(bent_above, 0.0, within)
         within = (found.least_right + found.most_left) / 2 if not _pieces(node) else found.least_right
         below = torch.where(bent_below, 0.0, within)
-        rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)
+        if has_chord(node.operation) and getattr(node.operation, "negative_slope", 0.0) >= 0:
+            rows_above = self._bent(name, chunks, bent_above, node.operation)
+        else:
+            rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)
         rows_below = self._stored(name, chunks, bent_below, found.most_left, found.least_right, -1)
-        chord = self._chord(node, bent_above) if _rises(node.operation) else None
+        chord = self._chord(node, bent_above) if has_chord(node.operation) else None
         self.relaxations[node.name] = Relaxation(above, below, rows_above, rows_below, chord)
 
     def _chord(self, node: Node, bent: Tensor) -> Chord:
@@ -309,14 +318,8 @@ class _Batch:
             return None
         parts = []
         for query, rows in chunks:
-            gains = rows.gains.expand(len(self.images), *rows.gains.shape[1:])
-            if query.entries is not None:
-                gains = _split(gains[:, 0], 1, (2, -1))[:, None]  # (B, 1, 2, K, ...)
-            elif gains.shape[1] == 1 and len(rows.origins) == 1 and len(query) > 1:
-                gains = _split(gains[:, 0], 1, (len(query), 2, -1))  # grown to the whole grid
-            else:
-                gains = _split(gains.expand(-1, len(query), *gains.shape[2:]), 2, (2, -1))
-            up, down = (gains[:, :, 0], gains[:, :, 1]) if sign > 0 else (gains[:, :, 1], gains[:, :, 0])
+            up, down = query.halves(rows.gains.expand(len(self.images), *rows.gains.shape[1:]))
+            up, down = (up, down) if sign > 0 else (down, up)
 
             def scaled(slope: Tensor, up: Tensor = up, down: Tensor = down, query: _Query = query) -> Tensor:
                 factor = query.pick(slope)[..., None, None, None, None]
@@ -325,6 +328,36 @@ class _Batch:
 
             rows_of = torch.maximum(scaled(first), scaled(second)) * query.pick(bent)[..., None, None, None, None]
             parts.append((query, rows, rows_of))
+        return self._assembled(name, parts)
+
+    def _bent(self, name: str, chunks: Chunks, bent: Tensor, operation: nn.Module) -> StoredRows | None:
+        """Rows above f(z) - f(z0), where ``bent``, of a rising f of two pieces: less charges, or by secants.
+
+        Secants where z is known better by other means than by its own rows, as its intervals are what they rest on.
+        """
+        if not bool(bent.any()):
+            return None
+        flattest, centre = float(getattr(operation, "negative_slope", 0.0)), self.values[name]
+        lower, upper = self.intervals[name]
+        found = secants(operation, lower, centre, upper)
+        known = torch.where(centre < 0, upper - centre, centre - lower)
+        parts = []
+        for query, rows in chunks:
+            up, _ = query.halves(rows.gains.expand(len(self.images), *rows.gains.shape[1:]))
+
+            def picked(value: Tensor, query: _Query = query) -> Tensor:
+                return query.pick(value)[..., None, None, None, None]
+
+            gains = torch.maximum(picked(found.most_right) * up, picked(found.least_left) * up)
+            if rows.multipliers is not None:
+                charges = unit_charges(
+                    rows, self.engine.moves, self.images, self.budget, rows.multipliers, self.engine.feasible
+                )
+                less, own = charged(
+                    up, query.halves(charges.gains), query.halves(charges.values), picked(centre), flattest
+                )
+                gains = torch.where((own > 0) & (picked(known) >= self.engine.trust * own), less, gains)
+            parts.append((query, rows, gains * picked(bent)))
         return self._assembled(name, parts)
 
     def _assembled(self, name: str, parts: list[tuple[_Query, MoveRows, Tensor]]) -> StoredRows:
@@ -367,14 +400,17 @@ class _Batch:
 
     # Backward: rows above linear functions of a value.
 
-    def _rows(
+    def rows(
         self,
         name: str,
         query: Coefficients,
         choices: Mapping[str, Choice] | None = None,
-        listed: Mapping[str, StoredRows] | None = None,
     ) -> tuple[MoveRows, Tensor | float]:
-        """Rows and constants above the differences of linear functions of a value from what they are at the centre."""
+        """Rows and constants above the differences of linear functions of a value from what they are at the centre.
+
+        Args:
+            choices: how the activations that have a choice mix rows and chords; rows alone where there is none.
+        """
         constant: Tensor | float = 0.0
         pending, parts = {name: query}, list[MoveRows]()
         for node in reversed(self.network.nodes):
@@ -389,12 +425,12 @@ class _Batch:
                 up, down = (
                     Coefficients(part, outer.origins) for part in (outer.data.clamp(min=0), outer.data.clamp(max=0))
                 )
-                if choices is not None and node.name in choices:
+                choice = None if choices is None else choices.get(node.name)
+                if choice is not None:
                     assert isinstance(relaxation, Relaxation)
-                    through, above, rise = _mixed(relaxation, choices[node.name], up.data, down.data)
-                    assert listed is not None
-                    if bool(choices[node.name].share.any()):
-                        parts.append(listed[node.name].combine(Coefficients(above, None)))
+                    through, above, rise = mixed(relaxation, choice, up.data, down.data)
+                    if relaxation.rows_above is not None and (choice.share.requires_grad or bool(choice.share.any())):
+                        parts.append(relaxation.rows_above.combine(Coefficients(above, None)))
                     inner, constant = [Coefficients(through, None)], constant + rise
                     for read, part in zip(node.inputs, inner, strict=True):
                         pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
@@ -407,129 +443,38 @@ class _Batch:
             for read, part in zip(node.inputs, inner, strict=True):
                 pending[read] = added(pending[read], part, self.shapes[read]) if read in pending else part
         if INPUT in pending:
-            parts.append(rows_of_pixels(pending[INPUT], self.network.input_shape))
+            parts.append(rows_of_pixels(pending[INPUT], self.network.input_shape, self.engine.moves))
         return total(parts, self.network.input_shape[-2:]), constant
 
     def margins(self, labels: Tensor) -> Tensor:
         logits = self.values[self.network.output]
         return self.margins_of(margin_specification(labels.to(logits.device), logits.shape[1], logits.dtype))
 
-    def margins_of(self, specification: Tensor) -> Tensor:
-        """Lower bounds (B, S) of linear functions (B, S, classes) of the output."""
-        logits, rises = self.values[self.network.output], -specification
-        query = Coefficients(rises[:, None], None)
-        clean = -(rises @ logits[..., None]).squeeze(-1)
-        options: dict[str, Any] = {"feasible": self.engine.feasible, "tolerance": self.engine.tolerance / 10}
-        rows, _ = self._rows(self.network.output, query)
-        best = clean - maximum(rows, self.images, self.budget, **options).value.to(logits.dtype)
-        if self.engine.steps:
-            best = torch.maximum(best, self.margins_at(rises, clean, 0.0))
-            best = self._mixed_margins(rises, clean, best, options)
-        return best
+    def margins_of(self, specification: Tensor, others: Tensor | None = None) -> Tensor:
+        """Lower bounds (B, S) of linear functions (B, S, classes) of the output.
 
-    def margins_at(self, rises: Tensor, clean: Tensor, share: float) -> Tensor:
-        """Margins with one share of rows everywhere, and the lines below that CROWN takes: at 0 they are CROWN's."""
-        bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
-        choices, stored = {}, {}
-        for name, one in bent.items():
-            assert one.chord is not None
-            assert one.rows_above is not None
-            slope = one.chord.usual[:, None].to(clean.dtype)
-            choices[name], stored[name] = Choice(torch.full_like(slope, share), slope), one.rows_above
-        rows, constant = self._rows(self.network.output, Coefficients(rises[:, None], None), choices, stored)
-        found = maximum(
-            rows, self.images, self.budget, feasible=self.engine.feasible, tolerance=self.engine.tolerance / 10
-        )
-        return (clean - constant - found.value.to(clean.dtype)).nan_to_num(nan=-torch.inf)
-
-    def _mixed_margins(self, rises: Tensor, clean: Tensor, best: Tensor, options: dict[str, Any]) -> Tensor:
-        """The best of the margins that mixtures of both relaxations give, by steps up the gradient.
-
-        Only classes whose margin is not above the goal yet are gone on with, and only until all are.
+        Args:
+            others: lower bounds from elsewhere, (B, S): where they are enough, nothing is done.
         """
-        engine, warm = self.engine, self.warm
-        goal = torch.full_like(clean, torch.inf) if engine.goal is None else engine.goal * clean
-        chosen = (best <= goal).any(0).nonzero().flatten()
-        bent = {name: one for name, one in self.relaxations.items() if isinstance(one, Relaxation) and one.mixes}
-        if not len(chosen) or not bent:
-            return best
-        listed = {name: self._listed(one) for name, one in bent.items()}
-        choices: dict[str, Choice] = {}
-        for name, relaxation in bent.items():
-            assert relaxation.chord is not None
-            if name in warm:
-                choices[name] = Choice(*(t[:, chosen].to(clean) for t in (warm[name].share, warm[name].slope)))
-                continue
-            centre = relaxation.chord.centre
-            tangent = torch.where(centre >= 0, torch.ones_like(centre), relaxation.chord.flattest)
-            slope = tangent[:, None].repeat(1, len(chosen), *[1] * (tangent.ndim - 1))
-            choices[name] = Choice(torch.full_like(slope, engine.first_share), slope)
-        variables = [tensor.requires_grad_(True) for one in choices.values() for tensor in (one.share, one.slope)]
-        optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95))
-        query, own = Coefficients(rises[:, None, chosen], None), best[:, chosen]
-        for step in range(engine.steps + 1):
-            with torch.enable_grad():
-                rows, constant = self._rows(self.network.output, query, choices, listed)
-                margins = clean[:, chosen] - constant - maximum_value(rows, self.images, self.budget, options)
-                own = torch.maximum(own, margins.detach().nan_to_num(nan=-torch.inf))
-                if step == engine.steps or bool((own > goal[:, chosen]).all()):
-                    break
-                optimiser.zero_grad()
-                (-margins.sum()).backward()  # type: ignore[no-untyped-call]
-            for group in optimiser.param_groups:
-                group["lr"] = engine.rate * (1 - step / (engine.steps + 1))
-            optimiser.step()
-            for name, choice in choices.items():
-                chord = bent[name].chord
-                assert chord is not None
-                choice.share.data.clamp_(0, 1)
-                choice.slope.data.clamp_(chord.flattest, 1)
-        for name, choice in choices.items():
-            kept = warm.get(name)
-            if kept is None:
-                shape = (len(clean), clean.shape[1], *choice.share.shape[2:])
-                tangent = choice.slope.detach().mean(1, keepdim=True).expand(shape).clone()
-                kept = Choice(torch.full_like(tangent, engine.first_share), tangent)
-                warm[name] = kept
-            kept.share[:, chosen], kept.slope[:, chosen] = (
-                choice.share.detach().to(kept.share),
-                choice.slope.detach().to(kept.slope),
-            )
-        best = best.clone()
-        best[:, chosen] = own
-        return best
-
-    def _listed(self, relaxation: Relaxation) -> StoredRows:
-        """Rows on the whole grid where there are few of them: one product a step, not one a tap of every window."""
-        rows, chord = relaxation.rows_above, relaxation.chord
-        assert rows is not None
-        assert chord is not None
-        entries = chord.bent.any(0).flatten().nonzero().flatten()
-        moves = 4 * math.prod(self.network.input_shape)
-        if isinstance(rows, ListedRows) or len(entries) * moves * len(self.images) > self.engine.chunk_entries:
-            return rows
-        return rows.listed(entries, self.network.input_shape[-2:])
+        logits, rises = self.values[self.network.output], -specification
+        clean = -(rises @ logits[..., None]).squeeze(-1)
+        goal = torch.full_like(clean, torch.inf) if self.effort.enough is None else self.effort.enough * clean
+        best = torch.full_like(clean, -torch.inf) if others is None else others.to(clean)
+        search = MarginSearch(self, rises, clean, goal, best)
+        search.by_rows()
+        if self.engine.steps:
+            search.by_chords()
+        if self.steps:
+            search.by_mixtures()
+        return search.best
 
 
 Chunks = list[tuple["_Query", MoveRows]]
 
 
-def _rises(operation: nn.Module) -> bool:
+def has_chord(operation: nn.Module) -> bool:
     """Whether the operation is of two pieces, the right one of slope 1, the left one of no larger slope."""
     return isinstance(operation, nn.ReLU) or (isinstance(operation, nn.LeakyReLU) and operation.negative_slope <= 1)
-
-
-def _mixed(relaxation: Relaxation, choice: Choice, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What whole coefficients (B, 1, R, *shape) hand on, what takes the rows above, and the constants (B, R)."""
-    chord = relaxation.chord
-    assert chord is not None
-    share, bent = choice.share[:, None], chord.bent[:, None, None]
-    slope = torch.where(bent, choice.slope[:, None], relaxation.below[:, None, None])
-    above = torch.where(bent, (1 - share) * chord.slope[:, None, None], relaxation.above[:, None, None])
-    fall = torch.where(bent, chord.value[:, None, None] - slope * chord.centre[:, None, None], 0.0).clamp(min=0)
-    rise = torch.where(bent, (1 - share) * chord.rise[:, None, None], 0.0)
-    constant = (up * rise - down * fall).flatten(3).sum(3)[:, 0]
-    return up * above + down * slope, up * share, constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -548,6 +493,16 @@ class _Query:
         if self.places is None:
             return value.flatten(1)[:, self.entries][:, None]
         return value[:, :, self.places[:, 0], self.places[:, 1]].transpose(1, 2)
+
+    def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Q, R, ...) of rows asked for by this query -> upward and downward, each (B, places, entries, ...)."""
+        if self.entries is not None:
+            split = _split(values[:, 0], 1, (2, -1))[:, None]
+        elif values.shape[1] == 1 and values.shape[2] > self.coefficients.data.shape[2]:
+            split = _split(values[:, 0], 1, (len(self), 2, -1))  # grown to the whole grid
+        else:
+            split = _split(values.expand(-1, len(self), *values.shape[2:]), 2, (2, -1))
+        return split[:, :, 0], split[:, :, 1]
 
     def put(self, value: Tensor, part: Tensor) -> Tensor:
         """The value with its picked entries replaced."""

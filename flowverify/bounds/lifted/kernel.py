@@ -14,7 +14,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, UNIT
+from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD
+from flowverify.bounds.lifted.sweeps import UNIT
 
 Array = NDArray[Any]
 
@@ -22,21 +23,10 @@ MAX_STEPS = 40
 
 
 @numba.njit(nogil=True, cache=True)
-def _gain(row: Array, place: tuple[int, int, int, int], channels: int, way: int, at: tuple[int, int, int]) -> float:
-    """The gain of the move from a pixel in one direction: 0 outside of the window."""
-    top, left, height, width = place
-    i, j = at[1] - top, at[2] - left
-    if i < 0 or j < 0 or i >= height or j >= width:
-        return 0.0
-    return float(row[((way * channels + at[0]) * height + i) * width + j])
-
-
-@numba.njit(nogil=True, cache=True)
-def _returns(pixel: int, source: int, following: Array, steps: Array, height: int, width: int) -> bool:
+def _returns(pixel: int, source: int, following: Array, steps: Array, offsets: Array) -> bool:
     """Whether the path from a pixel leads over the source within a few moves: a cycle of positive gain."""
     for _ in range(min(steps[pixel], 8)):
-        way = following[pixel]
-        pixel = pixel + DOWNWARD[way] * width + RIGHTWARD[way]
+        pixel += offsets[following[pixel]]
         if pixel == source:
             return True
     return False
@@ -44,9 +34,8 @@ def _returns(pixel: int, source: int, following: Array, steps: Array, height: in
 
 @numba.njit(nogil=True, cache=True)
 def _prices(
-    row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], starts: Array, count: int,
-    multiplier: float, mass: Array, limit: float, y: Array, steps: Array, following: Array, queue: Array, queued: Array,
-    touched: Array,
+    gains: Array, offsets: Array, starts: Array, count: int, multiplier: float, mass: Array, limit: float, longest: int,
+    y: Array, steps: Array, following: Array, queue: Array, queued: Array, touched: Array,
 ) -> tuple[bool, int, float, float]:  # fmt: skip
     """Least y >= 0 with y_i >= y_j + gain of i -> j - multiplier, from y = 0.
 
@@ -55,24 +44,15 @@ def _prices(
     Returns:
         whether it came to an end, how many pixels have been touched, mass . y, and the cost of the moves.
     """
-    channels, height, width = shape
-    pixels = channels * height * width
-    longest = 2 * (height + width)
+    pixels = y.shape[0]
     total, reached, first, waiting = 0.0, 0, 0, 0
     for k in range(count):
         entry = starts[k]
-        rise = row[entry] - multiplier
+        rise = gains[entry] - multiplier
         if rise <= 0:
             continue
-        j = place[1] + entry % place[3]
-        rest = entry // place[3]
-        i = place[0] + rest % place[2]
-        rest //= place[2]
-        channel, way = rest % channels, rest // channels
-        goal_i, goal_j = i + DOWNWARD[way], j + RIGHTWARD[way]
-        if min(i, j, goal_i, goal_j) < 0 or max(i, goal_i) >= height or max(j, goal_j) >= width:
-            continue
-        pixel = (channel * height + i) * width + j
+        way = entry // pixels
+        pixel = entry - way * pixels
         if rise > y[pixel]:
             if y[pixel] == 0.0:
                 touched[reached] = pixel
@@ -81,23 +61,20 @@ def _prices(
             y[pixel], steps[pixel], following[pixel] = rise, 1, way
             if not queued[pixel]:
                 queued[pixel] = True
-                queue[(first + waiting) % pixels] = pixel
+                queue[waiting] = pixel
                 waiting += 1
     complete = total <= limit
     while waiting > 0 and complete:
         pixel = queue[first]
-        first = (first + 1) % pixels
+        first = first + 1 if first + 1 < pixels else 0
         waiting -= 1
         queued[pixel] = False
-        channel, i, j = pixel // (height * width), pixel // width % height, pixel % width
+        here = y[pixel] - multiplier
         for way in range(4):
-            from_i, from_j = i - DOWNWARD[way], j - RIGHTWARD[way]
-            if from_i < 0 or from_j < 0 or from_i >= height or from_j >= width:
-                continue
-            source = (channel * height + from_i) * width + from_j
-            price = y[pixel] + _gain(row, place, channels, way, (channel, from_i, from_j)) - multiplier
-            if price > y[source] + 1e-12 * y[source]:
-                if steps[pixel] > 3 and _returns(pixel, source, following, steps, height, width):
+            source = pixel - offsets[way]
+            price = here + gains[way * pixels + source]
+            if price > 0.0 and price > y[source] + 1e-12 * y[source]:
+                if steps[pixel] > 3 and _returns(pixel, source, following, steps, offsets):
                     complete = False
                     break
                 if y[source] == 0.0:
@@ -109,13 +86,14 @@ def _prices(
                     complete = False
                 if not queued[source]:
                     queued[source] = True
-                    queue[(first + waiting) % pixels] = source
+                    last = first + waiting
+                    queue[last if last < pixels else last - pixels] = source
                     waiting += 1
         if total > limit:
             complete = False
     while waiting > 0:
         queued[queue[first]] = False
-        first = (first + 1) % pixels
+        first = first + 1 if first + 1 < pixels else 0
         waiting -= 1
     cost = 0.0
     for k in range(reached):
@@ -125,52 +103,43 @@ def _prices(
 
 @numba.njit(nogil=True, cache=True)
 def _violation(
-    row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], multiplier: float, y: Array,
-    touched: Array, reached: int,
-) -> float:  # fmt: skip
+    gains: Array, offsets: Array, starts: Array, count: int, multiplier: float, y: Array, touched: Array, reached: int
+) -> float:
     """The largest y_j + gain of i -> j - multiplier - y_i, or 0, with what rounding may hide in it.
 
-    Moves outside of the window gain nothing: they matter where they lead to a pixel with a price.
+    A move that gains no more than the multiplier and leads to a pixel without a price fulfils its inequality: the
+    others are among the starts, or lead to a pixel that has been touched.
     """
-    channels, height, width = shape
-    top, left, rows, columns = place
+    pixels = y.shape[0]
     worst, size = 0.0, multiplier
-    for way in range(4):
-        for channel in range(channels):
-            for a in range(rows):
-                i, goal_i = top + a, top + a + DOWNWARD[way]
-                if min(i, goal_i) < 0 or max(i, goal_i) >= height:
-                    continue
-                for b in range(columns):
-                    j, goal_j = left + b, left + b + RIGHTWARD[way]
-                    if min(j, goal_j) < 0 or max(j, goal_j) >= width:
-                        continue
-                    gain = float(row[((way * channels + channel) * rows + a) * columns + b])
-                    here = y[(channel * height + i) * width + j]
-                    there = y[(channel * height + goal_i) * width + goal_j]
-                    worst = max(worst, there + gain - multiplier - here)
-                    size = max(size, abs(gain), there)
+    for k in range(count):
+        entry = starts[k]
+        way = entry // pixels
+        pixel = entry - way * pixels
+        gain, there = gains[entry], y[pixel + offsets[way]]
+        worst = max(worst, there + gain - multiplier - y[pixel])
+        size = max(size, abs(gain), there, y[pixel])
     for k in range(reached):
         pixel = touched[k]
         size = max(size, y[pixel])
-        channel, i, j = pixel // (height * width), pixel // width % height, pixel % width
         for way in range(4):
-            from_i, from_j = i - DOWNWARD[way], j - RIGHTWARD[way]
-            if 0 <= from_i < height and 0 <= from_j < width:
-                source = (channel * height + from_i) * width + from_j
-                gain = _gain(row, place, channels, way, (channel, from_i, from_j))
+            source = pixel - offsets[way]
+            gain = gains[way * pixels + source]
+            if gain > -np.inf:
                 worst = max(worst, y[pixel] + gain - multiplier - y[source])
+                size = max(size, abs(gain))
     return worst + 16 * UNIT * size
 
 
 @numba.njit(nogil=True, cache=True)
 def _follow(
     place: tuple[int, int, int, int], shape: tuple[int, int, int], share: float, mass: Array, y: Array,
-    following: Array, touched: Array, reached: int, flow: Array,
+    following: Array, offsets: Array, touched: Array, reached: int, flow: Array,
 ) -> None:  # fmt: skip
     """Adds what flows where all mass takes its path, times ``share``, to the moves within the window."""
     channels, height, width = shape
     top, left, rows, columns = place
+    plane, line = (height + 2) * (width + 2), width + 2
     for k in range(reached):
         pixel = touched[k]
         amount = share * mass[pixel]
@@ -180,11 +149,12 @@ def _follow(
             if y[pixel] <= 0.0:
                 break
             way = following[pixel]
-            channel, i, j = pixel // (height * width), pixel // width % height, pixel % width
+            channel = pixel // plane
+            i, j = pixel % plane // line - 1, pixel % line - 1
             a, b = i - top, j - left
             if 0 <= a < rows and 0 <= b < columns:
                 flow[((way * channels + channel) * rows + a) * columns + b] += amount
-            pixel = (channel * height + i + DOWNWARD[way]) * width + j + RIGHTWARD[way]
+            pixel += offsets[way]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -194,71 +164,162 @@ def _clear(y: Array, touched: Array, reached: int) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _best_pair(row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int]) -> tuple[float, int, int]:
-    """The largest mean gain of a move and its reverse, and both: below it no prices exist."""
-    channels = shape[0]
+def _framed(shape: tuple[int, int, int], offsets: Array) -> Array:
+    """No gain for any move of the grid with a frame of one pixel, and -inf for moves that leave it."""
+    channels, height, width = shape
+    gains = np.full((4, channels, height + 2, width + 2), -np.inf)
+    for way in range(4):
+        for i in range(height):
+            for j in range(width):
+                if 0 <= i + DOWNWARD[way] < height and 0 <= j + RIGHTWARD[way] < width:
+                    gains[way, :, i + 1, j + 1] = 0.0
+    return gains.reshape(-1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _place(
+    row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], gains: Array
+) -> tuple[float, int, float]:
+    """Writes a window to where it stands in the frame: the largest gain, where it stands in the row, and the sum."""
+    channels, height, width = shape
     top, left, rows, columns = place
+    plane, line = (height + 2) * (width + 2), width + 2
+    high, best, total = 0.0, -1, 0.0
+    for way in range(4):
+        # Moves that stay in the grid.
+        low_a = max(0, -top, -top - DOWNWARD[way])
+        end_a = min(rows, height - top, height - top - DOWNWARD[way])
+        low_b = max(0, -left, -left - RIGHTWARD[way])
+        end_b = min(columns, width - left, width - left - RIGHTWARD[way])
+        for channel in range(channels):
+            for a in range(low_a, end_a):
+                source = ((way * channels + channel) * rows + a) * columns
+                target = (way * channels + channel) * plane + (top + a + 1) * line + left + 1
+                for b in range(low_b, end_b):
+                    gain = float(row[source + b])
+                    gains[target + b] = gain
+                    total += gain
+                    if gain > high:
+                        high, best = gain, source + b
+    return high, best, total
+
+
+@numba.njit(nogil=True, cache=True)
+def _displace(place: tuple[int, int, int, int], shape: tuple[int, int, int], gains: Array) -> None:
+    """Takes a window away again."""
+    channels, height, width = shape
+    top, left, rows, columns = place
+    plane, line = (height + 2) * (width + 2), width + 2
+    for way in range(4):
+        low_a = max(0, -top, -top - DOWNWARD[way])
+        end_a = min(rows, height - top, height - top - DOWNWARD[way])
+        low_b = max(0, -left, -left - RIGHTWARD[way])
+        end_b = min(columns, width - left, width - left - RIGHTWARD[way])
+        for channel in range(channels):
+            for a in range(low_a, end_a):
+                target = (way * channels + channel) * plane + (top + a + 1) * line + left + 1
+                for b in range(low_b, end_b):
+                    gains[target + b] = 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _best_pair(gains: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int]) -> tuple[float, int, int]:
+    """The largest mean gain of a move and its reverse, below which no prices exist, and both as entries of the row."""
+    channels, height, width = shape
+    top, left, rows, columns = place
+    plane, line = (height + 2) * (width + 2), width + 2
+    pixels = channels * plane
     best, one, other = 0.0, -1, -1
     for way in (0, 2):
+        ahead, ahead_in_row = (1, 1) if way == 0 else (line, columns)
         for channel in range(channels):
-            forth = (way * channels + channel) * rows * columns
-            back = ((way + 1) * channels + channel) * rows * columns
-            ahead = 1 if way == 0 else columns
-            for a in range(max(0, -top), min(rows, shape[1] - top) - (way == 2)):
-                for b in range(max(0, -left), min(columns, shape[2] - left) - (way == 0)):
-                    at = a * columns + b
-                    gain = row[forth + at] + row[back + at + ahead]
+            for a in range(max(0, -top), min(rows, height - top) - (way == 2)):
+                at = channel * plane + (top + a + 1) * line + left + 1
+                source = ((way * channels + channel) * rows + a) * columns
+                for b in range(max(0, -left), min(columns, width - left) - (way == 0)):
+                    gain = gains[way * pixels + at + b] + gains[(way + 1) * pixels + at + b + ahead]
                     if gain > best:
-                        best, one, other = gain, forth + at, back + at + ahead
+                        best, one = gain, source + b
+                        other = source + channels * rows * columns + b + ahead_in_row
     return best / 2, one, other
+
+
+@numba.njit(nogil=True, cache=True)
+def _listed(
+    gains: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], least: float, starts: Array
+) -> int:
+    """Lists the moves of a window that gain more than something, and counts them."""
+    channels, height, width = shape
+    top, left, rows, columns = place
+    plane, line = (height + 2) * (width + 2), width + 2
+    count = 0
+    for way in range(4):
+        for channel in range(channels):
+            for a in range(max(0, -top), min(rows, height - top)):
+                at = (way * channels + channel) * plane + (top + a + 1) * line + left + 1
+                for b in range(max(0, -left), min(columns, width - left)):
+                    if gains[at + b] > least:
+                        starts[count] = at + b
+                        count += 1
+    return count
 
 
 @numba.njit(nogil=True, cache=True)
 def solve_rows(
     rows: Array, shared: bool, origins: Array, per_origin: int, window: tuple[int, int], shape: tuple[int, int, int],
-    mass: Array, budget: float, enough: Array, guesses: Array, tolerance: float, first: int, last: int,
-    values: Array, multipliers: Array, flows: Array,
+    mass_of: Array, budget: float, feasible: bool, enough: Array, guesses: Array, tolerance: float, first: int,
+    last: int, values: Array, multipliers: Array, flows: Array,
 ) -> None:  # fmt: skip
     """Solves rows ``first`` to ``last`` of one image, rows (N, 4 * C * window).
 
     Args:
         shared: the same rows, (per_origin, ...), stand at every origin.
-        enough: at which value a row needs no further search.
+        feasible: whether images must stay nonnegative.
+        enough: at which value a row needs no further search; infinite for rows whose value is of no use.
         flows: empty, or one flow a row.
     """
-    pixels = shape[0] * shape[1] * shape[2]
-    entries = rows.shape[1]
+    channels, height, width = shape
+    pixels = channels * (height + 2) * (width + 2)
+    offsets = np.array([1, -1, width + 2, -width - 2])
+    gains, mass = _framed(shape, offsets), np.zeros(pixels)
+    mass.reshape((channels, height + 2, width + 2))[:, 1:-1, 1:-1] = mass_of.reshape((channels, height, width))
     y, steps, following = np.zeros(pixels), np.zeros(pixels, np.int64), np.zeros(pixels, np.int64)
     queue, queued, touched = np.zeros(pixels, np.int64), np.zeros(pixels, np.bool_), np.zeros(pixels, np.int64)
-    starts = np.empty(entries, np.int64)
-    inflated = 1 + (pixels + 8) * 2 * UNIT
+    starts = np.empty(rows.shape[1], np.int64)
+    longest = 2 * (height + width)
+    inflated = 1 + (channels * height * width + 8) * 2 * UNIT
+    place, placed = (0, 0, window[0], window[1]), False
     for index in range(first, last):
+        if enough[index] == np.inf:
+            values[index], multipliers[index] = np.inf, 0.0
+            continue
         row = rows[index % per_origin] if shared else rows[index]
         at = index // per_origin
-        place = (origins[at, 0], origins[at, 1], window[0], window[1])
-        high, best_entry = 0.0, -1
-        for entry in range(entries):
-            if row[entry] > high:
-                high, best_entry = float(row[entry]), entry
-        if not high <= np.inf or not np.isfinite(row.sum()):
+        if placed and (place[0] != origins[at, 0] or place[1] != origins[at, 1]):
+            _displace(place, shape, gains)
+        place, placed = (origins[at, 0], origins[at, 1], window[0], window[1]), True
+        high, best_entry, sum_ = _place(row, place, shape, gains)
+        if not np.isfinite(sum_):
             values[index], multipliers[index] = np.nan, np.nan
             continue
-        steepest, simple = high, high * budget * inflated  # without any price: every gain is below
+        simple = high * budget * inflated  # without any price: every gain is below
+        wanted = simple > enough[index] and high > 0.0 and budget > 0.0
+        if not feasible or not wanted:
+            values[index], multipliers[index] = simple, high
+            if flows.shape[0] > 0 and best_entry >= 0:
+                flows[index, best_entry] = budget
+            continue
         high_value, high_cost = high * budget, 0.0
-        best, best_at = high_value, high
-        low, low_value, low_slope, feasible = 0.0, 0.0, 0.0, False
-        count = 0
-        if high_value * inflated > enough[index] and high > 0.0 and budget > 0.0:
-            low = min(high, _best_pair(row, place, shape)[0])
-            for entry in range(entries):
-                if row[entry] > low:
-                    starts[count] = entry
-                    count += 1
+        best, best_at, steepest = high_value, high, high
+        low, one, other = _best_pair(gains, place, shape)
+        low = min(high, low)
+        count = _listed(gains, place, shape, low, starts)
+        low_value, low_slope, known = 0.0, 0.0, False
         for step in range(MAX_STEPS):
-            if best * inflated <= enough[index] or high == 0.0 or budget == 0.0:
+            if best * inflated <= enough[index]:
                 break
             high_slope = budget - high_cost
-            if feasible:
+            if known:
                 trial = (low_value - low * low_slope - high_value + high * high_slope) / (high_slope - low_slope)
                 floor = low_value + (trial - low) * low_slope
                 if best - floor <= tolerance * best or not low < trial < high:
@@ -267,15 +328,15 @@ def solve_rows(
                 if best - (high_value - high_slope * (high - low)) <= tolerance * best:
                     break
                 trial = 0.5 * (low + high)
-                if step == 0 and 0.0 < guesses[index] < high:
+                if step == 0 and low < guesses[index] < high:
                     trial = guesses[index]
-                elif step == 1 and guesses[index] > 0.0 and low > 0.0:
+                elif step == 1 and guesses[index] > 0.0 and low == guesses[index]:
                     trial = min(1.1 * low, trial)
-                elif step == 1 and guesses[index] > 0.0:
+                elif step == 1 and guesses[index] > 0.0 and high == guesses[index]:
                     trial = max(0.9 * high, trial)
             complete, reached, total, cost = _prices(
-                row, place, shape, starts, count, trial, mass, high_value - trial * budget, y, steps, following, queue,
-                queued, touched,
+                gains, offsets, starts, count, trial, mass, high_value - trial * budget, longest, y, steps, following,
+                queue, queued, touched,
             )  # fmt: skip
             _clear(y, touched, reached)
             value = trial * budget + total
@@ -286,56 +347,45 @@ def solve_rows(
                 if cost == budget:
                     break
             else:
-                low, low_value, low_slope, feasible = trial, value, budget - cost, complete
+                low, low_value, low_slope, known = trial, value, budget - cost, complete
                 kept = 0
                 for k in range(count):
-                    if row[starts[k]] > low:
+                    if gains[starts[k]] > low:
                         starts[kept] = starts[k]
                         kept += 1
                 count = kept
         if best_at == steepest and flows.shape[0] == 0:
             values[index], multipliers[index] = simple, best_at
             continue
-        # The bound, from the inequalities themselves.
-        count = 0
-        for entry in range(entries):
-            if row[entry] > best_at:
-                starts[count] = entry
-                count += 1
+        # The bound, from the inequalities themselves: of all moves that gain more than best_at.
+        if best_at < low:
+            count = _listed(gains, place, shape, best_at, starts)
         _, reached, total, cost = _prices(
-            row, place, shape, starts, count, best_at, mass, np.inf, y, steps, following, queue, queued, touched
+            gains, offsets, starts, count, best_at, mass, np.inf, longest, y, steps, following, queue, queued, touched
         )
         total = 0.0
         for k in range(reached):
             total += mass[touched[k]] * y[touched[k]]
-        price = best_at + _violation(row, place, shape, best_at, y, touched, reached)
+        price = best_at + _violation(gains, offsets, starts, count, best_at, y, touched, reached)
         values[index], multipliers[index] = min(simple, (price * budget + total) * inflated), best_at
         _clear(y, touched, reached)
         if flows.shape[0] > 0:
             flow = flows[index]
-            flow[:] = 0
-            if high == 0.0 or budget == 0.0:
-                continue
-            count = 0
-            for entry in range(entries):
-                if row[entry] > low:
-                    starts[count] = entry
-                    count += 1
             share, circulates = 0.0, low > 0.0
             if low > 0.0:
                 complete, reached, total, cost = _prices(
-                    row, place, shape, starts, count, low, mass, np.inf, y, steps, following, queue, queued, touched
-                )
+                    gains, offsets, starts, count, low, mass, np.inf, longest, y, steps, following, queue, queued,
+                    touched,
+                )  # fmt: skip
                 if complete and cost > budget:
                     share, circulates = (budget - high_cost) / (cost - high_cost), False
-                    _follow(place, shape, share, mass, y, following, touched, reached, flow)
+                    _follow(place, shape, share, mass, y, following, offsets, touched, reached, flow)
                 _clear(y, touched, reached)
             _, reached, total, cost = _prices(
-                row, place, shape, starts, count, high, mass, np.inf, y, steps, following, queue, queued, touched
+                gains, offsets, starts, count, high, mass, np.inf, longest, y, steps, following, queue, queued, touched
             )
-            _follow(place, shape, 1 - share, mass, y, following, touched, reached, flow)
+            _follow(place, shape, 1 - share, mass, y, following, offsets, touched, reached, flow)
             _clear(y, touched, reached)
             if circulates:
-                _, one, other = _best_pair(row, place, shape)
                 flow[best_entry if one < 0 else one] += (budget - high_cost) / 2
                 flow[best_entry if other < 0 else other] += (budget - high_cost) / 2

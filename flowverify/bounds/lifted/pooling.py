@@ -32,6 +32,8 @@ class PoolRelaxation:
     settled: Tensor
     rows_above: StoredRows | None
     rows_below: None = None
+    chord: None = None
+    mixes = False
 
     def through(self, up: Coefficients, down: Coefficients, shape: tuple[int, ...]) -> Coefficients:
         """What is handed on to the pool's input, of this shape."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowverify.bounds.lifted.coefficients import Coefficients
-from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, WAYS, MoveRows, gains_of_pixels, whole_grid
+from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
+from flowverify.bounds.lifted.support import MoveRows, whole_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,30 +22,35 @@ class WindowRows:
     """Rows above the entries of a feature map: the window of entry (i, j) stands at stride * (i, j) + offset.
 
     Attributes:
-        gains: (B, H, W, channels, 4, C, h, w).
+        gains: (B, H, W, channels, ways, C, h, w).
     """
 
     gains: Tensor
     stride: tuple[int, int]
     offset: tuple[int, int]
 
-    def listed(self, entries: Tensor, size: Sequence[int]) -> ListedRows:
-        """The rows above some entries of the flattened map, on the whole grid."""
-        height, width, channels = self.gains.shape[1:4]
-        place = entries % (height * width)
-        at = torch.stack([place // width, place % width], 1)
-        gains = self.gains[:, at[:, 0], at[:, 1], entries // (height * width)][:, :, None]
-        device = entries.device
-        origins = at * torch.tensor(self.stride, device=device) + torch.tensor(self.offset, device=device)
-        return ListedRows(entries, whole_grid(MoveRows(gains, origins), size), (channels, height, width))
-
     def combine(self, outer: Coefficients) -> MoveRows:
         """The rows of sums with coefficients >= 0 of the entries."""
+        return self._combine_whole(outer.data) if outer.origins is None else self._combine_patches(outer)
+
+    def _combine_whole(self, data: Tensor) -> MoveRows:
+        """Of (B, 1, R, channels, H, W): one product at each place, and windows that overlap are added up."""
+        batch, height, width = self.gains.shape[:3]
+        planes, (h, w) = self.gains.shape[4:6], self.gains.shape[6:]
+        own = data[:, 0].flatten(3).permute(0, 3, 1, 2)  # (B, places, R, channels)
+        parts = own @ self.gains.flatten(4).flatten(1, 2)  # (B, places, R, entries)
+        batch, places, rows = parts.shape[:3]
+        stride = tuple(max(1, step) for step in self.stride)
+        size = ((height - 1) * self.stride[0] + h, (width - 1) * self.stride[1] + w)
+        windows = parts.permute(0, 2, 3, 1).reshape(batch * rows, -1, places)
+        total = torch.nn.functional.fold(windows, size, (h, w), stride=stride)
+        origins = torch.tensor([self.offset], device=data.device)
+        return MoveRows(total.reshape(batch, 1, rows, *planes, *size), origins)
+
+    def _combine_patches(self, outer: Coefficients) -> MoveRows:
         gains = self.gains
         batch, height, width = gains.shape[:3]
         ways, colours, h, w = gains.shape[4:]
-        if outer.origins is None:
-            outer = Coefficients(outer.data, torch.zeros(1, 2, dtype=torch.long, device=gains.device))
         data, origins = outer.data, outer.origins
         assert origins is not None
         places, rows, (taps_i, taps_j) = len(origins), data.shape[2], data.shape[-2:]
@@ -80,7 +86,7 @@ class ListedRows:
 
     Attributes:
         index: (K,), the entries in the flattened value.
-        gains: (B, K, 4, C, H, W).
+        gains: (B, K, ways, C, H, W).
     """
 
     index: Tensor
@@ -98,24 +104,25 @@ class ListedRows:
 StoredRows = WindowRows | ListedRows
 
 
-def rows_of_pixels(coefficients: Coefficients, shape: tuple[int, int, int]) -> MoveRows:
-    """The rows of linear functions of the image: exact, along and against each edge."""
+def rows_of_pixels(coefficients: Coefficients, shape: tuple[int, int, int], moves: Moves = NEIGHBOURS) -> MoveRows:
+    """The rows of linear functions of the image: exact, for every move."""
     if coefficients.origins is None:
         origins = torch.zeros(1, 2, dtype=torch.long, device=coefficients.data.device)
-        return MoveRows(gains_of_pixels(coefficients.data), origins)
-    padded = torch.nn.functional.pad(coefficients.data, (1, 1, 1, 1))
-    origins = coefficients.origins - 1
-    inside = _moves_inside(origins, padded.shape[-2:], shape[-2:])
-    return MoveRows(gains_of_pixels(padded) * inside, origins)
+        return MoveRows(moves.gains(coefficients.data), origins)
+    down, right = moves.reach
+    padded = torch.nn.functional.pad(coefficients.data, (right, right, down, down))
+    origins = coefficients.origins - torch.tensor([down, right], device=coefficients.origins.device)
+    inside = _moves_inside(origins, padded.shape[-2:], shape[-2:], moves)
+    return MoveRows(moves.gains(padded) * inside, origins)
 
 
-def _moves_inside(origins: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Which moves of windows stay in the grid, (Q, 1, 4, 1, h, w)."""
+def _moves_inside(origins: Tensor, window: Sequence[int], size: Sequence[int], moves: Moves) -> Tensor:
+    """Which moves of windows stay in the grid, (Q, 1, ways, 1, h, w)."""
     i = origins[:, 0, None] + torch.arange(window[0], device=origins.device)
     j = origins[:, 1, None] + torch.arange(window[1], device=origins.device)
     parts = []
-    for way in range(WAYS):
-        goal_i, goal_j = i + DOWNWARD[way], j + RIGHTWARD[way]
+    for row, column in moves.offsets:
+        goal_i, goal_j = i + row, j + column
         rows = (i >= 0) & (i < size[0]) & (goal_i >= 0) & (goal_i < size[0])
         columns = (j >= 0) & (j < size[1]) & (goal_j >= 0) & (goal_j < size[1])
         parts.append(rows[:, :, None] & columns[:, None])
@@ -139,7 +146,7 @@ def total(parts: Sequence[MoveRows], size: tuple[int, int]) -> MoveRows:
                 for (i, j), part in zip(at, parts, strict=True):
                     h, w = part.gains.shape[-2:]
                     pads = (j - left, width - w - (j - left), i - top, height - h - (i - top))
-                    own = torch.nn.functional.pad(part.gains, pads)
+                    own = torch.nn.functional.pad(part.gains, pads) if any(pads) else part.gains
                     sum_ = own if sum_ is None else sum_ + own
                 assert sum_ is not None
                 return MoveRows(sum_, parts[0].origins + torch.tensor([top, left], device=parts[0].origins.device))

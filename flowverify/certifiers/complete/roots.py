@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flowverify.ball import Ball, Threat
 from flowverify.bounds.engine import EngineOptions
-from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds
 from flowverify.network import Network, RoundingBound
@@ -45,7 +44,7 @@ class Roots:
 
     def __init__(self, network: Network, bound: str, tolerance: float) -> None:
         self._network, self._bound, self._tolerance = network, bound, tolerance
-        self._engines: dict[Threat, _BothBounds] = {}
+        self._engines: dict[Threat, MarginBounds] = {}
         self._share = gamma(network) * (1 + depth(network) / 2)
         sizes = magnitudes(network, relaxed=True)
         self._sizes = [sizes[node.inputs[0]].flatten(1) for node in network.activations]
@@ -55,10 +54,10 @@ class Roots:
         """Bounds over one ball, and of linear functions (R, classes) of the output that are differences of two."""
         if ball.threat not in self._engines:
             options = EngineOptions(tolerance=self._tolerance)
-            self._engines[ball.threat] = _BothBounds(
+            self._engines[ball.threat] = MarginBounds(
                 self._network, ball.threat, self._bound, dtype=torch.float64, options=options
             )
-        neurons, margins = self._engines[ball.threat].both(ball, specification[None])
+        neurons, margins = self._engines[ball.threat].neurons_and_margins(ball, specification[None])
         found = NeuronBounds([], [])
         for (low, high), (fixed, moving) in zip(neurons, self._sizes, strict=True):
             error = self._share * (fixed + reach(ball.mass, ball.budget) * moving)
@@ -67,12 +66,3 @@ class Roots:
             found.upper.append((high[0].flatten() + error).nan_to_num(nan=torch.inf))
         proven = margins[0] - self._margins.margins(ball.mass, ball.budget)
         return RootBounds(found, proven.nan_to_num(nan=-torch.inf))
-
-
-class _BothBounds(MarginBounds):
-    """Neurons and margins in one pass."""
-
-    def both(self, ball: Ball, specification: Tensor) -> tuple[list[Interval], Tensor]:
-        margins, intervals = self._bounded(ball, specification)
-        assert margins is not None
-        return [intervals[node.inputs[0]] for node in self.network.activations], margins

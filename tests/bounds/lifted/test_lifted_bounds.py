@@ -12,7 +12,9 @@ from flowverify.ball import Threat
 from flowverify.bounds.lifted import activations, engine
 from flowverify.bounds.lifted.activations import Secants, secants
 from flowverify.bounds.lifted.engine import LiftedBounds
+from flowverify.bounds.lifted.mixture import MarginSearch
 from flowverify.bounds.margins import MarginBounds, margin_specification
+from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import Add, output_shape
@@ -101,12 +103,47 @@ def test_with_no_share_of_rows_it_is_crown(slope: float) -> None:
     ball = batch_of(network, images, budget, tolerance=1e-8)
     rises = -margin_specification(labels, 4, torch.float64)
     clean = margins_at(network, images[:, None], labels)[:, 0]
-    found = ball.margins_at(rises, clean, 0.0)
+    infinite = torch.full_like(clean, torch.inf)
+    search = MarginSearch(ball, rises, clean, infinite, -infinite)
+    search.by_chords()
+    found = search.best
     crown = margins_by("crown", network, images, labels, budget)
     # auto_LiRPA gets LeakyReLU as s x + (1 - s) relu(x), which is relaxed alike.
     torch.testing.assert_close(found, crown, rtol=1e-6, atol=1e-6)
     mixed = LiftedBounds(network, steps=3).lower_bounds(images, labels, budget)
     assert (mixed >= crown - 1e-4 * crown.abs() - 1e-6).all()
+
+
+def by_relus(network: Network, slope: float) -> Network:
+    """A chain of Linear and LeakyReLU as one of ReLUs, twice as many: leaky(z) = relu(z) - slope relu(-z)."""
+    weights = [(one.weight, one.bias) for one in (node.operation for node in network.nodes) if hasattr(one, "weight")]
+    weights[1:] = [(torch.cat([weight, -slope * weight], 1), bias) for weight, bias in weights[1:]]
+    weights[:-1] = [(torch.cat([weight, -weight]), torch.cat([bias, -bias])) for weight, bias in weights[:-1]]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for weight, _ in weights:
+        layers += [nn.Linear(weight.shape[1], weight.shape[0]), nn.ReLU()]
+    found = Network.sequential(network.input_shape, layers[:-1]).double()
+    for value, given in zip(found.parameters(), (value for pair in weights for value in pair), strict=True):
+        value.copy_(given)
+    return found
+
+
+@pytest.mark.parametrize("slope", [-0.5, -3.0, 0.3, 3.0])
+def test_no_slope_of_the_left_piece_takes_a_bound_above_the_least_margin(slope: float) -> None:
+    """Negative ones, too, which take rows downward to the upper side."""
+    layers = [nn.Flatten(), nn.Linear(9, 2), nn.LeakyReLU(slope), nn.Linear(2, 2), nn.LeakyReLU(slope), nn.Linear(2, 3)]
+    gap = []
+    for seed in range(8):
+        network = random_network((1, 3, 3), layers, seed)
+        image, known = sparse_images((1, 3, 3), 1, seed), by_relus(network, slope)
+        label, budget = network(image).argmax(1), RADII[seed % 3] * image.flatten(1).sum(1)
+        torch.testing.assert_close(known(image), network(image))
+        least = torch.tensor(exact_margins(known, image[0], int(label), float(budget)), dtype=torch.float64)
+        for feasible, steps in ((True, 0), (True, 5), (False, 0)):
+            found = LiftedBounds(network, steps=steps, feasible=feasible).lower_bounds(image, label, budget)[0]
+            assert (found <= least + 1e-9).all(), (seed, feasible, steps)
+            gap.append(float((least - found).mean()))
+    assert min(gap) < 1e-2
 
 
 def residual() -> Network:
@@ -266,6 +303,19 @@ def test_the_example_on_paper(count: int) -> None:
     assert float(LiftedBounds(network).lower_bounds(*given)) == pytest.approx(10 - reach)
     crown = margins_by("crown", network, *given)
     assert float(crown) == pytest.approx(10 - (count + 1) * reach / 2)
+
+
+def test_a_vanilla_ball_may_have_the_better_rows_and_is_asked_after_the_fine_tuned_one() -> None:
+    layers = [nn.Flatten(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+    network, image = random_network((1, 3, 3), layers, 110), sparse_images((1, 3, 3), 1, 110)
+    label, ball = network(image).argmax(1), Threat().ball(image, 0.3 * image.flatten(1).sum(1))
+    certifier = Certifier(network, "fine-tuned", "lifted")
+    own, vanilla = (
+        float(LiftedBounds(network, feasible=feasible).lower_bounds(image, label, ball.budget).min())
+        for feasible in (True, False)
+    )
+    assert own < vanilla - 0.1
+    assert Threat(positive=False) in certifier.covers(Threat())
 
 
 # Mutants: each of these breaks the bound, and is seen to.

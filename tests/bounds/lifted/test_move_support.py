@@ -14,7 +14,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from flowverify.bounds.lifted import kernel
-from flowverify.bounds.lifted.support import MoveRows, gains_of_pixels, maximum, maximum_value, moves_within, whole_grid
+from flowverify.bounds.lifted.moves import NEIGHBOURS
+from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value, whole_grid
 from flowverify.errors import InvalidInputError
 from flowverify.transport.support import support
 
@@ -52,11 +53,11 @@ def largest(gains: Tensor, image: Tensor, budget: float) -> float:
 def rows_of(kind: str, shape: tuple[int, int, int], count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(1, 1, count, *shape, generator=generator, dtype=torch.float64)
-    gains = gains_of_pixels(pixels)
+    gains = NEIGHBOURS.gains(pixels)
     if kind == "bent":
         return torch.maximum(gains, 0.3 * gains)
     if kind == "any":
-        return torch.randn(gains.shape, generator=generator, dtype=torch.float64) * moves_within(*shape[1:])
+        return torch.randn(gains.shape, generator=generator, dtype=torch.float64) * NEIGHBOURS.within(*shape[1:])
     return gains
 
 
@@ -82,7 +83,7 @@ def test_equals_the_support_function_of_pixels(shape: tuple[int, int, int], feas
     images = sparse_images(shape, 2, 4)
     budget = 0.1 * images.flatten(1).sum(1)
     pixels = torch.randn(1, 1, 30, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = MoveRows(gains_of_pixels(pixels), ORIGIN)
+    rows = MoveRows(NEIGHBOURS.gains(pixels), ORIGIN)
     found = maximum(rows, images, budget, feasible=feasible, tolerance=1e-9).value
     if feasible:
         expected = support(pixels[0, 0], images, budget).excess
@@ -108,7 +109,7 @@ def test_the_flow_is_feasible_and_the_gradient(kind: str, backend: str) -> None:
         if kind != "any":  # the cycle of the largest mean may be longer than two moves
             torch.testing.assert_close(gained, found.value, rtol=1e-6, atol=0)
         gains = rows.gains.expand(2, -1, -1, -1, -1, -1, -1).clone().requires_grad_(True)
-        maximum_value(MoveRows(gains, ORIGIN), images, budget, {"tolerance": 1e-9}).sum().backward()
+        maximum_value(MoveRows(gains, ORIGIN), images, budget, {"tolerance": 1e-9})[0].sum().backward()
         torch.testing.assert_close(gains.grad, flow)
 
 
@@ -143,18 +144,15 @@ def test_prices_that_did_not_settle_give_a_sound_bound(kind: str, monkeypatch: p
 
     prices = kernel._prices.py_func
 
-    def no_hand_on(*given: Any) -> Any:
-        row, place, shape_, starts, count, multiplier, mass, limit, y, steps, following, queue, queued, touched = given
-        return prices(
-            row, place, shape_, starts, count // 2, multiplier, mass, limit, y, steps, following, queue, queued, touched
-        )
+    def no_hand_on(gains_: Any, offsets: Any, starts: Any, count: int, *rest: Any) -> Any:
+        return prices(gains_, offsets, starts, count // 2, *rest)
 
     monkeypatch.setattr(kernel, "_prices", no_hand_on)
     place = (0, 0, 4, 5)
     values, multipliers = np.empty(8), np.empty(8)
     kernel.solve_rows.py_func(
         gains[0, 0].flatten(1).numpy(), False, np.zeros((1, 2), np.int64), 8, place[2:], shape, image.flatten().numpy(),
-        float(budget), np.full(8, -np.inf), np.zeros(8), 1e-6, 0, 8, values, multipliers, np.empty((0, 80)),
+        float(budget), True, np.full(8, -np.inf), np.zeros(8), 1e-6, 0, 8, values, multipliers, np.empty((0, 80)),
     )  # fmt: skip
     assert (values >= np.array(whole) * (1 - 1e-12)).all()
 
@@ -167,10 +165,12 @@ def test_more_budget_never_gains_less_and_a_value_that_is_enough_ends_the_search
     for less, more in itertools.pairwise(values):
         assert (less <= more * (1 + 2e-4)).all()
     simple = 0.2 * rows.gains[0, 0].flatten(1).amax(1)
-    enough = torch.full((1, 20), torch.inf, dtype=torch.float64)
+    enough = torch.full((1, 20), 1e9, dtype=torch.float64)
     found = maximum(rows, image, torch.tensor([0.2], dtype=torch.float64), enough=enough).value
     torch.testing.assert_close(found[0], simple, rtol=1e-12, atol=0)
     assert (values[2] <= found).all()
+    useless = maximum(rows, image, torch.tensor([0.2], dtype=torch.float64), enough=enough * torch.inf).value
+    assert (useless >= found).all()
 
 
 def test_what_is_not_finite_bounds_nothing_and_shapes_are_checked() -> None:
