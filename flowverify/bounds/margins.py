@@ -141,7 +141,7 @@ class MarginBounds:
         return self.neurons_and_margins(ball)[0]
 
     def neurons_and_margins(self, ball: Ball, specification: Tensor | None = None) -> tuple[list[Interval], Tensor]:
-        """Bounds of the neurons as :meth:`neurons`, and lower bounds (B, S) of functions (B, S, classes) of the output."""
+        """Bounds as :meth:`neurons`, and lower bounds (B, S) of linear functions (B, S, classes) of the output."""
         batch = Batch(ball.to(dtype=self.dtype))
         margins = self._bounded(batch, specification)
         return [batch.intervals[node.inputs[0]] for node in self.network.activations], margins

@@ -65,7 +65,7 @@ def test_a_vision_transformer_is_certified() -> None:
     label = int(module(image[None]).argmax())
     found = fv.certify(module, image, label, fv.WassersteinBall(5e-5))
     assert found.verdict == "certified"
-    assert "zonotope in place of crown" in found.note
+    assert "zonotope in place of lifted" in found.note
     logits = module(image[None])[0].detach()
     clean = float(logits[label] - logits[torch.arange(10) != label].max())
     assert 0.8 * clean < found.margin < clean
