@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,18 @@ def check_equals(found: Sequence[Interval], values: Sequence[Tensor], what: str)
 
 
 ALL = cases()
+
+
+def first_of_each(cases: list[Case]) -> list[Any]:
+    """The cases as parameters; all but the first of each operation, place and shape are slow."""
+    seen, found = set(), []
+    for case in cases:
+        key = type(case.operation), case.place, case.shape
+        found.append(pytest.param(case, id=str(case), marks=[pytest.mark.slow] if key in seen else []))
+        seen.add(key)
+    return found
+
+
 Setting = tuple[str, Bound, bool, DomainName]  # with positivity or without, and the coordinates
 DOMAINS: dict[str, tuple[tuple[bool, DomainName], ...]] = {
     "first": ((True, "image"), (False, "auto")),
