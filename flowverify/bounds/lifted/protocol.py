@@ -79,8 +79,15 @@ class LiftedRun:
                 read = node.inputs[0]
                 if read == name:
                     return
-                self.own.intervals[read] = self._known(read)
-                chunks = self.chunks.pop(read) if read in self.chunks else self.own.bound(read, tighten=False)
+                lower, upper = self._known(read)
+                if read in self.chunks:
+                    # Rows were made of what was open then, and rounding of others must not open more.
+                    before = self.own.intervals[read]
+                    self.own.intervals[read] = torch.maximum(lower, before[0]), torch.minimum(upper, before[1])
+                    chunks = self.chunks.pop(read)
+                else:
+                    self.own.intervals[read] = lower, upper
+                    chunks = self.own.bound(read, tighten=False)
                 self.own.relax_readers(read, chunks)
             if node.name == name:
                 return
