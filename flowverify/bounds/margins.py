@@ -255,7 +255,11 @@ class MarginBounds:
                 except (UnsupportedOperationError, BoundError) as error:
                     other = composition.otherwise
                     taken = {*self._engines, *self._failed, *self._stand_ins.values()}
-                    if isinstance(error, UnsupportedOperationError) and other and other not in taken:
+                    unknown = isinstance(error, UnsupportedOperationError) and name != other
+                    if unknown and other in self._stand_ins.values() and other not in self._failed:
+                        self._failed[name] = error  # what stands in for another engine does so for this one
+                        self._assemble()
+                    elif unknown and other and other not in taken:
                         self._notes.append(f"bounded by {other} in place of {name}: {error}")
                         self._failed[name], self._stand_ins[asked] = error, other
                         self._assemble()

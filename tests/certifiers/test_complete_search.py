@@ -282,6 +282,7 @@ class TestBadInput:
 
     def test_out_of_memory_lowers_the_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         network, images, labels = digits()
+        options = CompleteOptions(settings=SearchSettings(bound="ibp"))  # so that there is a tree to grow
         real, sizes = tree_module.branch, []
 
         def failing(problem, nodes, enough):  # type: ignore[no-untyped-def]
@@ -290,9 +291,9 @@ class TestBadInput:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
             return real(problem, nodes, enough)
 
-        expected = CompleteCertifier(network).search(images[2:], labels[2:])[0]
+        expected = CompleteCertifier(network, options=options).search(images[2:], labels[2:])[0]
         monkeypatch.setattr(tree_module, "branch", failing)
-        found = CompleteCertifier(network).search(images[2:], labels[2:])[0]
+        found = CompleteCertifier(network, options=options).search(images[2:], labels[2:])[0]
         assert max(sizes) > 1
         assert found.radius == pytest.approx(expected.radius, rel=0.01)
 
@@ -301,7 +302,7 @@ class TestBadInput:
 
         monkeypatch.setattr(tree_module, "branch", broken)
         with pytest.raises(RuntimeError, match="something else"):
-            CompleteCertifier(network).search(images[2:], labels[2:])
+            CompleteCertifier(network, options=options).search(images[2:], labels[2:])
 
     def test_interruption_gives_what_is_known(self) -> None:
         network, images, labels = digits()
