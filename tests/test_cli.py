@@ -150,13 +150,15 @@ def files(tmp_path_factory) -> Path:
     """Files that are not what they should be."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "corrupt.onnx").write_bytes(b"this is no network")
-    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("Erf", ["f"], ["y"])]
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("Round", ["f"], ["y"])]
     values = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name, shape in (("x", ["N", 1, 8, 8]), ("y", ["N", 64]))
     ]
-    graph = helper.make_graph(nodes, "erf", values[:1], values[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), folder / "erf.onnx")
+    graph = helper.make_graph(nodes, "round", values[:1], values[1:])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), folder / "round.onnx"
+    )
     images = np.full((2, 1, 8, 8), 0.5, np.float32)
     np.savez(folder / "label.npz", images=images, labels=np.array([3, 10]))
     np.savez(folder / "black.npz", images=images * np.array([1, 0], np.float32)[:, None, None, None], labels=[1, 2])
@@ -177,7 +179,7 @@ BAD_INPUT = {
     ),
     "missing model file": (("verify", "{files}/none.onnx", "--dataset", "digits"), "expected an existing ONNX file"),
     "corrupt model": (("verify", "{files}/corrupt.onnx", "--dataset", "digits"), "is not valid ONNX"),
-    "unsupported operator": (("verify", "{files}/erf.onnx", "--dataset", "digits"), "Erf"),
+    "unsupported operator": (("verify", "{files}/round.onnx", "--dataset", "digits"), "Round"),
     "no data set": (("verify", "{files}/corrupt.onnx"), "expected --dataset NAME"),
     "unknown data set": ((*VERIFY, "--dataset", "letters"), "unknown data set 'letters'"),
     "unknown split": ((*VERIFY, "--split", "half"), "unknown split 'half'"),
@@ -197,7 +199,10 @@ BAD_INPUT = {
     "index out of range": (("verify", "digits-fc3", "--index", "9999"), "9999 given, expected 0 to 538"),
     "index in words": (("verify", "digits-fc3", "--index", "all"), "expected a form like 0:100"),
     "missing data folder": ((*VERIFY, "--dataset", "mnist", "--data-dir", "{files}/none"), "no such folder"),
-    "missing data files": ((*VERIFY, "--dataset", "mnist", "--data-dir", "{files}"), "expected the four MNIST files"),
+    "missing data files": (
+        (*VERIFY, "--dataset", "mnist", "--data-dir", "{files}"),
+        "expected the four files of mnist",
+    ),
     "corrupt data": ((*VERIFY, "--dataset", "{files}/corrupt.npz"), "cannot be read as .npz"),
     "wrong shape": ((*VERIFY, "--dataset", "{files}/shape.npz"), "(1, 1, 7, 8): expected (..., 1, 8, 8)"),
     "label out of range": (("verify", "digits-fc3", "--dataset", "{files}/label.npz"), "label 10 (image 1)"),

@@ -156,7 +156,7 @@ def _draw(dice: random.Random, shape: tuple[int, int, int], kind: str) -> Drawn:
             builder.append(nn.Flatten())
         builder.append(nn.Linear(builder.shape[0], classes))
         if kind == "general" and dice.random() < 0.1:
-            builder.append(dice.choice([nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh])())
+            builder.append(dice.choice([nn.ReLU, nn.LeakyReLU, nn.Tanh])())  # a Sigmoid would be dropped
     _draw_weights(dice, builder.sequence, dtype, kind)
     oracle = Wired(builder.sequence, builder.wiring)
     chain = all(inputs == (k,) for k, inputs in enumerate(builder.wiring))

@@ -92,8 +92,8 @@ def moves_of(ground: str, height: int, width: int, single: int = 50_000, chained
         BoundError: chains cost too much, or do not lead to where mass may move.
         UnknownNameError, InvalidInputError: as :func:`~flowverify.transport.ground.check_ground`.
     """
-    if parse_ground(ground).name == "l1":
-        return NEIGHBOURS
+    if parse_ground(ground).name == "l1" or height * width == 1:
+        return NEIGHBOURS  # of one pixel all of them leave the grid
     offsets, costs = offsets_by_cost(height, width, ground)
     forward = [k for k, (row, column) in enumerate(offsets.tolist()) if (row, column) > (0, 0)]
     if 2 * len(forward) * height * width <= single:

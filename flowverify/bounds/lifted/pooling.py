@@ -109,13 +109,15 @@ def relax_pool(
     largest, best = middle.max(0)
     chosen = functional.one_hot(best, len(index)).movedim(-1, 0).to(centre.dtype)
     others = high.masked_fill(chosen > 0, -torch.inf).amax(0)
-    settled = low.gather(0, best[None])[0] >= others
+    lowest = low.gather(0, best[None])
+    settled = lowest[0] >= others
     if members is None or bool(settled.all()):
         return PoolRelaxation(operation, chosen, settled | torch.tensor(members is None), None)
     tiny = torch.finfo(centre.dtype).tiny
     slope = ((high - largest) / (high - middle).clamp(min=tiny)).nan_to_num(nan=0.0).clamp(0, 1)
     slope = torch.where(chosen > 0, 1.0, slope)
-    counts = (chosen > 0) | ((high > largest) & inside[:, None, None])
+    # A member that stays below v has slope 0: where the chosen one falls below it, the pool falls no further.
+    counts = (chosen > 0) | ((high > lowest) & inside[:, None, None])
     return PoolRelaxation(operation, chosen, settled, _rows(operation, members, slope, counts, settled, inside, index))
 
 

@@ -13,10 +13,11 @@ from flowverify.bounds.lifted import activations, engine
 from flowverify.bounds.lifted.activations import Secants, secants
 from flowverify.bounds.lifted.engine import LiftedBounds
 from flowverify.bounds.lifted.mixture import MarginSearch
+from flowverify.bounds.lifted.moves import moves_of
 from flowverify.bounds.margins import MarginBounds, margin_specification
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import UnsupportedOperationError
-from flowverify.network import INPUT, Network, Node
+from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.operations import Add, output_shape
 
 RADII = (0.05, 0.3, 1.0)
@@ -369,3 +370,22 @@ def test_attacks_stay_above_on_a_shipped_network() -> None:
     least = margins_at(double, descend(double, images, labels, budget), labels).amin(1)
     assert (found <= least + 1e-9).all()
     assert float(found.amin(1).mean()) > float(crown.amin(1).mean())
+
+
+@pytest.mark.parametrize("ground", ["l1", "l2"])
+@pytest.mark.parametrize("feasible", [True, False])
+def test_a_pool_falls_no_further_than_its_other_members(ground: str, feasible: bool) -> None:
+    """p = max(x0, 0.5) falls from 1 while x2 rises: a row of x0 alone would have their sum stay where it is."""
+    scale, shift = torch.tensor([[[1.0, 0.0, 1.0]]]), torch.tensor([[[0.0, 0.5, 1.0]]])
+    last = nn.Linear(2, 2)
+    network = Network.sequential((1, 1, 3), [ScaleShift(scale, shift), nn.MaxPool2d((1, 2), 1), nn.Flatten(), last])
+    with torch.no_grad():
+        network.nodes[-1].operation.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        network.nodes[-1].operation.bias.copy_(torch.tensor([2.2, 0.0]))
+    image = torch.tensor([[[[1.0, 0.0, 0.0]]]], dtype=torch.float64)
+    moved = torch.tensor([[[[0.2, 0.0, 0.8]]]], dtype=torch.float64)  # at a cost of 2 each, 1.6 in all
+    logits = network.double()(moved)[0]
+    for steps in (0, 5):
+        bounds = LiftedBounds(network, feasible=feasible, moves=moves_of(ground, 1, 3), steps=steps)
+        found = bounds.lower_bounds(image, torch.tensor([0]), torch.tensor([1.6]))
+        assert float(found[0, 0]) <= float(logits[0] - logits[1]) + 1e-9
