@@ -27,6 +27,8 @@ def _returns(pixel: int, source: int, following: Array, steps: Array, offsets: A
     """Whether the path from a pixel leads over the source within a few moves: a cycle of positive gain."""
     for _ in range(min(steps[pixel], 8)):
         pixel += offsets[following[pixel]]
+        if pixel < 0 or pixel >= following.shape[0]:
+            return False  # the path has become shorter meanwhile, and this is beyond its end
         if pixel == source:
             return True
     return False

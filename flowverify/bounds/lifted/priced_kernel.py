@@ -62,6 +62,8 @@ def _returns(pixel: int, source: int, following: Array, strides: Array, links: i
     """Whether the chain from a pixel leads over the source within a few moves: a cycle of positive gain."""
     for _ in range(min(links, 8)):
         pixel = pixel + strides[following[pixel]]
+        if pixel < 0 or pixel >= following.shape[0]:
+            return False  # the chain has become shorter meanwhile, and this is beyond its end
         if pixel == source:
             return True
     return False
