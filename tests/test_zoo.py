@@ -20,6 +20,7 @@ from flowverify.training import RECIPES, Recipe, accuracy
 from flowverify.zoo import Card, list_models, load_card, load_model, models_folder, record_certified, save_model
 
 CARDS = list_models()
+TAKE_LONG = {"mnist-certified-wide", "mnist-adversarial"}
 
 
 def every_tenth(name: str) -> Dataset:
@@ -56,7 +57,14 @@ class TestEveryCard:
         assert card.command == f"flowverify train --recipe {card.name}"
 
 
-@pytest.mark.parametrize("card", [card for card in CARDS if card.certified], ids=lambda card: card.name)
+@pytest.mark.parametrize(
+    "card",
+    [
+        pytest.param(card, id=card.name, marks=[pytest.mark.slow] if card.name in TAKE_LONG else [])
+        for card in CARDS
+        if card.certified
+    ],
+)
 def test_median_radius_is_what_the_card_says(card: Card) -> None:
     every_tenth(card.dataset)  # skips where the data are not there
     data = load_dataset(card.dataset)[: card.certified["images"]]

@@ -17,7 +17,7 @@ from flowverify.errors import UnsupportedOperationError
 from flowverify.network.operations import STEEP
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", first_of_each(ALL))
 def test_values_lie_within_the_bounds_and_meet_them_at_radius_0(case: Case) -> None:
     held(case, feasible=True)
 
