@@ -278,6 +278,9 @@ ORDER_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def softmax_over_classes(axis: int, shape: Sequence[int]) -> bool:
-    """Whether a softmax over this axis, counted with the batch, is one over all entries of a sample of this shape."""
+    """Whether a softmax over this axis, counted with the batch, is one over all entries of a sample of this shape.
+
+    Of a single entry it is 1, whatever the entry: there is no order to keep.
+    """
     at = axis - 1 if axis > 0 else len(shape) + axis
-    return 0 <= at < len(shape) and axis != 0 and shape[at] == math.prod(shape)
+    return 0 <= at < len(shape) and axis != 0 and shape[at] == math.prod(shape) > 1

@@ -185,12 +185,16 @@ def test_a_softmax_over_something_else_stays(tmp_path) -> None:
     model = onnx.load(path)
     model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 3, 1], np.int64), "column"))
     onnx.save(model, path)
-    try:
-        network = read_onnx(path)
-    except UnsupportedOperationError:
-        return
+    network = read_onnx(path)
     assert len(network.notes) == 1
     torch.testing.assert_close(network(torch.rand(2, *GREY)), torch.ones(2, 3))
+
+
+def test_a_softmax_of_one_answer_is_no_logit(tmp_path) -> None:
+    """It is 1 for every image: the sign of what it reads decides nothing."""
+    last = helper.make_node("Softmax", ["scores"], ["out"], axis=1)
+    network = read_onnx(dense(tmp_path / "m.onnx", (None, 1, 4, 5), GREY, last, outputs=1))
+    torch.testing.assert_close(network(torch.rand(5, *GREY)), torch.tensor([[0.0, 1.0]]).expand(5, 2))
 
 
 @pytest.mark.parametrize("last", [(), (helper.make_node("Sigmoid", ["scores"], ["out"]),)])

@@ -80,10 +80,6 @@ class _Picked:
     clean: Tensor
     goal: Tensor
 
-    def limits(self, active: Tensor, constant: Tensor | float = 0.0) -> Tensor:
-        """The values of rows that are low enough: those that put the margin at its goal."""
-        return torch.where(active, -torch.inf, torch.inf).double()
-
 
 class MarginSearch:
     """The largest lower bounds of margins that have been found for a batch.
@@ -183,13 +179,11 @@ class MarginSearch:
         """Margins (B, k), -inf for none, and the multipliers that they were found with."""
         batch = self.batch
         rows, constant = batch.rows(batch.network.output, Coefficients(picked.rises[:, None], None), choices)
-        limits = picked.limits(
-            picked.active if active is None else active,
-            constant.detach() if isinstance(constant, Tensor) else constant,
-        )
+        wanted = picked.active if active is None else active
         options: dict[str, Any] = {
             "feasible": batch.engine.feasible, "moves": batch.engine.moves, "tolerance": self.tolerance,
-            "enough": limits, "guess": self._guess(picked) if guess is None else guess,
+            "enough": torch.where(wanted, -torch.inf, torch.inf).double(),
+            "guess": self._guess(picked) if guess is None else guess,
         }  # fmt: skip
         if gradient:
             value, multiplier = maximum_value(rows, batch.images, batch.budget, options)
