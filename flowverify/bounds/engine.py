@@ -74,6 +74,7 @@ class Batch:
         warm_start: what an earlier call with these images found.
         effort: how tight the margins need to be.
         margins: lower bounds of the margins from other engines, (B, S); None before there are any.
+        widened: whether what is known of affine values allows for rounding.
     """
 
     ball: Ball
@@ -82,6 +83,7 @@ class Batch:
     intervals: dict[str, Interval] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
     margins: Tensor | None = None
+    widened: bool = False
 
 
 class Run(Protocol):

@@ -18,7 +18,9 @@ from flowverify.bounds.recipes import ENGINES, Bound, check_bound
 from flowverify.bounds.relaxations import crosses_zero
 from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError
-from flowverify.network import Network, fold
+from flowverify.network import Network, Node, fold
+from flowverify.network.rounding import is_steep
+from flowverify.network.running_error import RunningError, SumsOfTerms
 
 
 class MarginBounds:
@@ -32,6 +34,9 @@ class MarginBounds:
 
     A bound goes on, with a note, without an engine that cannot take the network or fails, if it has another one for
     the margins.
+
+    In float64 bounds hold in exact arithmetic: intervals of what activations read are widened as they are found, and
+    margins lowered, by what rounding may have changed in them (:mod:`flowverify.network.running_error`).
 
     Args:
         network: in canonical form; it is copied.
@@ -72,6 +77,8 @@ class MarginBounds:
         self._failed: dict[str, FlowverifyError] = {}
         self._stand_ins: dict[str, str] = {}
         self._assemble()
+        proven = dtype == torch.float64 and not is_steep(self.network)
+        self._terms = SumsOfTerms(self.network) if proven else None
         # What activations read, and whether it is enough to know the sign.
         self._two_pieces = {
             node.inputs[0]: all(
@@ -158,15 +165,16 @@ class MarginBounds:
                 return self._undecided(batch, specification)
             except _EngineFailed as failure:
                 self._without(failure.engine, failure.error)
-                batch.intervals, batch.margins = {}, None
+                batch.intervals, batch.margins, batch.widened = {}, None, False
 
     def _undecided(self, batch: Batch, specification: Tensor) -> Tensor:
         """Margins by intervals alone, and by all engines where these are not enough."""
         run = self._intervals.start(batch)
+        error = self._start(batch)
         affine = dict(batch.intervals)
         for node in self._intervals.above:
-            batch.intervals[node.name] = run.tighten(node.name)
-        found = run.margins(specification)
+            self._enter(node, batch, run, error)
+        found = self._proven(run.margins(specification), specification, error)
         rest = (~self._enough(batch, specification, found).all(1)).nonzero().flatten()
         if not rest.numel():
             return found
@@ -181,6 +189,7 @@ class MarginBounds:
             {name: (low[rest], high[rest]) for name, (low, high) in affine.items()},
             batch.effort,
             found[rest],
+            widened=True,
         )
         try:
             found[rest] = self._margins_of(part, specification[rest])
@@ -190,13 +199,13 @@ class MarginBounds:
         return found
 
     def _margins_of(self, batch: Batch, specification: Tensor) -> Tensor:
-        runs = self._pass(batch)
+        runs, error = self._pass(batch)
         for name in self._margins:
             known = batch.margins
             if known is not None and bool(self._enough(batch, specification, known).all()):
                 return known
             with _blaming(name):
-                found = runs[name].margins(specification)
+                found = self._proven(runs[name].margins(specification), specification, error)
             batch.margins = largest([found] if known is None else [known, found])
         assert batch.margins is not None
         return batch.margins
@@ -209,20 +218,51 @@ class MarginBounds:
         goal: Tensor = batch.effort.enough * clean
         return margins > goal
 
-    def _pass(self, batch: Batch) -> dict[str, Run]:
+    def _pass(self, batch: Batch) -> tuple[dict[str, Run], RunningError | None]:
         """All intervals of a batch, from the image upward."""
         runs: dict[str, Run] = {}
         for name, engine in self._engines.items():
             with _blaming(name):
                 runs[name] = engine.start(batch)
-        every = torch.ones(1, dtype=torch.bool)
+        error = self._start(batch)
         for node in self._intervals.above:
-            batch.intervals[node.name] = runs["interval"].tighten(node.name, every)
+            self._enter(node, batch, runs["interval"], error)
             if node.name in self._two_pieces and node.name not in self._intervals.exact:
-                self._tighten(node.name, batch, runs)
-        return runs
+                self._tighten(node.name, batch, runs, error)
+        return runs, error
 
-    def _tighten(self, name: str, batch: Batch, runs: dict[str, Run]) -> None:
+    def _start(self, batch: Batch) -> RunningError | None:
+        """What rounding may change over the balls of a batch; widens what is known of affine values."""
+        if self._terms is None:
+            return None
+        ball = batch.ball
+        budget, displaced = ball.budget.double(), torch.zeros_like(ball.budget, dtype=torch.float64)
+        if batch.references is not None:
+            # The flow from a reference, along a spanning tree, moves the mass at most once over every edge. It leads
+            # to an image of the reference's mass.
+            budget = budget + ball.mass.double() * ball.images[0].numel()
+            displaced = (batch.references.double() - ball.images.double()).sum((2, 3)).abs().sum(1)
+        error = RunningError(self._terms, ball.mass, budget, displaced)
+        if not batch.widened:
+            for name in self._two_pieces:
+                if name in batch.intervals:
+                    batch.intervals[name] = error.widened(name, batch.intervals[name])
+            batch.widened = True
+        return error
+
+    def _enter(self, node: Node, batch: Batch, run: Run, error: RunningError | None) -> None:
+        """The interval of the next value, by interval arithmetic."""
+        every = torch.ones(1, dtype=torch.bool)
+        batch.intervals[node.name] = run.tighten(node.name, every)
+        if error is not None:
+            error.enter(node, batch.intervals)
+            if node.name in self._two_pieces:
+                batch.intervals[node.name] = error.widened(node.name, batch.intervals[node.name])
+
+    def _proven(self, margins: Tensor, specification: Tensor, error: RunningError | None) -> Tensor:
+        return margins if error is None else margins - error.margins(specification)
+
+    def _tighten(self, name: str, batch: Batch, runs: dict[str, Run], error: RunningError | None) -> None:
         """The interval of a value that activations read, by one engine of the bound after the other.
 
         What is settled for one image stays as it is, so that no image's bounds depend on the rest of its batch.
@@ -234,6 +274,8 @@ class MarginBounds:
                 continue
             with _blaming(engine):
                 lower, upper = runs[engine].tighten(name, wanted)
+                if error is not None:
+                    lower, upper = error.widened(name, (lower, upper))
             usable = wanted & torch.isfinite(lower) & torch.isfinite(upper)
             lower, upper = intersect((lower, upper), found) if joined else (lower, upper)
             found, joined = (torch.where(usable, lower, found[0]), torch.where(usable, upper, found[1])), True

@@ -22,6 +22,8 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import BoundError, SolverError
 from flowverify.network import Network, RoundingBound, load_network
+from flowverify.network.rounding import is_steep
+from flowverify.network.running_error import SumsOfTerms
 from flowverify.network.subject import Subject
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -89,21 +91,27 @@ class BaseCertifier(ABC):
         return self.subject.clean(images, labels)
 
     @cached_property
+    def _terms(self) -> SumsOfTerms | None:
+        return None if is_steep(self.precise) else SumsOfTerms(self.precise)
+
+    @cached_property
     def _rounding(self) -> RoundingBound:
         return RoundingBound(self.precise)
 
-    def allowance(self, images: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
+    def allowance(self, images: Tensor, budget: Tensor | float | None = None) -> Tensor:
         """What margins are lowered by before they count as proven, for rounding in float64.
 
         Args:
             images: (B, C, H, W).
-            budget: of the balls around them, (B,); 0 at the images.
-            displaced: mass by which the centres of the balls are off, (B,).
+            budget: of the balls around them, (B,); None at the images.
 
         Returns:
-            (B,), by :class:`~flowverify.network.rounding.RoundingBound`; infinite or NaN where nothing can be proven.
+            (B,), by :class:`~flowverify.network.rounding.RoundingBound`, or at the images by what they make of the
+            network (:mod:`flowverify.network.running_error`); infinite or NaN where nothing can be proven.
         """
-        return self._rounding.margins(images.flatten(1).double().sum(1), budget, displaced)
+        if self._terms is not None and budget is None:
+            return self._terms.at(images)
+        return self._rounding.margins(images.flatten(1).double().sum(1), 0.0 if budget is None else budget)
 
     def one_by_one(
         self,

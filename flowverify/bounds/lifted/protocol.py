@@ -55,11 +55,12 @@ class LiftedRun:
         with torch.no_grad():
             self.own = _Batch(bounds, batch.ball.images, batch.ball.budget, {}, batch.warm_start, batch.effort)
         self.chunks: dict[str, Chunks] = {}
+        self.asked: dict[str, Interval] = {}
 
     def tighten(self, name: str, wanted: Tensor) -> Interval:
         with torch.no_grad():
             self._relax_below(name)
-            self.own.intervals[name] = self._known(name)
+            self.own.intervals[name] = self.asked[name] = self._known(name)
             self.chunks[name] = self.own.bound(name)
             return self.own.intervals[name]
 
@@ -82,7 +83,7 @@ class LiftedRun:
                 lower, upper = self._known(read)
                 if read in self.chunks:
                     # Rows were made of what was open then, and rounding of others must not open more.
-                    before = self.own.intervals[read]
+                    before = self.asked[read]
                     self.own.intervals[read] = torch.maximum(lower, before[0]), torch.minimum(upper, before[1])
                     chunks = self.chunks.pop(read)
                 else:

@@ -16,13 +16,12 @@ from flowverify.ball import Ball, Threat
 from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds
-from flowverify.network import Network, RoundingBound
-from flowverify.network.rounding import depth, gamma, magnitudes, reach
+from flowverify.network import Network
 
 
 @dataclass(frozen=True)
 class RootBounds:
-    """Over one ball, less what rounding may have changed.
+    """Over one ball, in exact arithmetic.
 
     Attributes:
         neurons: of what each ReLU reads.
@@ -45,10 +44,6 @@ class Roots:
     def __init__(self, network: Network, bound: str, tolerance: float) -> None:
         self._network, self._bound, self._tolerance = network, bound, tolerance
         self._engines: dict[Threat, MarginBounds] = {}
-        self._share = gamma(network) * (1 + depth(network) / 2)
-        sizes = magnitudes(network, relaxed=True)
-        self._sizes = [sizes[node.inputs[0]].flatten(1) for node in network.activations]
-        self._margins = RoundingBound(network)
 
     def over(self, ball: Ball, specification: Tensor) -> RootBounds:
         """Bounds over one ball, and of linear functions (R, classes) of the output that are differences of two."""
@@ -59,10 +54,8 @@ class Roots:
             )
         neurons, margins = self._engines[ball.threat].neurons_and_margins(ball, specification[None])
         found = NeuronBounds([], [])
-        for (low, high), (fixed, moving) in zip(neurons, self._sizes, strict=True):
-            error = self._share * (fixed + reach(ball.mass, ball.budget) * moving)
+        for low, high in neurons:
             # What is not a number bounds nothing.
-            found.lower.append((low[0].flatten() - error).nan_to_num(nan=-torch.inf))
-            found.upper.append((high[0].flatten() + error).nan_to_num(nan=torch.inf))
-        proven = margins[0] - self._margins.margins(ball.mass, ball.budget)
-        return RootBounds(found, proven.nan_to_num(nan=-torch.inf))
+            found.lower.append(low[0].flatten().nan_to_num(nan=-torch.inf))
+            found.upper.append(high[0].flatten().nan_to_num(nan=torch.inf))
+        return RootBounds(found, margins[0].nan_to_num(nan=-torch.inf))
