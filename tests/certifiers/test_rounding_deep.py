@@ -1,4 +1,4 @@
-"""Bounds that allow for rounding beside themselves, against exact rational arithmetic: six layers whose terms cancel."""
+"""Bounds that allow for rounding themselves, against exact rational arithmetic: six layers whose terms cancel."""
 
 from __future__ import annotations
 
