@@ -12,6 +12,8 @@ from torch import Tensor
 
 import flowverify as fv
 from benchmarks.common import header
+from flowverify.ball import Threat
+from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.incomplete import Certifier, search_radius
 
@@ -31,8 +33,22 @@ def radii(certifier: BaseCertifier, images: Tensor, labels: Tensor) -> Tensor:
     return torch.tensor([one.radius for one in found], dtype=torch.float64)
 
 
-def free(images: Tensor, budget: Tensor | float = 0.0, displaced: Tensor | float = 0.0) -> Tensor:
-    return torch.zeros(len(images), dtype=torch.float64)
+def free(certifier: BaseCertifier) -> None:
+    """Takes its allowances away."""
+
+    def allowance(images: Tensor, budget: Tensor | float | None = None) -> Tensor:
+        return torch.zeros(len(images), dtype=torch.float64)
+
+    certifier.allowance = allowance  # type: ignore[method-assign]
+    if isinstance(certifier, Certifier):
+        made = certifier.engine
+
+        def engine(threat: Threat, dtype: torch.dtype = torch.float64) -> MarginBounds:
+            found = made(threat, dtype)
+            found.terms = None
+            return found
+
+        certifier.engine = engine  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -49,7 +65,7 @@ def main() -> None:
         top = logits.topk(2, 1).values
         share = certifier.allowance(images) / (top[:, 0] - top[:, 1])
         proven = radii(certifier, images, data.labels)
-        certifier.allowance = free  # type: ignore[method-assign]
+        free(certifier)
         trusted = radii(certifier, images, data.labels)
         lost = 1 - proven[trusted > 0] / trusted[trusted > 0]
         print(

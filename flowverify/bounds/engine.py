@@ -5,6 +5,9 @@ follows the composition (:class:`flowverify.bounds.margins.MarginBounds`) from t
 another that an activation reads, in topological order, it is asked for an interval, given the tightest intervals that
 are known of all values below; and at the end for the margins. A run may keep what it likes from value to value.
 
+Engines leave rounding in float64 to the composition, which rests on the hypotheses of theory, section 15; a network with
+steep operations it leaves to engines that carry their own.
+
 Another engine is one class, named in :data:`flowverify.bounds.recipes.ENGINES` or as ``MODULE:CLASS``, and a bound that
 makes use of it one entry of :data:`flowverify.bounds.recipes.BOUNDS`.
 """

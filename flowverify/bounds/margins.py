@@ -44,6 +44,9 @@ class MarginBounds:
         bound: a name in :data:`flowverify.bounds.recipes.BOUNDS`, or another composition of engines.
         dtype: precision of the bounds.
 
+    Attributes:
+        terms: by which rounding is allowed for; None where it is not, or engines do so themselves.
+
     Raises:
         UnknownNameError: an unknown bound.
         UnsupportedOperationError, BoundError: an engine cannot take the network, and the bound rests on it alone.
@@ -78,7 +81,7 @@ class MarginBounds:
         self._stand_ins: dict[str, str] = {}
         self._assemble()
         proven = dtype == torch.float64 and not is_steep(self.network)
-        self._terms = SumsOfTerms(self.network) if proven else None
+        self.terms = SumsOfTerms(self.network) if proven else None
         # What activations read, and whether it is enough to know the sign.
         self._two_pieces = {
             node.inputs[0]: all(
@@ -233,7 +236,7 @@ class MarginBounds:
 
     def _start(self, batch: Batch) -> RunningError | None:
         """What rounding may change over the balls of a batch; widens what is known of affine values."""
-        if self._terms is None:
+        if self.terms is None:
             return None
         ball = batch.ball
         budget, displaced = ball.budget.double(), torch.zeros_like(ball.budget, dtype=torch.float64)
@@ -242,7 +245,7 @@ class MarginBounds:
             # to an image of the reference's mass.
             budget = budget + ball.mass.double() * ball.images[0].numel()
             displaced = (batch.references.double() - ball.images.double()).sum((2, 3)).abs().sum(1)
-        error = RunningError(self._terms, ball.mass, budget, displaced)
+        error = RunningError(self.terms, ball.mass, budget, displaced)
         if not batch.widened:
             for name in self._two_pieces:
                 if name in batch.intervals:
