@@ -32,7 +32,14 @@ VERDICTS = [
     if verdict is not UNKNOWN or ground not in SAME
 ]
 # What is unknown to cuts ends with the question that linear starts with, after seconds.
-QUESTIONS = [("linear", *row) for row in VERDICTS] + [("cuts", *row) for row in VERDICTS if row[1] is not UNKNOWN]
+QUESTIONS = [
+    *(("linear", *row) for row in VERDICTS),
+    *(
+        pytest.param("cuts", *row, marks=[] if row[0] == "l1" else [pytest.mark.slow])
+        for row in VERDICTS
+        if row[1] is not UNKNOWN
+    ),
+]
 
 
 @cache
