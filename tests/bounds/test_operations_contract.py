@@ -19,8 +19,15 @@ from contracts import margins_at, samples, sparse_images
 from torch import Tensor, nn
 
 from flowverify.ball import Threat
-from flowverify.bounds.crown.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
-from flowverify.bounds.crown.bounded import handed_over, host_call, with_batch_axes
+from flowverify.bounds.crown.backend import (
+    BOUND_OPTIONS,
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    handed_over,
+    host_call,
+    with_batch_axes,
+)
 from flowverify.bounds.engine import DomainName, EngineOptions
 from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds

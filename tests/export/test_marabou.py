@@ -11,8 +11,7 @@ import flowverify as fv
 from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
-from flowverify.export.marabou import MarabouCertifier
-from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
+from flowverify.export.marabou import MarabouCertifier, MarabouProcess, Outcome, marabou_missing
 from flowverify.results import Verdict
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 

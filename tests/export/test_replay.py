@@ -8,8 +8,7 @@ import torch
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.export.folder import Layout, Source, write_folder
-from flowverify.export.marabou import MarabouCertifier
-from flowverify.export.marabou_process import MarabouProcess, marabou_missing
+from flowverify.export.marabou import MarabouCertifier, MarabouProcess, marabou_missing
 from flowverify.export.plan import Request
 from flowverify.export.results import collect, descend, repaired
 from flowverify.results import Verdict

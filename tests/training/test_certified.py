@@ -10,7 +10,7 @@ import flowverify as fv
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network
 from flowverify.training import RECIPES, BatchContext, Certified, Recipe, TrainableBounds, train
-from flowverify.training.certified import DECAY, DROP, GROWTH, STEP
+from flowverify.training.losses import DECAY, DROP, GROWTH, STEP
 
 SHORT = Recipe(
     "mine",

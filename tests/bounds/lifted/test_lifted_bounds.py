@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify.ball import Threat
-from flowverify.bounds.lifted import activations, engine
-from flowverify.bounds.lifted.activations import Secants, secants
+from flowverify.bounds.lifted import engine, relaxations
 from flowverify.bounds.lifted.engine import LiftedBounds
 from flowverify.bounds.lifted.mixture import MarginSearch
 from flowverify.bounds.lifted.moves import moves_of
+from flowverify.bounds.lifted.relaxations import Secants, secants
 from flowverify.bounds.margins import MarginBounds, margin_specification
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import UnsupportedOperationError
@@ -340,7 +340,7 @@ def test_secants_from_the_wrong_side_are_caught(monkeypatch: pytest.MonkeyPatch)
     assert not caught()
 
     def wrong(operation: nn.Module, lower: Tensor, centre: Tensor, upper: Tensor) -> Secants:
-        right = activations.secants(operation, lower, centre, upper)
+        right = relaxations.secants(operation, lower, centre, upper)
         return Secants(right.least_left, right.most_right, right.most_left, right.least_right)
 
     monkeypatch.setattr(engine, "secants", wrong)
