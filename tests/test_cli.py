@@ -229,7 +229,7 @@ class TestBadInput:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert expected in result.stderr
 
-    @pytest.mark.parametrize("arguments", [("--radius", "wide"), ("--nonsense",), ("--batch-size", "0")])
+    @pytest.mark.parametrize("arguments", [("--references", "wide"), ("--nonsense",), ("--batch-size", "0")])
     def test_options_that_cannot_be_read(self, arguments):
         assert "Error" in run(*VERIFY, *arguments, code=2).stderr
 
