@@ -15,9 +15,9 @@ import flowverify as fv
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowverify"
 LAYERS = (
-    "errors", "registry", "quiet", "conventions", "records", "settings", "data", "grid", "transport", "ball", "network",
-    "zoo", "results", "witness", "attack", "bounds", "lirpa", "certifiers", "smoothing", "training", "export",
-    "api", "figures", "bench", "doctor", "cli", "__main__",
+    "errors", "registry", "quiet", "conventions", "deadline", "records", "settings", "data", "grid",
+    "transport", "ball", "network", "zoo", "results", "witness", "attack", "bounds", "lirpa", "certifiers",
+    "smoothing", "training", "export", "targeted", "api", "figures", "bench", "doctor", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

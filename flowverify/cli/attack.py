@@ -60,6 +60,9 @@ def attack(
     binarise: Annotated[
         float | None, typer.Option(help="Put a threshold at this pixel value before the network, as a defence.")
     ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that an attack may take an image; what it found until then counts.")
+    ] = None,
     option: Options = None,
     dataset: DatasetName = None,
     index: Index = None,
@@ -94,7 +97,7 @@ def attack(
     radii, threat = Radii(radius), Threat(ground, cap)
     if images is not None:
         _prepare_folder(images)
-    options = parsed(option)
+    options = {**({} if timeout is None else {"timeout": timeout}), **parsed(option)}
     source = Source(model, layout, input_shape, mean, std, output, weights)
     job = Job(source, dataset, index, split, data_dir, device, save, json=json, target=target)
     radii.check(job.positions)

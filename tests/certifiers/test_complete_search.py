@@ -25,11 +25,11 @@ from flowverify.certifiers.complete import certifier as certifier_module
 from flowverify.certifiers.complete import radius_search as search_module
 from flowverify.certifiers.complete import tree as tree_module
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.milp import MilpCertifier
 from flowverify.certifiers.options import CompleteOptions, ScheduleSettings, SearchSettings
 from flowverify.certifiers.references import ReferenceCompleteCertifier
 from flowverify.cli import app
+from flowverify.deadline import Deadline
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.results import Interrupted, Verdict
 

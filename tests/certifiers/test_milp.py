@@ -20,8 +20,8 @@ import flowverify as fv
 from flowverify import Network, WassersteinBall
 from flowverify.certifiers.complete import milp as program_module
 from flowverify.certifiers.complete import milp as proof_module
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.milp import DualProof, MilpCertifier, NetworkProgram, Objective
+from flowverify.deadline import Deadline
 from flowverify.errors import BoundError
 
 

@@ -45,9 +45,9 @@ from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import Bound
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.problem import relus_only
 from flowverify.certifiers.options import DEFAULTS, CompleteOptions, ProgramSettings
+from flowverify.deadline import Deadline
 from flowverify.errors import InvalidInputError, SolverError, UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
 from flowverify.network.affine import operation_matrices

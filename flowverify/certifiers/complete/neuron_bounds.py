@@ -19,7 +19,6 @@ from flowverify.ball import Ball, Threat
 from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.ascent import ascend
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.nodes import TreeNodes, branch, join, roots
 from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.relaxation import (
@@ -29,6 +28,7 @@ from flowverify.certifiers.complete.relaxation import (
     linear_bound,
     lower_bound,
 )
+from flowverify.deadline import Deadline
 from flowverify.network import Network, RoundingBound
 from flowverify.network.rounding import depth, gamma, magnitudes, reach
 

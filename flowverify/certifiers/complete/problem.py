@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball
-from flowverify.certifiers.complete.deadline import Workers
+from flowverify.certifiers.complete.workers import Workers
 from flowverify.certifiers.options import DEFAULTS, AffineMapSettings, SearchSettings
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
