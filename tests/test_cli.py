@@ -334,6 +334,7 @@ class TestReading:
         records = [json.loads(line) for line in result.stdout.splitlines()]
         assert [record["verdict"] for record in records] == ["certified"] * 3
         assert "input (N, 5, 4, 3): 3 x 5 x 4 images, channels last" in result.stderr
+        assert "images of shape (3, 5, 4, 3), taken with channels last: 3 x 5 x 4 images" in result.stderr
         assert "final Softmax dropped: the order of classes is the claim" in result.stderr
         data = fv.load_dataset(tmp_path / "d.npz")
         plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 3))

@@ -352,10 +352,10 @@ def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path 
     from flowverify.data import load_dataset
     from flowverify.zoo import load_card
 
-    if source.is_shipped:
-        network = source.load()
-        return network, load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
-    if dataset is None:
+    shipped = source.load() if source.is_shipped else None
+    if dataset is None and shipped is None:
         raise InvalidInputError(f"model {source.model}: a file does not name its data set, expected --dataset NAME")
-    data = load_dataset(dataset, split, data_dir)
-    return source.load(data.input_shape), data
+    data = load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
+    if data.note:
+        typer.echo(f"{data.name}: {data.note}", err=True)
+    return source.load(data.input_shape) if shipped is None else shipped, data
