@@ -356,6 +356,7 @@ def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path 
     if dataset is None and shipped is None:
         raise InvalidInputError(f"model {source.model}: a file does not name its data set, expected --dataset NAME")
     data = load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
+    network = source.load(data.input_shape) if shipped is None else shipped
     if data.note:
         typer.echo(f"{data.name}: {data.note}", err=True)
-    return source.load(data.input_shape) if shipped is None else shipped, data
+    return network, data
