@@ -19,9 +19,9 @@ import flowverify as fv
 from benchmarks.common import header
 from flowverify.attack import make_attack
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.neuron_bounds import neuron_bounds, refine
 from flowverify.certifiers.complete.tree import Tree
+from flowverify.deadline import Deadline
 from flowverify.zoo import load_card
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import AttackResult, make_attack
+from flowverify.attack.base import AttackResult, BaseAttack, make_attack
 from flowverify.ball import Threat, WassersteinBall, check_images
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
@@ -22,6 +22,7 @@ from flowverify.network import load_network
 from flowverify.registry import COMPLETE, ENGINES, INCOMPLETE, METHODS, OWN_ENGINE
 from flowverify.results import Certificate
 from flowverify.smoothing import Noise, SmoothedCertificate, SmoothedClassifier, SplitClassifier, Splitting
+from flowverify.targeted import TargetedAttack, TargetedCertifier
 
 ADVERSARY = "minimal"  # what complete methods start from, unless told otherwise
 
@@ -104,6 +105,7 @@ def find_adversarial(
     ground: str = "l1",
     *,
     cap: float | None = None,
+    target: int | None = None,
     **options: Any,
 ) -> AttackResult:
     """Looks for an adversarial image of each image (B, C, H, W): in the ball, or without one for the nearest.
@@ -112,15 +114,31 @@ def find_adversarial(
 
     Args:
         ground, cap: of the distance that is minimised, where no ball is given.
+        target: the class that has to overtake the label (:mod:`flowverify.targeted`); any other class without it.
 
     Raises:
         UnknownNameError: an unknown attack or ground cost.
-        InvalidInputError: images or labels that the model does not take, or an option that the attack has not.
+        InvalidInputError: images or labels that the model does not take, an option that the attack has not, or a
+            target that is the label of an image.
     """
-    search = make_attack(method, model, **options)
+    search = attack_on(model, method, target, **options)
     if ball is None:
         return search.minimise(images, labels, ground, cap)
     return search.run(images, labels, ball)
+
+
+def attack_on(model: nn.Module, method: str, target: int | None = None, **options: Any) -> BaseAttack | TargetedAttack:
+    """The attack of a name on a model; with a target, on the class that has to overtake the label.
+
+    Raises:
+        UnknownNameError: no attack has this name.
+        InvalidInputError: a model or an option that the attack does not take.
+    """
+
+    def make(model: nn.Module) -> BaseAttack:
+        return make_attack(method, model, **options)
+
+    return make(model) if target is None else TargetedAttack(model, target, make)
 
 
 def smooth(
@@ -163,6 +181,7 @@ def make_certifier(
     references: int = 0,
     pool: Tensor | None = None,
     progress: Callable[[Any], None] | None = None,
+    target: int | None = None,
     options: Any = None,
     **given: Any,
 ) -> BaseCertifier:
@@ -174,6 +193,7 @@ def make_certifier(
         engine: what carries the method out: flowverify, marabou, or MODULE:CLASS.
         references: with a number > 0, the maximum over so many references, which ``pool`` may provide.
         progress: told what is known, now and then, by methods that take long.
+        target: the one class that counts as wrong (:mod:`flowverify.targeted`); every other class without it.
         options: the method's options, as their dataclass or a mapping.
         given: options one by one; they replace those of ``options``. ``adversary`` of complete methods may be the name
             of an attack, and is "minimal" unless it is given.
@@ -194,6 +214,14 @@ def make_certifier(
     values = {key: value for key, value in defaults.items() if key in wanted and value is not None}
     chosen = registry.options(name, {**values, **(options or {}), **given})
     network = load_network(model, input_shape)
+    if target is not None:
+
+        def make(network: nn.Module) -> BaseCertifier:
+            return make_certifier(
+                network, method, bound, engine=engine, references=references, pool=pool, options=chosen
+            )
+
+        return TargetedCertifier(network, target, make)
     if isinstance(adversary := getattr(chosen, "adversary", None), str):
         chosen = dataclasses.replace(chosen, adversary=make_attack(adversary, network))
     if references:

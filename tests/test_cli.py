@@ -229,7 +229,7 @@ class TestBadInput:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert expected in result.stderr
 
-    @pytest.mark.parametrize("arguments", [("--radius", "wide"), ("--nonsense",), ("--batch-size", "0")])
+    @pytest.mark.parametrize("arguments", [("--references", "wide"), ("--nonsense",), ("--batch-size", "0")])
     def test_options_that_cannot_be_read(self, arguments):
         assert "Error" in run(*VERIFY, *arguments, code=2).stderr
 
@@ -334,6 +334,7 @@ class TestReading:
         records = [json.loads(line) for line in result.stdout.splitlines()]
         assert [record["verdict"] for record in records] == ["certified"] * 3
         assert "input (N, 5, 4, 3): 3 x 5 x 4 images, channels last" in result.stderr
+        assert "images of shape (3, 5, 4, 3), taken with channels last: 3 x 5 x 4 images" in result.stderr
         assert "final Softmax dropped: the order of classes is the claim" in result.stderr
         data = fv.load_dataset(tmp_path / "d.npz")
         plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 3))

@@ -20,7 +20,7 @@ from flowverify.training import RECIPES, Recipe, accuracy
 from flowverify.zoo import Card, list_models, load_card, load_model, models_folder, record_certified, save_model
 
 CARDS = list_models()
-TAKE_LONG = {"mnist-certified-wide", "mnist-adversarial"}
+TAKE_LONG = {"mnist-certified", "mnist-certified-wide", "mnist-adversarial"}
 
 
 def every_tenth(name: str) -> Dataset:
@@ -49,7 +49,9 @@ class TestEveryCard:
     def test_network_is_what_the_card_says(self, card: Card) -> None:
         model = load_model(card.name, card.input_shape)
         assert model(torch.rand(2, *card.input_shape)).shape == (2, card.classes)
-        assert sum(tensor.numel() for tensor in model.parameters()) == card.parameters
+        # A recurrent network is written out: its weights are there once a step.
+        different = {tensor.numpy().tobytes(): tensor.numel() for tensor in model.parameters()}
+        assert sum(different.values()) == card.parameters
 
     def test_recipe_is_the_one_that_trains_it_today(self, card: Card) -> None:
         assert Recipe.from_dict(card.recipe) == RECIPES[card.name]

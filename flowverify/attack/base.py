@@ -11,7 +11,6 @@ the first at which an attack succeeds is its answer (Wong et al. 2019, Section 5
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flowverify.ball import Ball, Threat, WassersteinBall, between
+from flowverify.deadline import Deadline
 from flowverify.errors import InvalidInputError
 from flowverify.network.subject import Subject, surplus
 from flowverify.registry import ATTACKS
@@ -213,21 +213,29 @@ class BaseAttack(ABC):
 
     Args:
         model: a :class:`~flowverify.network.Network` or any torch module from (B, C, H, W) to logits; it is copied.
-        batch_size: images searched together; results do not depend on it.
+        batch_size: images searched together; results do not depend on it, unless time runs out.
         seed: of what is random.
+        timeout: seconds that a search may take for each image of a batch; None for no limit. What was found until
+            then counts.
+
+    Attributes:
+        deadline: of the batch that is searched; a subclass ends its search where it says so.
 
     Raises:
-        InvalidInputError: not such a model, a batch size below 1.
+        InvalidInputError: not such a model, a batch size below 1, or a timeout that is no number > 0.
     """
 
     name: ClassVar[str]
     shorten: bool = True  # whether an adversarial image is pulled back to the decision boundary
 
-    def __init__(self, model: nn.Module, *, batch_size: int = 100, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, batch_size: int = 100, seed: int = 0, timeout: float | None = None) -> None:
         if batch_size < 1:
             raise InvalidInputError(f"batch_size {batch_size}: expected at least 1")
         self.model = AttackedModel(model)
-        self.batch_size, self.seed = batch_size, seed
+        if timeout is not None and not timeout > 0:
+            raise InvalidInputError(f"timeout {timeout}: expected a number of seconds > 0, or none")
+        self.batch_size, self.seed, self.timeout = batch_size, seed, timeout
+        self.deadline = Deadline()
 
     @abstractmethod
     def search(self, batch: Batch) -> Tensor:
@@ -243,7 +251,7 @@ class BaseAttack(ABC):
         radius = torch.full_like(low, FIRST_RADIUS)
         active = torch.arange(len(batch), device=low.device)
         for _ in range(TRIALS):
-            if not active.numel():
+            if not active.numel() or self.deadline.stop():
                 break
             part = batch[active].with_budget(threat.budget(radius[active], images[active]))
             found, distance = confirm(self.model, part, self.search(part))
@@ -299,7 +307,7 @@ class BaseAttack(ABC):
         return join(parts)
 
     def _run_batch(self, whole: Batch, nearest: bool) -> AttackResult:
-        begin = time.perf_counter()
+        self.deadline = Deadline(None if self.timeout is None else self.timeout * len(whole))
         images, labels = whole.images, whole.labels
         right = self.model.clean(images, labels)[1]
         final, distance = images.clone(), torch.zeros(len(images), dtype=torch.float64, device=images.device)
@@ -312,6 +320,8 @@ class BaseAttack(ABC):
             for row in chosen[torch.isinf(distance[chosen])].tolist():
                 offered = bool((candidates[chosen == row] != images[row]).any())
                 notes[row] = "what the search offered did not pass the check" if offered else "the search found none"
+                if self.timeout is not None and self.deadline.stop():
+                    notes[row] += f" within {self.timeout:g} s an image"
         prediction = self.model.clean(final, labels)[0]
         outcome = tuple(
             MISCLASSIFIED if not bool(right[k]) else FOUND if bool(torch.isfinite(distance[k])) else NOT_FOUND
@@ -327,7 +337,7 @@ class BaseAttack(ABC):
             attack=self.name,
             ground=whole.ball.threat.ground,
             cap=whole.ball.threat.cap,
-            seconds=time.perf_counter() - begin,
+            seconds=self.deadline.elapsed,
         )
 
 

@@ -206,8 +206,9 @@ class FlowDescent(BaseAttack):
         shorten: bool = True,
         batch_size: int = 100,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> None:
-        super().__init__(model, batch_size=batch_size, seed=seed)
+        super().__init__(model, batch_size=batch_size, seed=seed, timeout=timeout)
         if projection not in PROJECTIONS:
             raise UnknownNameError("projection", projection, PROJECTIONS)
         if iterations < 1 or not step_size > 0:
@@ -229,7 +230,7 @@ class FlowDescent(BaseAttack):
         active = torch.arange(len(batch), device=flow.device)
         steps = self.iterations if schedule is None else schedule.iterations
         for iteration in range(steps):
-            if not active.numel():
+            if not active.numel() or self.deadline.stop():
                 break
             part = batch[active]
             if schedule is not None:

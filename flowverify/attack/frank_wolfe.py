@@ -137,9 +137,16 @@ class FrankWolfe(BaseAttack):
     name: ClassVar[str] = "frank-wolfe"
 
     def __init__(
-        self, model: nn.Module, *, iterations: int = 20, targets: int = 3, batch_size: int = 100, seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        iterations: int = 20,
+        targets: int = 3,
+        batch_size: int = 100,
+        seed: int = 0,
+        timeout: float | None = None,
     ) -> None:
-        super().__init__(model, batch_size=batch_size, seed=seed)
+        super().__init__(model, batch_size=batch_size, seed=seed, timeout=timeout)
         if iterations < 1 or targets < 1:
             raise InvalidInputError(f"iterations {iterations}, targets {targets}: expected at least 1 of each")
         self.iterations, self.targets = iterations, targets
@@ -152,7 +159,7 @@ class FrankWolfe(BaseAttack):
         done = batch.ball.budget <= 0
         for _ in range(self.iterations):
             rows = rows[~done[rows.owner]]
-            if not len(rows):
+            if not len(rows) or self.deadline.stop():
                 break
             _, gradient = self.model.gradients(rows.iterate, rows.label, rows.target)
             goal = rows.ball.best_moves(gradient)
@@ -243,8 +250,16 @@ class MinimalRadius(BaseAttack):
 
     name: ClassVar[str] = "minimal"
 
-    def __init__(self, model: nn.Module, *, effort: str = "normal", batch_size: int = 100, seed: int = 0) -> None:
-        super().__init__(model, batch_size=batch_size, seed=seed)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        effort: str = "normal",
+        batch_size: int = 100,
+        seed: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(model, batch_size=batch_size, seed=seed, timeout=timeout)
         if effort not in EFFORTS:
             raise UnknownNameError("effort", effort, tuple(EFFORTS))
         self.effort = EFFORTS[effort]
@@ -275,7 +290,7 @@ class MinimalRadius(BaseAttack):
                 alive = torch.isinf(cost) if one.only_unfooled else cost > enough[rows.owner]
                 if not bool(alive.all()):
                     rows, promise = rows[alive], promise[alive]
-                if not len(rows):
+                if not len(rows) or self.deadline.stop():
                     break
                 overshoot *= one.growth
                 goal = self._goal(rows, state, overshoot, one.leaky)

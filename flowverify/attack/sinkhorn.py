@@ -331,8 +331,9 @@ class ProjectedSinkhorn(BaseAttack):
         projection_iterations: int = 400,
         batch_size: int = 100,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> None:
-        super().__init__(model, batch_size=batch_size, seed=seed)
+        super().__init__(model, batch_size=batch_size, seed=seed, timeout=timeout)
         if norm not in NORMS:
             raise UnknownNameError("norm", norm, NORMS)
         if not step_size > 0 or not 0 < regularisation < float("inf"):
@@ -357,7 +358,7 @@ class ProjectedSinkhorn(BaseAttack):
         current, best = batch.images.clone(), batch.images.clone()
         active = torch.arange(len(batch), device=batch.images.device)
         for iteration in range(self.schedule.iterations):
-            if not active.numel():
+            if not active.numel() or self.deadline.stop():
                 break
             labels = batch.labels[active]
 

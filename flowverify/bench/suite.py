@@ -14,8 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationInfo, WithJsonSchema, WrapVal
 from pydantic_core import PydanticCustomError
 
 from flowverify.bench import sources
-from flowverify.bench.image_kinds import AttackRun, CertifyRun
-from flowverify.bench.outside_kinds import InstancesRun, ScriptRun
+from flowverify.bench.kinds import AttackRun, CertifyRun, InstancesRun, ScriptRun
 from flowverify.bench.statistics import Comparison, resolved
 from flowverify.bench.tasks import Context, Defaults, Job, Run, Task, find_kind
 from flowverify.errors import FlowverifyError, InvalidInputError

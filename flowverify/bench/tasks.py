@@ -124,10 +124,10 @@ class Kind(ABC, Generic[AnyRun]):
 KINDS = Registry(
     "kind",
     {
-        "certify": Entry("certificates, or searched radii", "flowverify.bench.image_kinds:Certify"),
-        "attack": Entry("adversarial images", "flowverify.bench.image_kinds:Attack"),
-        "instances": Entry("questions of VNN-COMP", "flowverify.bench.outside_kinds:Instances"),
-        "script": Entry("programs of one's own", "flowverify.bench.outside_kinds:Script"),
+        "certify": Entry("certificates, or searched radii", "flowverify.bench.kinds:Certify"),
+        "attack": Entry("adversarial images", "flowverify.bench.kinds:Attack"),
+        "instances": Entry("questions of VNN-COMP", "flowverify.bench.kinds:Instances"),
+        "script": Entry("programs of one's own", "flowverify.bench.kinds:Script"),
     },
     base="flowverify.bench.tasks:Kind",
 )

@@ -5,15 +5,18 @@ follows the composition (:class:`flowverify.bounds.margins.MarginBounds`) from t
 another that an activation reads, in topological order, it is asked for an interval, given the tightest intervals that
 are known of all values below; and at the end for the margins. A run may keep what it likes from value to value.
 
-Engines leave rounding in float64 to the composition, which rests on the hypotheses of theory, section 15; a network with
+Engines leave rounding in float64 to the composition, which rests on the hypotheses of theory, section 15; networks with
 steep operations it leaves to engines that carry their own.
 
 Another engine is one class, named in :data:`flowverify.bounds.recipes.ENGINES` or as ``MODULE:CLASS``, and a bound that
 makes use of it one entry of :data:`flowverify.bounds.recipes.BOUNDS`.
+
+A :class:`WarmStart` carries what was found from one computation to the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -22,8 +25,50 @@ from torch import Tensor
 
 from flowverify.ball import Ball, Threat
 from flowverify.bounds.intervals import Interval
-from flowverify.bounds.warm_start import WarmStart
 from flowverify.network import Network
+
+
+class WarmStart:
+    """What earlier computations found for the same images, by place in the computation, to start the next from.
+
+    ``place`` is set by the caller before each bound computation; ``images`` are the rows of the batch that
+    are being bounded. Starting values change the time and never the validity of a bound.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.place: Hashable = None
+        self.images: Tensor = torch.arange(batch)
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def at(self, place: Hashable, images: Tensor | None = None) -> WarmStart:
+        """Sets the place, and the images where they are given; returns itself."""
+        self.place = place
+        if images is not None:
+            self.images = images
+        return self
+
+    def guess(self, sign: int, count: int) -> Tensor | None:
+        """Multipliers of shape (images, count) for the present place, or None."""
+        return self.recall((self.place, sign), (count,))
+
+    def keep(self, sign: int, multipliers: Tensor) -> None:
+        """Remembers the multipliers found at the present place."""
+        self.remember((self.place, sign), multipliers.double(), 0.0)
+
+    def recall(self, key: Hashable, shape: Sequence[int]) -> Tensor | None:
+        """What was remembered of the present images, (images, *shape), or None."""
+        known = self._kept.get(key)
+        return None if known is None or known.shape[1:] != tuple(shape) else known[self.images]
+
+    def remember(self, key: Hashable, values: Tensor, otherwise: float) -> None:
+        """Keeps values (images, *shape) of the present images; the other images get ``otherwise``."""
+        known = self._kept.get(key)
+        if known is None or known.shape[1:] != values.shape[1:]:
+            known = torch.full((self.batch, *values.shape[1:]), otherwise, dtype=values.dtype)
+            self._kept[key] = known
+        known[self.images] = values.detach().to(known)
+
 
 DomainName = Literal["auto", "image", "flow"]
 

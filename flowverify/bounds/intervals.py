@@ -2,7 +2,7 @@
 
 Gowal et al. 2018 (arXiv:1810.12715): an affine operation maps centre and half-width by W and |W|; a
 non-decreasing operation maps the two ends. What the intervals start from is not this file's business: over
-a Wasserstein ball they start at the first layer, where they are exact (:mod:`flowverify.bounds.first_layer`;
+a Wasserstein ball they start at the first layer, where they are exact (:mod:`flowverify.bounds.interval_engine`;
 theory, section 13).
 """
 

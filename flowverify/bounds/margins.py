@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat
-from flowverify.bounds.engine import Batch, Effort, Engine, EngineOptions, Run, largest
+from flowverify.bounds.engine import Batch, Effort, Engine, EngineOptions, Run, WarmStart, largest
 from flowverify.bounds.interval_engine import IntervalEngine
 from flowverify.bounds.intervals import Interval, intersect
 from flowverify.bounds.recipes import ENGINES, Bound, check_bound
 from flowverify.bounds.relaxations import crosses_zero
-from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network, Node, fold
 from flowverify.network.rounding import is_steep

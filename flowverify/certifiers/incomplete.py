@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat, WassersteinBall
-from flowverify.bounds.engine import Effort, EngineOptions
+from flowverify.bounds.engine import Effort, EngineOptions, WarmStart
 from flowverify.bounds.margins import MarginBounds
-from flowverify.bounds.warm_start import WarmStart
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.options import IncompleteOptions
 from flowverify.certifiers.radius import SMALLEST, MarginFunction, bracket, confirm, of_rows

@@ -38,7 +38,7 @@ from flowverify.results import Certificate, Verdict
 from flowverify.transport.compiled import Backend
 from flowverify.transport.dilation import lipschitz_constant
 from flowverify.transport.ground import parse_ground
-from flowverify.transport.least_budget import least_budget, nearest_image
+from flowverify.transport.support import least_budget, nearest_image
 from flowverify.witness import replay
 
 CAPPED_TOLERANCE = 1.005  # of the search of radii with a cap
@@ -146,7 +146,7 @@ def exact_radius(spaces: HalfSpaces, *, backend: Backend = "auto", ground: str =
 
     For the p-th power of a distance, the exact W_p.
 
-    One :func:`~flowverify.transport.least_budget.least_budget` for all images and classes. ``nearest`` is a
+    One :func:`~flowverify.transport.support.least_budget` for all images and classes. ``nearest`` is a
     nonnegative image of the mass of x at that distance.
     """
     found = least_budget(spaces.normals, spaces.images, spaces.margins, backend=backend, ground=ground)

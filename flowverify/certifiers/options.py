@@ -18,8 +18,8 @@ from flowverify.registry import option
 
 if TYPE_CHECKING:
     from flowverify.certifiers.complete.counterexamples import Adversary
-    from flowverify.certifiers.complete.deadline import Deadline
     from flowverify.certifiers.complete.radius_search import Progress
+    from flowverify.deadline import Deadline
 
 DOMAINS = ("auto", "image", "flow")
 
@@ -231,7 +231,7 @@ class CompleteOptions:
 
     def deadline(self) -> Deadline:
         """For one image, from now on."""
-        from flowverify.certifiers.complete.deadline import Deadline
+        from flowverify.deadline import Deadline
 
         return Deadline(self.timeout, self.nodes, self.clock)
 

@@ -13,11 +13,9 @@ import typer
 from flowverify import __version__
 from flowverify.cli.attack import attack
 from flowverify.cli.bench import bench, report
-from flowverify.cli.demo import demo
 from flowverify.cli.export import export
-from flowverify.cli.models import doctor, models
+from flowverify.cli.models import demo, doctor, models, train
 from flowverify.cli.smooth import smooth
-from flowverify.cli.train import train
 from flowverify.cli.verify import verify
 
 app = typer.Typer(

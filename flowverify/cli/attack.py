@@ -29,10 +29,11 @@ from flowverify.cli.common import (
     Source,
     Split,
     Std,
+    Target,
     Weights,
     user_errors,
 )
-from flowverify.cli.job import Job
+from flowverify.cli.job import Job, Radii
 from flowverify.errors import InvalidInputError
 from flowverify.registry import ATTACKS, parsed
 
@@ -47,12 +48,20 @@ def attack(
     method: Annotated[str, typer.Option("--attack", help=f"{ATTACKS.listing()}.")] = "minimal",
     ground: Ground = "l1",
     radius: Annotated[
-        float | None,
-        typer.Option(help="Look within this radius (pixels); without it, for the nearest adversarial image."),
+        str | None,
+        typer.Option(
+            help="Look within this radius (pixels), or that of each image in this file of lines INDEX,RADIUS or of "
+            "records; without it, for the nearest adversarial image.",
+            metavar="RADIUS|FILE",
+        ),
     ] = None,
     cap: Cap = None,
+    target: Target = None,
     binarise: Annotated[
         float | None, typer.Option(help="Put a threshold at this pixel value before the network, as a defence.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that an attack may take an image; what it found until then counts.")
     ] = None,
     option: Options = None,
     dataset: DatasetName = None,
@@ -80,35 +89,41 @@ def attack(
     certified. Radii are W1 of normalised images for the ground cost, in pixels (for a power P, W_P). Exit code 2: bad
     input.
     """
-    from flowverify.attack import Binarised, make_attack
-    from flowverify.ball import WassersteinBall
+    from flowverify.api import attack_on
+    from flowverify.attack import Binarised
+    from flowverify.ball import Threat, WassersteinBall
 
     ATTACKS.check(method)
-    ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
+    radii, threat = Radii(radius), Threat(ground, cap)
     if images is not None:
         _prepare_folder(images)
-    options = parsed(option)
+    options = {**({} if timeout is None else {"timeout": timeout}), **parsed(option)}
     source = Source(model, layout, input_shape, mean, std, output, weights)
-    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json, target=target)
+    radii.check(job.positions)
     attacked = job.network if binarise is None else Binarised(job.network, binarise, steepness=10.0)
-    search = make_attack(method, attacked, **{"batch_size": batch_size, "seed": seed, **options})
+    search = attack_on(attacked, method, target, **{"batch_size": batch_size, "seed": seed, **options})
     # What is wrong with any image comes out before the first is attacked.
-    search.check(job.chosen.images, job.chosen.labels, ball.threat)
+    search.check(job.chosen.images, job.chosen.labels, threat)
 
     def work(data: Dataset, positions: list[int], advance: Callable[[int], None]) -> Sequence[Mapping[str, Any]]:
-        if radius is None:
-            found = search.minimise(data.images, data.labels, ball.ground, cap)
-        else:
-            found = search.run(data.images, data.labels, ball)
-        if images is not None:
-            _save(data, positions, found, images)
-        advance(len(found))
-        return [found.to_json(row) for row in range(len(found))]
+        records: dict[int, dict[str, Any]] = {}
+        for asked, rows in radii.groups(positions).items():
+            part = data[rows]
+            if asked is None:
+                found = search.minimise(part.images, part.labels, threat.ground, cap)
+            else:
+                found = search.run(part.images, part.labels, WassersteinBall(asked, ground, cap))
+            if images is not None:
+                _save(part, [positions[row] for row in rows], found, images)
+            advance(len(found))
+            records.update({row: found.to_json(number) for number, row in enumerate(rows)})
+        return [records[row] for row in range(len(positions))]
 
-    settings = {"attack": method, "ground": ball.ground, "cap": cap, "asked": radius, "binarise": binarise}
+    settings = {"attack": method, "ground": threat.ground, "cap": cap, "asked": radii.asked, "binarise": binarise}
     records = job.run(work, {**settings, "seed": seed, "options": options}, at_once=batch_size)
     if not json:
-        name = ball.threat.name
+        name = threat.name
         columns = ("image", "label", "predicted", "outcome", f"radius (pixels)\n{name}", "ms")
         job.print_table(records, columns, lambda r: (
             str(r["index"]), str(r["label"]), str(r["prediction"]), r["outcome"],

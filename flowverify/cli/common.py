@@ -61,6 +61,10 @@ Ground = Annotated[
     str, typer.Option(help="The ground cost: l1, l2, local:5 (within 5 x 5 windows), or a power such as l2^2 (W_2).")
 ]
 Cap = Annotated[float | None, typer.Option(help="Largest value of a pixel; without it, no limit.")]
+Target = Annotated[
+    int | None,
+    typer.Option(help="Count this class alone as wrong: may it overtake the label? By default every other class."),
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder of the data files; by default $FLOWVERIFY_DATA, or a download."),

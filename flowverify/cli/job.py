@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
+from hashlib import sha256
 from json import loads
 from operator import itemgetter
 from pathlib import Path
@@ -88,6 +89,93 @@ class Records:
             self._file.close()
 
 
+def check_radius(radius: float) -> float:
+    """A radius of a ball; raises as :class:`flowverify.ball.WassersteinBall`."""
+    from flowverify.ball import WassersteinBall
+
+    return WassersteinBall(radius).radius
+
+
+class Radii:
+    """What ``--radius`` asks about: nothing (a search), one radius, or a file with a radius of each image.
+
+    A line of the file is a position in the data set and a radius, with a comma or spaces between them, or a record
+    that ``--save`` or ``--json`` wrote. A first line of words is passed over.
+
+    Args:
+        given: the option's text.
+
+    Raises:
+        InvalidInputError: neither a number nor a file that can be read; a line that is something else; a position
+            that is in the file twice.
+    """
+
+    def __init__(self, given: str | None) -> None:
+        self.asked: float | str | None = None  # what records hold
+        self._radii: dict[int, float] | None = None
+        self._path = given
+        if given is None:
+            return
+        try:
+            number = float(given)
+        except ValueError:
+            self.asked = self._read_file(given)
+        else:
+            self.asked = check_radius(number)
+
+    def _read_file(self, given: str) -> str:
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "is no text"
+            raise InvalidInputError(f"radius {given}: {why}, expected a number or a file of radii") from error
+        self._radii = self._read(text)
+        return f"of {len(self._radii)} images, SHA-256 {sha256(text.encode()).hexdigest()}"
+
+    def _read(self, text: str) -> dict[int, float]:
+        radii: dict[int, float] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or (number == 1 and line.strip()[0].isalpha()):
+                continue
+            try:
+                if line.lstrip().startswith("{"):
+                    record = loads(line)
+                    index, radius = int(record["index"]), float(record["radius"])
+                else:
+                    first, second = line.replace(",", " ").split()
+                    index, radius = int(first), float(second)
+                radius = check_radius(radius)
+            except (ValueError, KeyError, TypeError, InvalidInputError) as error:
+                raise InvalidInputError(
+                    f"radius {self._path}: line {number} is {line.strip()[:60]!r}, expected INDEX,RADIUS"
+                ) from error
+            if index in radii:
+                raise InvalidInputError(
+                    f"radius {self._path}: line {number} is the second of image {index}, expected one"
+                )
+            radii[index] = radius
+        return radii
+
+    def check(self, positions: Sequence[int]) -> None:
+        """Raises InvalidInputError: an image has no radius in the file."""
+        missing = [place for place in positions if self._radii is not None and place not in self._radii]
+        if missing:
+            raise InvalidInputError(f"radius {self._path}: has none for image {missing[0]}, expected one for each")
+
+    def of(self, position: int) -> float | None:
+        """The radius asked about for an image; None for a search."""
+        if self._radii is not None:
+            return self._radii[position]
+        return None if self.asked is None else float(self.asked)
+
+    def groups(self, positions: Sequence[int]) -> dict[float | None, list[int]]:
+        """The rows of ``positions`` that are asked about the same radius, in their order."""
+        found: dict[float | None, list[int]] = {}
+        for row, position in enumerate(positions):
+            found.setdefault(self.of(position), []).append(row)
+        return found
+
+
 SHORT_TABLE = 20
 LEVELS = 2.0  # brighter images are probably levels from 0 to 255
 DEFAULT_COUNT = 100
@@ -101,6 +189,8 @@ class Job:
     Args:
         source: a shipped model, a file or a factory.
         save: a file of JSON lines that is gone on with, if it is there.
+        target: the one class that counts as wrong; images that have it as their label are left out, with a line that
+            says how many.
 
     Raises:
         FlowverifyError: a model, data set, index, device or file that is not there, or not usable.
@@ -117,16 +207,19 @@ class Job:
         save: Path | None,
         *,
         json: bool,
+        target: int | None = None,
     ) -> None:
         from flowverify.data import parse_index
 
-        target = check_device(device)
+        place = check_device(device)
         self.save = None if save is None else check_writable(save, "save")
         network, self.data = load_inputs(source, dataset, split, data_dir)
-        self.network: Network = network.to(target)
+        self.network: Network = network.to(place)
         self.positions = list(
             parse_index(f":{min(DEFAULT_COUNT, len(self.data))}" if index is None else index, len(self.data))
         )
+        if target is not None:
+            self.positions = self._without(target)
         brightest = float(self.data.images.max()) if len(self.data) else 0.0
         if brightest > LEVELS:
             typer.echo(
@@ -136,8 +229,18 @@ class Job:
             )
         self.title, self.json = f"{source.model} on {self.data.name}", json
         self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
+        self.settings["target"] = target
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
+
+    def _without(self, target: int) -> list[int]:
+        """The positions of images whose label is not the target."""
+        own = [place for place in self.positions if int(self.data.labels[place]) == target]
+        if len(own) == len(self.positions):
+            raise InvalidInputError(f"target {target}: is the label of every image chosen, expected another class")
+        if own:
+            typer.echo(f"{len(own)} of {len(self.positions)} images have the label {target}: left out", err=True)
+        return [place for place in self.positions if place not in set(own)]
 
     @cached_property
     def chosen(self) -> Dataset:
@@ -249,10 +352,11 @@ def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path 
     from flowverify.data import load_dataset
     from flowverify.zoo import load_card
 
-    if source.is_shipped:
-        network = source.load()
-        return network, load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
-    if dataset is None:
+    shipped = source.load() if source.is_shipped else None
+    if dataset is None and shipped is None:
         raise InvalidInputError(f"model {source.model}: a file does not name its data set, expected --dataset NAME")
-    data = load_dataset(dataset, split, data_dir)
-    return source.load(data.input_shape), data
+    data = load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
+    network = source.load(data.input_shape) if shipped is None else shipped
+    if data.note:
+        typer.echo(f"{data.name}: {data.note}", err=True)
+    return network, data

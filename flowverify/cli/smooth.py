@@ -94,10 +94,9 @@ def predict(
 ) -> None:
     """Classify images by the smoothed classifier, which abstains where its samples do not settle the class."""
     from flowverify.smoothing import SmoothedClassifier, Splitting
-    from flowverify.smoothing.noise import check_alpha, check_samples
+    from flowverify.smoothing.classifier import check_predictable
 
-    check_samples("n", n)
-    check_alpha(alpha)
+    check_predictable(n, alpha)
     chosen = None if noise == SPLITTING else choose_noise(model, noise, sigma, None, None)
     if chosen is None or isinstance(chosen, Splitting):
         raise InvalidInputError("noise splitting: has no samples to predict from, expected `smooth certify`")

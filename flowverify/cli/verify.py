@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,13 +32,14 @@ from flowverify.cli.common import (
     Source,
     Split,
     Std,
+    Target,
     Weights,
     check_picture,
     check_writable,
     print_error,
     user_errors,
 )
-from flowverify.cli.job import Job
+from flowverify.cli.job import Job, Radii
 from flowverify.registry import ENGINES, METHODS, OWN_ENGINE, help_of, parsed
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -57,13 +59,18 @@ def verify(
     dataset: DatasetName = None,
     index: Index = None,
     radius: Annotated[
-        float | None,
-        typer.Option(help="Decide this radius (pixels); without it, search the largest certified one."),
+        str | None,
+        typer.Option(
+            help="Decide this radius (pixels), or that of each image in this file of lines INDEX,RADIUS or of records; "
+            "without it, search the largest certified one.",
+            metavar="RADIUS|FILE",
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help=f"{METHODS.listing()}.")] = "fine-tuned",
     bound: Bound = "best",
     ground: Ground = "l1",
     cap: Cap = None,
+    target: Target = None,
     domain: Annotated[str | None, typer.Option(help=help_of(INCOMPLETE, "domain"))] = None,
     references: Annotated[
         int, typer.Option(min=0, help="The maximum over this many references: noise, points, images of the data set.")
@@ -106,13 +113,13 @@ def verify(
     a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
     2: bad input.
     """
-    from flowverify.ball import WassersteinBall
+    from flowverify.ball import Threat, WassersteinBall
     from flowverify.bounds.recipes import check_bound
 
     check_bound(bound)
     METHODS.check(method)
     ENGINES.check(engine)
-    ball = WassersteinBall(0.0 if radius is None else radius, ground, cap)
+    radii, threat = Radii(radius), Threat(ground, cap)
     given = {"domain": domain, "encoding": encoding, "timeout": timeout}
     options = {**{name: value for name, value in given.items() if value is not None}, **parsed(option)}
     if picture is not None:
@@ -120,7 +127,8 @@ def verify(
     if witnesses is not None:
         check_writable(witnesses, "witnesses")
     source = Source(model, layout, input_shape, mean, std, output, weights)
-    job = Job(source, dataset, index, split, data_dir, device, save, json=json)
+    job = Job(source, dataset, index, split, data_dir, device, save, json=json, target=target)
+    radii.check(job.positions)
 
     from flowverify.api import make_certifier  # needs auto_LiRPA: after all that it is not needed for
 
@@ -132,45 +140,49 @@ def verify(
         references=references,
         pool=job.data.images if references else None,
         progress=lambda state: job.say(_progress(state)),
+        target=target,
         **options,
     )
     # What is wrong with any image comes out before the first is certified.
-    images, labels = certifier.check(job.chosen.images, job.chosen.labels, ball.threat)
-    certifier.prepare(ball.threat)
+    images, labels = certifier.check(job.chosen.images, job.chosen.labels, threat)
+    certifier.prepare(threat)
     shown: dict[int, Certificate] = {}
 
     def work(data: Dataset, positions: list[int], advance: Callable[[int], None]) -> Sequence[Mapping[str, Any]]:
-        try:
-            if radius is None:
-                found = certifier.search(data.images, data.labels, ball.threat)
-            else:
-                found = certifier.certify(data.images, data.labels, ball)
-        except Interrupted as stopped:
-            shown.update(zip(positions, stopped.certificates, strict=False))
-            raise
-        shown.update(zip(positions, found, strict=True))
-        advance(len(found))
-        return [certificate.to_json() for certificate in found]
+        for asked, rows in radii.groups(positions).items():
+            places, images, labels = [positions[row] for row in rows], data.images[rows], data.labels[rows]
+            try:
+                if asked is None:
+                    found = certifier.search(images, labels, threat)
+                else:
+                    found = certifier.certify(images, labels, WassersteinBall(asked, ground, cap))
+            except Interrupted as stopped:
+                shown.update(zip(places, stopped.certificates, strict=False))
+                known = takewhile(shown.__contains__, positions)
+                raise Interrupted([shown[position] for position in known]) from None
+            shown.update(zip(places, found, strict=True))
+            advance(len(found))
+        return [shown[position].to_json() for position in positions]
 
     def failed(positions: list[int], seconds: float, reason: str) -> Sequence[Mapping[str, Any]]:
         rows = [job.positions.index(position) for position in positions]
         predictions, _ = certifier.clean(images[rows], labels[rows])
         return [
             certifier.certificate(
-                label, prediction, Verdict.ERROR, ball.threat, ball.radius, seconds, note=reason
+                label, prediction, Verdict.ERROR, threat, radii.of(position) or 0.0, seconds, note=reason
             ).to_json()
-            for label, prediction in zip(labels[rows], predictions, strict=True)
+            for position, label, prediction in zip(positions, labels[rows], predictions, strict=True)
         ]
 
     settings = {
-        "method": method, "bound": certifier.bound, "ground": ball.ground, "cap": cap, "engine": engine,
-        "asked": radius, "references": references, "options": options,
+        "method": method, "bound": certifier.bound, "ground": threat.ground, "cap": cap, "engine": engine,
+        "asked": radii.asked, "references": references, "options": options,
     }  # fmt: skip
     at_once = batch_size if certifier.batched else 1
     records = job.run(work, settings, at_once=at_once, failed=failed)
     results = [(record["index"], shown.get(record["index"]) or Certificate.from_json(record)) for record in records]
     if not json:
-        _print(job, results, ball.threat.name, searched=radius is None, everything=all_rows)
+        _print(job, results, threat.name, searched=radius is None, everything=all_rows)
     if witnesses is not None:
         write_witnesses(witnesses, results)
     if picture is not None and not job.interrupted:

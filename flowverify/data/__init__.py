@@ -35,7 +35,8 @@ class Dataset:
     """``images`` float32 (N, C, H, W), finite and >= 0, with ``labels`` int64 (N,), >= 0.
 
     Images stored as 8-bit levels lie in [0, 1]; float images of an ``.npz`` are taken as they are.
-    ``dataset[2:5]``, ``dataset[[3, 7]]`` and ``dataset[mask]`` are data sets; ``dataset[2]`` is a pair.
+    ``dataset[2:5]``, ``dataset[[3, 7]]`` and ``dataset[mask]`` are data sets; ``dataset[2]`` is a pair. ``note`` says
+    what was made of a file that leaves a choice, such as channels that come last.
 
     Raises:
         DataError: shapes or types other than these, images that look as if their channels came last
@@ -46,6 +47,7 @@ class Dataset:
     labels: Tensor
     name: str
     split: str
+    note: str = ""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -82,7 +84,7 @@ class Dataset:
             return self.images[index], int(self.labels[index])
         everything = torch.arange(len(self))
         chosen = everything[index] if isinstance(index, slice | Tensor) else everything[list(index)]
-        return Dataset(self.images[chosen], self.labels[chosen], self.name, self.split)
+        return Dataset(self.images[chosen], self.labels[chosen], self.name, self.split, self.note)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         return (self[index] for index in range(len(self)))
@@ -255,12 +257,15 @@ def read_npz(path: Path, name: str, split: str) -> Dataset:
         raise DataError(f"{path}: images of type {images.dtype}, expected uint8 or float")
     with np.errstate(over="ignore"):
         pixels = levels(images) if images.dtype == np.uint8 else torch.from_numpy(images.astype(np.float32))
+    note = ""
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     elif pixels.ndim == 4 and has_channels_last(pixels.shape[1:]):
         pixels = pixels.permute(0, 3, 1, 2).contiguous()
+        shape = " x ".join(map(str, pixels.shape[1:]))
+        note = f"images of shape {tuple(images.shape)}, taken with channels last: {shape} images"
     try:
-        return Dataset(pixels, check_labels(labels, labels.size).reshape(labels.shape), name, split)
+        return Dataset(pixels, check_labels(labels, labels.size).reshape(labels.shape), name, split, note)
     except (DataError, InvalidInputError) as error:
         raise DataError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
 

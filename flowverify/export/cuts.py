@@ -23,12 +23,10 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat
-from flowverify.bounds.backward import pull_back
 from flowverify.bounds.intervals import Interval, intersect, propagate
-from flowverify.bounds.relaxations import crosses_zero, relax
+from flowverify.bounds.relaxations import crosses_zero, pull_back, relax
 from flowverify.errors import SolverError
-from flowverify.export.encodings import FloatArray
-from flowverify.export.networks import Parts, append_rows, margin_rows
+from flowverify.export.encodings import FloatArray, Parts, append_rows, margin_rows
 from flowverify.network import INPUT, Add, Graph
 from flowverify.network.affine import operation_matrices
 

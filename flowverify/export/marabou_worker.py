@@ -62,7 +62,7 @@ def set_first_layer(query: Any, equations: list[Any], request: dict[str, Any]) -
 
 
 def program_query(path: str) -> Any:
-    """The query of a program (see ``program.py``); its inputs are marked as such."""
+    """The query of a program (see ``milp.py``); its inputs are marked as such."""
     import numpy as np
     from maraboupy.MarabouNetwork import MarabouNetwork
 

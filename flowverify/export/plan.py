@@ -13,8 +13,17 @@ from torch import Tensor
 
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.errors import InvalidInputError, UnknownNameError
-from flowverify.export.encodings import Encoding, FloatArray, FlowInputs, check_encoding, scalar_up
-from flowverify.export.networks import ExportedNetwork, Parts, build, take_apart
+from flowverify.export.encodings import (
+    Encoding,
+    ExportedNetwork,
+    FloatArray,
+    FlowInputs,
+    Parts,
+    build,
+    check_encoding,
+    scalar_up,
+    take_apart,
+)
 from flowverify.export.properties import Property, make_property
 from flowverify.grid import Grid
 from flowverify.network import Network

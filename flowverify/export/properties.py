@@ -21,8 +21,7 @@ from typing import Literal
 import numpy as np
 
 from flowverify.errors import UnknownNameError
-from flowverify.export.encodings import FloatArray, decimal, round_up, scalar_up
-from flowverify.export.networks import ExportedNetwork
+from flowverify.export.encodings import ExportedNetwork, FloatArray, decimal, round_up, scalar_up
 from flowverify.grid import Grid
 
 Relation = Literal["<=", ">="]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import compositions as compose
-from flowverify.network import recurrent
 from flowverify.network.builder import Builder, Pair, Sides, Value, times
 from flowverify.network.curves import Erf, Exp, Log
 
@@ -586,7 +585,7 @@ def _norm(builder: Builder, a: Arguments, label: str) -> Value:
     raise UnsupportedOperationError(f"a norm of order {a['ord']} is not supported: expected 1, 2 or infinity")
 
 
-def _recurrent(cell: recurrent.Cell) -> Handler:
+def _recurrent(cell: compose.Cell) -> Handler:
     """Layers of one cell, written out; the states that they begin with are constants, with the batch second."""
 
     def handle(builder: Builder, a: Arguments, label: str) -> list[Any]:
@@ -609,10 +608,10 @@ def _recurrent(cell: recurrent.Cell) -> Handler:
                 at = layer * sides + side
                 own = a["params"][at * number : (at + 1) * number]
                 zeros = own[0].new_zeros(len(own[0]))
-                weights = recurrent.Direction(
+                weights = compose.Direction(
                     own[0], own[1], *(own[2:] if number == 4 else (zeros, zeros)), *(one[at, 0] for one in begin)
                 )
-                parts.append(recurrent.passed(builder, cell, value, weights, label, backward=side == 1))
+                parts.append(compose.passed(builder, cell, value, weights, label, backward=side == 1))
             states += [part.last for part in parts]
             memories += [part.memory for part in parts]
             value = builder.concatenate([part.states for part in parts], 1, label)

@@ -77,7 +77,8 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None, readin
     with _named(path):
         network = reader.network()
         _compare(path, reader, network)
-    network.notes = (form.note, *reader.ending.notes)
+    several = len(model.graph.output) > 1
+    network.notes = (form.note, *([f"output {reader.output!r} taken"] if several else []), *reader.ending.notes)
     return network
 
 
@@ -185,10 +186,15 @@ def _answers(path: Path, reader: _Reader, images: Tensor) -> Tensor | None:
         kind = np.float64 if "double" in entry.type else np.float32
         given = reader.form.arrange(images).numpy().astype(kind)
         alone = [row[None] if reader.form.batched else row for row in given]
-        rows = [session.run([reader.output], {entry.name: one})[0] for one in alone]
+        rows = [_numbers(session.run([reader.output], {entry.name: one})[0]) for one in alone]
     except Exception:  # what it cannot run, it cannot be compared with
         return None
     return torch.from_numpy(np.stack(rows)).double()
+
+
+def _numbers(answer: Any) -> Any:
+    """The array of an answer that may be a dictionary for each image."""
+    return np.array([list(one.values()) for one in answer]) if isinstance(answer, list) else answer
 
 
 class _Reader:
@@ -197,7 +203,8 @@ class _Reader:
     def __init__(self, model: onnx.ModelProto, entry: onnx.ValueInfoProto, form: InputForm, reading: Reading) -> None:
         self.graph, self.form, self.reading, self.ending = model.graph, form, reading, Ending()
         self.output = _chosen_output(self.graph, reading.output)
-        self.tail = _tail(self.graph, self.output)
+        self.nodes = _nodes_before(self.graph, self.output)
+        self.tail = _tail(self.nodes, self.output)
         self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
@@ -211,7 +218,7 @@ class _Reader:
         self.known[entry.name] = form.enter(self.builder, reading.normalise(self.builder, self.builder.input))
 
     def network(self) -> Network:
-        for node in self.graph.node:
+        for node in self.nodes:
             try:
                 results = self._lower(node)
             except FlowverifyError as error:
@@ -222,21 +229,20 @@ class _Reader:
             if any(name in self._needed() for name in missing):
                 where = f"operator {node.op_type} (node {self._label(node)!r})"
                 raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
-            if self.output in node.output:
-                break  # what comes after belongs to other outputs
         output = self.known.get(self.output)
         if not isinstance(output, Value) or output.batch:
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
         return self.builder.finish(self.ending.logits(self.builder, output))
 
     def _needed(self) -> set[str]:
-        read = {name for node in self.graph.node for name in node.input}
-        return read | {entry.name for entry in self.graph.output}
+        return {self.output, *(name for node in self.nodes for name in node.input)}
 
     def _label(self, node: onnx.NodeProto) -> str:
         return node.name or (node.output[0] if node.output else node.op_type)
 
     def _lower(self, node: onnx.NodeProto) -> list[Any]:
+        if node.op_type == _NAMED and self._label(node) in self.tail:
+            return [self.known[node.input[0]]]
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedOperationError(f"the operator domain {node.domain!r} is not supported")
         inputs = [self.known[name] for name in node.input]
@@ -314,24 +320,45 @@ class _Reader:
 
 
 def _chosen_output(graph: onnx.GraphProto, wanted: str | None) -> str:
+    """The output that is wanted, or the only one that holds numbers, where the others name the class."""
     names = [str(entry.name) for entry in graph.output]
-    if wanted is None and len(names) == 1:
-        return names[0]
+    if wanted is None:
+        scores = [str(entry.name) for entry in graph.output if not _is_class(entry)]
+        if len(scores) == 1:
+            return scores[0]
     if wanted is None or wanted not in names:
         given = f"output {wanted!r}" if wanted is not None else f"{len(names)} outputs"
         raise InvalidInputError(f"{given}: expected output= one of {', '.join(names)} to be given")
     return wanted
 
 
-def _tail(graph: onnx.GraphProto, output: str) -> set[str]:
+def _is_class(entry: onnx.ValueInfoProto) -> bool:
+    """Whether an output is an integer or a word."""
+    kind = entry.type.tensor_type.elem_type if entry.type.HasField("tensor_type") else onnx.TensorProto.UNDEFINED
+    return kind in (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.STRING)
+
+
+def _nodes_before(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
+    """The nodes that an output depends on, in the order of the file."""
+    needed, found = {output}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            found.append(node)
+    return found[::-1]
+
+
+_NAMED = "ZipMap"  # a dictionary from the names of classes to an array's entries, in its order
+
+
+def _tail(nodes: Sequence[onnx.NodeProto], output: str) -> set[str]:
     """The labels of the nodes before an output that nothing else reads, and that may keep the order of its entries."""
-    readers = Counter(name for node in graph.node for name in node.input)
-    made_by = {name: node for node in graph.node for name in node.output}
-    others = {entry.name for entry in graph.output} - {output}
+    readers = Counter(name for node in nodes for name in node.input)
+    made_by = {name: node for node in nodes for name in node.output}
     found: set[str] = set()
     name = output
-    while (node := made_by.get(name)) is not None and node.op_type in (*ORDER_KEPT, *_RESHAPES):
-        if readers[name] > (name != output) or name in others:
+    while (node := made_by.get(name)) is not None and node.op_type in (*ORDER_KEPT, *_RESHAPES, _NAMED):
+        if readers[name] > (name != output):
             break
         found.add(node.name or node.output[0])
         name = node.input[0]

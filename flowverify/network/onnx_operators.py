@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import compositions as compose
-from flowverify.network import recurrent
 from flowverify.network.aten import permuted, sample_dim
 from flowverify.network.builder import Builder, Pair, Sides, Value, times
 from flowverify.network.curves import Erf, Exp, Log
@@ -592,7 +591,7 @@ def _recurrent(kind: str) -> Handler:
         layout, direction = attributes.pop("layout", 0), attributes.pop("direction", b"forward").decode()
         sides = 2 if direction == "bidirectional" else 1
         names = [name.decode() for name in attributes.pop("activations", [])] or _ACTIVATION_NAMES[kind] * sides
-        cells: dict[str, recurrent.Cell] = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}
+        cells: dict[str, compose.Cell] = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}
         cell = cells[kind]
         if kind == "RNN" and names == ["Relu"] * sides:
             cell, names = "rnn_relu", _ACTIVATION_NAMES[kind] * sides
@@ -617,9 +616,9 @@ def _recurrent(kind: str) -> Handler:
             first, second = (
                 None if one is None else one[0, side] if layout else one[side, 0] for one in (state, memory)
             )
-            directed = recurrent.Direction(own[0], own[1], own[2], own[3], first, second, reset_after)
+            directed = compose.Direction(own[0], own[1], own[2], own[3], first, second, reset_after)
             backward = direction == "reverse" or side == 1
-            parts.append(recurrent.passed(builder, cell, value, directed, label, backward=backward))
+            parts.append(compose.passed(builder, cell, value, directed, label, backward=backward))
         rows = [builder.reshape(part.states, (value.shape[0], 1, size), label) for part in parts]
         states = replace(builder.concatenate(rows, 1, label), batch=0 if layout else 2)
         result = [states]

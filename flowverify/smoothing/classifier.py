@@ -6,6 +6,7 @@ Over many images, accuracies and the median certified robustness are those of Le
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,21 @@ def base_accuracy(results: Sequence[SmoothedPrediction] | Sequence[SmoothedCerti
 SELECT, BOUND, PREDICT = 0, 1, 2  # stages: what samples are for; each draws its own
 
 
+def check_predictable(n: int, alpha: float) -> None:
+    """Predictions take samples whose agreement the test believes: 2 * 0.5^n <= alpha.
+
+    Raises:
+        InvalidInputError: a count below 1, alpha outside (0, 1), or fewer samples than that; it says how many it takes.
+    """
+    check_samples("n", n)
+    check_alpha(alpha)
+    least = math.ceil(1 - math.log2(alpha))
+    if n < least:
+        raise InvalidInputError(
+            f"n {n}: even if all samples agree, no class is settled with alpha {alpha:g}, expected at least {least}"
+        )
+
+
 class SmoothedClassifier:
     """g(x) = the class that the base classifier most likely gives to x + mass * noise.
 
@@ -161,10 +177,10 @@ class SmoothedClassifier:
             on_samples: called with how many samples were done since the last call.
 
         Raises:
-            InvalidInputError: bad images or labels, n < 1, alpha outside (0, 1), or a model that returns NaN.
+            InvalidInputError: bad images or labels, n < 1 or so small that no counts settle a class, alpha outside
+                (0, 1), or a model that returns NaN.
         """
-        check_samples("n", n)
-        check_alpha(alpha)
+        check_predictable(n, alpha)
         images, targets = self.sampler.voter.check(images, labels)
         places = _places(positions, len(images))
         begin = time.perf_counter()

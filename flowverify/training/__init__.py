@@ -1,11 +1,17 @@
 """Training of image classifiers, reproducible from a recipe and its seed."""
 
-from flowverify.training.adversarial import Adversarial
-from flowverify.training.certified import Certified
 from flowverify.training.interval_bounds import TrainableBounds
 from flowverify.training.loop import TrainingResult, train, train_and_save
-from flowverify.training.losses import LOSSES, BatchContext, BatchLoss, BatchOutcome, StatefulLoss
-from flowverify.training.noise import NoisyCrossEntropy
+from flowverify.training.losses import (
+    LOSSES,
+    Adversarial,
+    BatchContext,
+    BatchLoss,
+    BatchOutcome,
+    Certified,
+    NoisyCrossEntropy,
+    StatefulLoss,
+)
 from flowverify.training.recipe import ARCHITECTURES, RECIPES, Recipe, build_architecture, find_recipe, read_recipe
 from flowverify.training.session import EpochReport, accuracy
 

@@ -27,7 +27,7 @@ from flowverify.data import Dataset
 from flowverify.errors import InvalidInputError, ModelFileError
 from flowverify.network import Network
 from flowverify.training.losses import BatchLoss, build_loss
-from flowverify.training.recipe import RECIPES, Recipe, build_architecture, read_recipe
+from flowverify.training.recipe import RECIPES, Recipe, build_network, read_recipe
 from flowverify.training.session import EpochReport, Session, accuracy, load_splits
 from flowverify.zoo import Card, check_model_name, save_model
 
@@ -86,8 +86,7 @@ def train(
     saved = None if checkpoint is None else load_checkpoint(Path(checkpoint), recipe, digest)
     with _isolated(recipe.seed, threads):
         if network is None:
-            layers = build_architecture(recipe.architecture, training.input_shape, classes, recipe.hidden)
-            own = Network.sequential(training.input_shape, list(layers))
+            own = build_network(recipe.architecture, training.input_shape, classes, recipe.hidden)
         else:
             own = _check_network(network, training.input_shape, classes)
         session = Session(recipe, own.to(target), training, test, loss)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from flowverify.errors import DataError, FlowverifyError, InvalidInputError, UnknownNameError
+from flowverify.network import INPUT, Add, Index, Network, Node, Permute, Reshape
 from flowverify.settings import (
     Natural,
     Number,
@@ -39,21 +40,21 @@ from flowverify.settings import (
 )
 from flowverify.training.losses import build_loss
 
-ARCHITECTURES = ("linear", "fc3", "mlp", "wong-cnn")
+ARCHITECTURES = ("linear", "fc3", "mlp", "wong-cnn", "rnn")
 
 
 def build_architecture(
     name: str, input_shape: tuple[int, int, int], classes: int, hidden: Sequence[int] = ()
-) -> nn.Sequential:
+) -> nn.Module:
     """A freshly initialised network, (N, C, H, W) -> (N, classes), from torch's global random state.
 
     Args:
         name: ``linear`` (one affine layer); ``fc3`` (three affine layers with ReLU between, of the two
             ``hidden`` sizes); ``mlp`` (the same with any number >= 1 of them); ``wong-cnn`` (two 4x4
             convolutions of 16 and 32 channels with stride 2, then 100 hidden units: Wong and Kolter 2018, used
-            by Wong et al. 2019 on MNIST).
+            by Wong et al. 2019 on MNIST); ``rnn`` (:class:`RecurrentRows`, of the size ``hidden``).
         input_shape: (C, H, W).
-        hidden: two sizes for ``fc3``, one or more for ``mlp``, none for the others.
+        hidden: two sizes for ``fc3``, one or more for ``mlp``, one for ``rnn``, none for the others.
 
     Raises:
         UnknownNameError: the architecture is not one of these.
@@ -65,12 +66,22 @@ def build_architecture(
             f"architecture {name}: given input shape {tuple(input_shape)}, {classes} classes and hidden "
             f"sizes {tuple(hidden)}, expected (channels, height, width) and sizes >= 1"
         )
-    expected = {"fc3": 2, "mlp": max(1, len(hidden))}.get(name, 0)
+    expected = {"fc3": 2, "mlp": max(1, len(hidden)), "rnn": 1}.get(name, 0)
     if len(hidden) != expected:
         raise InvalidInputError(f"architecture {name}: given hidden sizes {tuple(hidden)}, expected {expected} of them")
     if name == "wong-cnn":
         return _wong_cnn(input_shape, classes)
+    if name == "rnn":
+        return RecurrentRows(input_shape, hidden[0], classes)
     return _fully_connected([prod(input_shape), *hidden, classes])
+
+
+def build_network(name: str, input_shape: tuple[int, int, int], classes: int, hidden: Sequence[int] = ()) -> Network:
+    """:func:`build_architecture` in canonical form, with the same weights; what is trained."""
+    module = build_architecture(name, input_shape, classes, hidden)
+    if isinstance(module, RecurrentRows):
+        return module.network()
+    return Network.sequential(input_shape, list(module.children()))
 
 
 def check_architecture(name: str) -> str:
@@ -104,6 +115,50 @@ def _wong_cnn(input_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(100, classes),
     )
+
+
+class RecurrentRows(nn.Module):
+    """A recurrent network that reads an image row by row: h_t = relu(W x_t + b + U h_(t-1)) from h_0 = 0.
+
+    x_t holds row t of every channel. The logits are an affine map of the state after the last row.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], size: int, classes: int) -> None:
+        super().__init__()
+        self.input_shape = input_shape
+        channels, _, width = input_shape
+        self.read = nn.Linear(channels * width, size)
+        self.recall = nn.Linear(size, size, bias=False)
+        nn.init.eye_(self.recall.weight)  # a state begins as the sum of what was read (Le et al. 2015)
+        self.answer = nn.Linear(size, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.permute(0, 2, 1, 3).flatten(2)
+        state = self.read(rows[:, 0]).relu()
+        for step in range(1, rows.shape[1]):
+            state = (self.read(rows[:, step]) + self.recall(state)).relu()
+        logits: Tensor = self.answer(state)
+        return logits
+
+    def network(self) -> Network:
+        """The steps written out; they share their weights."""
+        channels, height, width = self.input_shape
+        size = self.read.out_features
+        nodes = [
+            Node("turned", Permute((1, 0, 2)), (INPUT,), (height, channels, width)),
+            Node("rows", Reshape((height, channels * width)), ("turned",), (height, channels * width)),
+        ]
+        for step in range(height):
+            nodes.append(Node(f"row_{step}", Index(0, step), ("rows",), (channels * width,)))
+            nodes.append(Node(f"read_{step}", self.read, (f"row_{step}",), (size,)))
+            summed = f"read_{step}"
+            if step:
+                nodes.append(Node(f"recalled_{step}", self.recall, (f"state_{step - 1}",), (size,)))
+                summed = f"sum_{step}"
+                nodes.append(Node(summed, Add(), (f"read_{step}", f"recalled_{step}"), (size,)))
+            nodes.append(Node(f"state_{step}", nn.ReLU(), (summed,), (size,)))
+        nodes.append(Node("answer", self.answer, (f"state_{height - 1}",), (self.answer.out_features,)))
+        return Network(self.input_shape, nodes)
 
 
 OPTIMIZERS = ("adam", "sgd")
@@ -217,6 +272,15 @@ RECIPES: dict[str, Recipe] = {
             architecture="fc3",
             hidden=(32, 32),
             epochs=40,
+            batch_size=32,
+            learning_rate=3e-3,
+        ),
+        Recipe(
+            name="digits-rnn",
+            dataset="digits",
+            architecture="rnn",
+            hidden=(32,),
+            epochs=60,
             batch_size=32,
             learning_rate=3e-3,
         ),

@@ -128,7 +128,7 @@ def lipschitz_constants(coefficients: Tensor, ground: str) -> Tensor:
 def solve_least_budget(
     coefficients: Tensor, images: Tensor, target: Tensor, ground: str = "l1"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Budget, multiplier and bracket; see :func:`flowverify.transport.least_budget.least_budget`."""
+    """Budget, multiplier and bracket; see :func:`flowverify.transport.support.least_budget`."""
     if ground != "l1":
         return _least_knapsacks(coefficients, images, target, ground)
     from flowverify.transport import scan_kernel

@@ -8,7 +8,7 @@ read nowhere else. The mathematics, and the torch implementation that is the ref
 in :mod:`flowverify.transport.support`.
 
 The maximiser nu* is where the plans on either side of the best multiplier lead; the least budget that gains a target
-(:mod:`flowverify.transport.least_budget`) is found on the same scans.
+(:mod:`flowverify.transport.support`) is found on the same scans.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The support function of the Wasserstein ball: the exact maximum of a linear function over it.
+"""The support function of the Wasserstein ball, the exact maximum of a linear function over it, and its inverse.
 
 For an image mu >= 0, a ground cost d and a budget eps (radius times mass; radius^p times mass for a p-th power) the
 *polytope* is the set of images nu >= 0 of equal mass that a plan of cost at most eps leads to: W1(mu, nu) <= eps for
@@ -39,9 +39,20 @@ are one problem read in two ways. In terms of plans it is: each source i sends i
 c_i at cost d(i, j) a unit. The gains that a source can have at each cost form a concave envelope, and the optimum takes
 the steps of all envelopes in order of their slope until the budget is spent or the target is reached: a continuous
 multiple-choice knapsack, whose slope at the end is the dual's lambda (theory, section 5). :func:`support` and
-:func:`flowverify.transport.least_budget.least_budget` do the same for many functions of each image.
+:func:`least_budget` do the same for many functions of each image.
 
 With a cap, nu <= cap, the plans that reach a pixel share its room. See :mod:`flowverify.transport.moves_kernel`.
+
+The inverse is the least budget with which a linear function gains a given amount: the exact distance to a half-space.
+For an image mu, coefficients c and a target m, over the polytope,
+
+    least eps >= 0 such that h_eps(c) - c . mu >= m
+
+is the cost of the cheapest plan from mu to {nu >= 0 of equal mass : c . (nu - mu) >= m}, on unnormalised measures: W1
+for a metric (theory, section 8; framework paper, Lemma 8, where it is a linear program). The best gain as a function of
+the budget is concave and piecewise linear. Its vertices are the plans that move every source to its argmax at some
+multiplier; between a vertex that falls short of m and one that reaches it, the chord's slope is the next multiplier to
+try, until the two are neighbours: finitely many steps, no tolerance.
 """
 
 from __future__ import annotations
@@ -467,3 +478,121 @@ def _limits(values: Tensor | None, count: int, what: str) -> Array:
     if tuple(values.shape) != (count,) or bool(torch.isnan(values).any()):
         raise InvalidInputError(f"{what} of shape {tuple(values.shape)}: expected ({count},), and no NaN")
     return values.detach().double().cpu().numpy()
+
+
+MAX_STEPS = 64
+
+
+@dataclass(frozen=True)
+class LeastBudget:
+    """The solution for every image and coefficient vector.
+
+    ``budget`` is infinite where no image of equal mass gains the target; the maximiser is then the image that
+    gains most.
+    """
+
+    budget: Tensor  # (B, S), in mass times ground cost
+    multiplier: Tensor  # (B, S), gain for one more unit of budget there
+    maximiser: Tensor | None  # (B, S, C, H, W), a nearest image that gains the target
+    bracket: Tensor  # (B, S, 2), the multipliers on either side; see :func:`nearest_image`
+
+
+def least_budget(
+    coefficients: Tensor,  # (B, S, C, H, W), or (S, C, H, W) shared by all images
+    images: Tensor,  # (B, C, H, W)
+    target: Tensor,  # (B, S)
+    *,
+    maximiser: bool = False,
+    backend: Backend = "auto",
+    ground: str = "l1",
+) -> LeastBudget:
+    """The least budget that gains each target, exactly; 0 where the target is not positive.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, coefficients that are not finite, or a target that is NaN.
+        UnknownNameError: an unknown ground cost.
+    """
+    check_problems(coefficients, images)
+    ground = check_ground(ground, Grid.of(images))
+    dtype = torch.promote_types(coefficients.dtype, images.dtype)
+    coefficients, images = coefficients.detach().to(dtype), images.detach().to(dtype)
+    expected = (images.shape[0], coefficients.shape[-4])
+    if tuple(target.shape) != expected or bool(torch.isnan(target).any()):
+        raise InvalidInputError(f"target of shape {tuple(target.shape)}: expected {expected}, and no NaN")
+    if not bool(torch.isfinite(coefficients.sum())) and not bool(torch.isfinite(coefficients).all()):
+        raise InvalidInputError("coefficients: given NaN or infinite ones, expected finite numbers")
+    if not target.numel():
+        empty = images.new_empty(expected)
+        moved = images.new_empty(*expected, *images.shape[1:]) if maximiser else None
+        return LeastBudget(empty, empty, moved, images.new_empty(*expected, 2))
+    target = target.detach().double()
+    solve = compiled.solve_least_budget if use_compiled(backend, images) else _solve_torch
+    budget, multiplier, bracket = solve(coefficients, images, target, ground)
+    moved = None
+    if maximiser:
+        moved = nearest_image(coefficients, images, budget, bracket, backend=backend, ground=ground)
+    return LeastBudget(budget.to(dtype), multiplier, moved, bracket)
+
+
+def nearest_image(
+    coefficients: Tensor,
+    images: Tensor,
+    budget: Tensor,
+    bracket: Tensor,
+    *,
+    backend: Backend = "auto",
+    ground: str = "l1",
+) -> Tensor:
+    """The image of each problem that spends the budget, (B, S, C, H, W), from the bracket of its solution.
+
+    For those who want few of many images: solve for all, choose, and ask for the images of the chosen.
+    """
+    dtype = torch.promote_types(coefficients.dtype, images.dtype)
+    coefficients, images = coefficients.detach().to(dtype), images.detach().to(dtype)
+    budget, bracket = budget.double(), bracket.double()
+    if use_compiled(backend, images):
+        return compiled.maximise(coefficients, images, budget, bracket, ground)
+    coefficients = coefficients.expand(images.shape[0], *coefficients.shape[-4:])
+    return dilation.mix(coefficients, images, budget, bracket[..., 0], bracket[..., 1], ground)
+
+
+def _solve_torch(
+    coefficients: Tensor, images: Tensor, target: Tensor, ground: str = "l1"
+) -> tuple[Tensor, Tensor, Tensor]:
+    coefficients = coefficients.expand(images.shape[0], *coefficients.shape[-4:])
+    mass = images[:, None]
+    target = target.to(images.device)
+
+    def evaluate(multiplier: Tensor) -> tuple[Tensor, Tensor]:
+        value, distance, _ = dilate(coefficients, multiplier.to(coefficients.dtype), ground)
+        cost = (mass * distance).flatten(2).double().sum(-1)
+        return (mass * (value - coefficients)).flatten(2).double().sum(-1) + multiplier * cost, cost
+
+    near_at, near_cost, near_gain = lipschitz_constant(coefficients, ground).double(), 0 * target, 0 * target
+    far_at = torch.zeros_like(target)
+    far_gain, far_cost = evaluate(far_at)
+    unreachable = far_gain < target
+    trivial = target <= 0
+    done = unreachable | trivial
+    for _ in range(MAX_STEPS):
+        chord = (far_gain - near_gain) / (far_cost - near_cost)
+        done = done | ~((far_at < chord) & (chord < near_at))
+        if bool(done.all()):
+            break
+        trial = torch.where(done, near_at, chord)
+        gain, cost = evaluate(trial)
+        done = done | (cost <= near_cost) | (cost >= far_cost)
+        short, reaches = ~done & (gain < target), ~done & (gain >= target)
+        near_at, near_cost, near_gain = (
+            torch.where(short, new, old) for new, old in ((trial, near_at), (cost, near_cost), (gain, near_gain))
+        )
+        far_at, far_cost, far_gain = (
+            torch.where(reaches, new, old) for new, old in ((trial, far_at), (cost, far_cost), (gain, far_gain))
+        )
+    slope = (far_gain - near_gain) / (far_cost - near_cost)
+    budget = near_cost + (target - near_gain) / slope
+    budget = torch.where(unreachable, torch.inf, torch.where(trivial, 0.0, budget))
+    slope = torch.where(unreachable | trivial, 0.0, slope)
+    low = torch.where(trivial | unreachable, -1.0, far_at)
+    bracket = torch.stack([low, torch.where(unreachable, 0.0, near_at)], dim=-1)
+    return budget, slope.to(images.dtype), bracket

@@ -31,6 +31,19 @@ class TestClaims:
         assert_claims_hold(result, network, images, labels)
         assert result.outcome.count("found") == 6 and float(result.radius.max()) < 1.5
 
+    def test_ends_when_its_time_is_over(self, name):
+        network, images, labels = digits(3)
+        late = make_attack(name, network, **FAST[name], timeout=1e-12)
+        for result in (late.minimise(images, labels), late.run(images, labels, fv.WassersteinBall(0.3))):
+            assert_claims_hold(result, network, images, labels)
+            for outcome, note in zip(result.outcome, result.note, strict=True):
+                assert outcome == "found" or note.endswith(" within 1e-12 s an image")
+        assert name == "minimal" or "found" not in result.outcome
+        early = make_attack(name, network, **FAST[name], timeout=3600.0).minimise(images, labels)
+        assert torch.equal(early.radius, make_attack(name, network, **FAST[name]).minimise(images, labels).radius)
+        with pytest.raises(InvalidInputError, match="timeout 0: expected a number of seconds > 0"):
+            make_attack(name, network, timeout=0)
+
     @pytest.mark.parametrize(("ground", "radius", "cap"), [("l1", 0.3, None), ("l2", 0.3, 1.0), ("l1", 0.06, None)])
     def test_within_a_radius(self, name, ground, radius, cap):
         network, images, labels = digits(6)

@@ -9,7 +9,7 @@ import pytest
 
 from flowverify.bench import plots
 from flowverify.bench import report as tables
-from flowverify.bench.image_kinds import Certify, CertifyRun
+from flowverify.bench.kinds import Certify, CertifyRun
 from flowverify.bench.report import to_latex
 from flowverify.bench.sources import Data
 from flowverify.bench.statistics import Comparison, TaskRecords, evidence

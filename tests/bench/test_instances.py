@@ -9,7 +9,7 @@ from contracts import descend
 from suites import write_suite
 
 import flowverify as fv
-from flowverify.bench.outside_kinds import Instances
+from flowverify.bench.kinds import Instances
 from flowverify.bench.report import summary
 from flowverify.bench.statistics import by_task
 from flowverify.bench.suite import read_suite

@@ -9,7 +9,7 @@ import yaml
 from suites import write_suite
 
 from flowverify.attack.base import Schedule
-from flowverify.bench.image_kinds import Attack
+from flowverify.bench.kinds import Attack
 from flowverify.bench.store import read_folder
 from flowverify.bench.suite import Suite, read_suite
 from flowverify.bench.tasks import Context

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from suites import write_suite
 
-from flowverify.bench.image_kinds import Certify
+from flowverify.bench.kinds import Certify
 from flowverify.bench.suite import Suite, read_suite
 from flowverify.bench.tasks import Context
 from flowverify.errors import InvalidInputError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.backward import pull_back
+from flowverify.bounds.relaxations import pull_back
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Add, Concatenate, Graph, Node, ScaleShift
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowverify.ball import Threat
-from flowverify.bounds.crown.bounded import BoundedNetwork
+from flowverify.bounds.crown.backend import BoundedNetwork
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.errors import BoundError, UnsupportedOperationError

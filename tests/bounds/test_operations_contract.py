@@ -19,8 +19,15 @@ from contracts import margins_at, samples, sparse_images
 from torch import Tensor, nn
 
 from flowverify.ball import Threat
-from flowverify.bounds.crown.backend import BOUND_OPTIONS, BoundedModule, BoundedTensor, PerturbationLpNorm
-from flowverify.bounds.crown.bounded import handed_over, host_call, with_batch_axes
+from flowverify.bounds.crown.backend import (
+    BOUND_OPTIONS,
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    handed_over,
+    host_call,
+    with_batch_axes,
+)
 from flowverify.bounds.engine import DomainName, EngineOptions
 from flowverify.bounds.intervals import Interval
 from flowverify.bounds.margins import MarginBounds
@@ -175,6 +182,23 @@ def check_equals(found: Sequence[Interval], values: Sequence[Tensor], what: str)
 ALL = cases()
 
 
+def each_once(cases: list[Case]) -> list[Any]:
+    """The cases as parameters; of each operation and shape, each choice of options and each place is quick once."""
+    groups: dict[Any, tuple[dict[str, None], dict[str, None]]] = {}
+    for case in cases:
+        choices, places = groups.setdefault((type(case.operation), case.shape), ({}, {}))
+        choices[str(case.operation)] = places[case.place] = None
+    quick = set()
+    for (kind, shape), (choices, places) in groups.items():
+        for turn in range(max(len(choices), len(places))):
+            quick.add((kind, shape, [*choices][turn % len(choices)], [*places][turn % len(places)]))
+    return [
+        pytest.param(case, id=str(case), marks=[] if key in quick else [pytest.mark.slow])
+        for case in cases
+        for key in [(type(case.operation), case.shape, str(case.operation), case.place)]
+    ]
+
+
 def first_of_each(cases: list[Case]) -> list[Any]:
     """The cases as parameters; all but the first of each operation, place and shape are slow."""
     seen, found = set(), []
@@ -223,7 +247,7 @@ def test_every_operation_and_option_is_tried() -> None:
             assert len(values) > 1, f"{record.name}: all cases have the same {option}"
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", each_once(ALL))
 def test_bounds_hold(case: Case) -> None:
     network, truth = network_of(case), truth_of(case)
     for name, bound, positive, domain in settings(case.place):

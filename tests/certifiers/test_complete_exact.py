@@ -104,7 +104,7 @@ def dead(seed: int) -> tuple[Network, Tensor, int]:
     return network, image, int(network(image).argmax(1))
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_brackets_close_to_a_percent_around_the_radius_where_the_margin_ends(part: int) -> None:
     ties = 0
     for seed in range(part, COUNT, 2):

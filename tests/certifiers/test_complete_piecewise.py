@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowverify import Network, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.complete.milp import MilpCertifier
-from flowverify.certifiers.complete.piecewise import relus_only
+from flowverify.certifiers.complete.problem import relus_only
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import UnsupportedOperationError
 

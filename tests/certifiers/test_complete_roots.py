@@ -9,9 +9,8 @@ from test_complete_bounds import KINDS, preactivations, reached, single_ball
 
 from flowverify.ball import Threat
 from flowverify.bounds.margins import margin_specification
-from flowverify.certifiers.complete.neuron_bounds import neuron_bounds
+from flowverify.certifiers.complete.neuron_bounds import Roots, neuron_bounds
 from flowverify.certifiers.complete.problem import Problem, affine_maps
-from flowverify.certifiers.complete.roots import Roots
 
 
 @pytest.mark.parametrize("feasible", [True, False])

@@ -25,11 +25,11 @@ from flowverify.certifiers.complete import certifier as certifier_module
 from flowverify.certifiers.complete import radius_search as search_module
 from flowverify.certifiers.complete import tree as tree_module
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.milp import MilpCertifier
 from flowverify.certifiers.options import CompleteOptions, ScheduleSettings, SearchSettings
 from flowverify.certifiers.references import ReferenceCompleteCertifier
 from flowverify.cli import app
+from flowverify.deadline import Deadline
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.results import Interrupted, Verdict
 
@@ -136,7 +136,10 @@ class TestBracket:
             assert one.upper_radius / one.radius <= 1.00001 or "not closed" in one.note
 
 
-@pytest.mark.parametrize(("ground", "cap"), [("l2", None), ("local:3", None), ("l2^2", None), ("l1", 1.0)])
+@pytest.mark.parametrize(
+    ("ground", "cap"),
+    [("l2", None), ("l1", 1.0), *(pytest.param(cost, None, marks=pytest.mark.slow) for cost in ("local:3", "l2^2"))],
+)
 def test_counterexamples_of_the_covering_ball_count_where_they_lie_in_the_ball(ground: str, cap: float | None) -> None:
     """vanilla-complete searches an l1 ball of flows around the ball."""
     shown = 0
@@ -230,7 +233,7 @@ def test_with_a_cap() -> None:
         assert float(capped.witness.max()) <= 1.01
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_planted_ties_are_never_certified(seed: int) -> None:
     """The bias is moved so that the least margin over the ball is just below zero, or just above it."""
     network = random_network(

@@ -8,11 +8,11 @@ from test_certify_contract import network_of
 from test_complete_bounds import preactivations, reached, single_ball
 from torch import Tensor
 
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.neuron_bounds import improve, limit_jointly, neuron_bounds, spent
 from flowverify.certifiers.complete.nodes import TreeNodes, roots
 from flowverify.certifiers.complete.problem import Problem, affine_maps
 from flowverify.certifiers.complete.relaxation import JointLimits, lower_bound
+from flowverify.deadline import Deadline
 
 KINDS = ("mlp", "cnn", "colour", "residual")
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify import Network, WassersteinBall
+from flowverify.certifiers.complete import milp as program_module
 from flowverify.certifiers.complete import milp as proof_module
-from flowverify.certifiers.complete import program as program_module
-from flowverify.certifiers.complete.deadline import Deadline
-from flowverify.certifiers.complete.milp import DualProof, MilpCertifier
-from flowverify.certifiers.complete.program import NetworkProgram, Objective
+from flowverify.certifiers.complete.milp import DualProof, MilpCertifier, NetworkProgram, Objective
+from flowverify.deadline import Deadline
 from flowverify.errors import BoundError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flowverify as fv
 from flowverify.ball import Ball, Threat
-from flowverify.bounds.crown.bounded import BoundedNetwork
+from flowverify.bounds.crown.backend import BoundedNetwork
 from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds, margin_specification
 from flowverify.bounds.recipes import BOUNDS

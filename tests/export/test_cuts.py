@@ -7,7 +7,7 @@ from torch import nn
 
 from flowverify.ball import Threat
 from flowverify.export.cuts import ReducedQuestion, write_program
-from flowverify.export.networks import take_apart
+from flowverify.export.encodings import take_apart
 from flowverify.network import Add, Graph, Network, Node
 from tests.contracts import samples
 from tests.export.exact import small_image, small_network

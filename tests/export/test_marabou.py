@@ -11,14 +11,16 @@ import flowverify as fv
 from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
-from flowverify.export.marabou import MarabouCertifier
-from flowverify.export.marabou_process import MarabouProcess, Outcome, marabou_missing
+from flowverify.export.marabou import MarabouCertifier, MarabouProcess, Outcome, marabou_missing
 from flowverify.results import Verdict
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
 needs_marabou = pytest.mark.skipif(bool(marabou_missing()), reason=marabou_missing() or "Marabou is there")
 ENCODINGS = ("cuts", "linear", "outputs", "penalty")
-CASES = [(seed, "linear" if seed % 2 else "convolution") for seed in range(20)]
+CASES = [
+    pytest.param(seed, "linear" if seed % 2 else "convolution", marks=[pytest.mark.slow] if seed >= 4 else [])
+    for seed in range(20)
+]
 
 
 def case(seed, kind):

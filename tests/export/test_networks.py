@@ -8,8 +8,7 @@ from torch import nn
 
 import flowverify as fv
 from flowverify.errors import UnsupportedOperationError
-from flowverify.export.encodings import decimal, round_down, round_up
-from flowverify.export.networks import penalty_terms
+from flowverify.export.encodings import decimal, penalty_terms, round_down, round_up
 from flowverify.export.plan import Request, plan
 from flowverify.network import Add, Concatenate, Graph, Network, Node, ScaleShift, onnx_model, write_onnx
 from flowverify.network.lowering import lower

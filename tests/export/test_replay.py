@@ -8,8 +8,7 @@ import torch
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.export.folder import Layout, Source, write_folder
-from flowverify.export.marabou import MarabouCertifier
-from flowverify.export.marabou_process import MarabouProcess, marabou_missing
+from flowverify.export.marabou import MarabouCertifier, MarabouProcess, marabou_missing
 from flowverify.export.plan import Request
 from flowverify.export.results import collect, descend, repaired
 from flowverify.results import Verdict
@@ -32,7 +31,14 @@ VERDICTS = [
     if verdict is not UNKNOWN or ground not in SAME
 ]
 # What is unknown to cuts ends with the question that linear starts with, after seconds.
-QUESTIONS = [("linear", *row) for row in VERDICTS] + [("cuts", *row) for row in VERDICTS if row[1] is not UNKNOWN]
+QUESTIONS = [
+    *(("linear", *row) for row in VERDICTS),
+    *(
+        pytest.param("cuts", *row, marks=[] if row[0] == "l1" else [pytest.mark.slow])
+        for row in VERDICTS
+        if row[1] is not UNKNOWN
+    ),
+]
 
 
 @cache

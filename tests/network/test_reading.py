@@ -206,6 +206,47 @@ def test_one_logit_is_two_classes(last, tmp_path) -> None:
     assert network.notes[-1] == "one output: class 1 where its logit is positive, else class 0"
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["dictionaries", "an array"])
+def test_scores_beside_the_class_as_scikit_learn_writes_them(tmp_path, named: bool) -> None:
+    """The structure of skl2onnx for an MLPClassifier, with ``zipmap`` and without."""
+    constants = {
+        "w": weights(6, 20).T, "b": np.zeros(6, np.float32), "v": weights(3, 6).T, "c": np.ones(3, np.float32),
+        "classes": np.array([4, 7, 9], np.int64), "shape": np.array([-1], np.int64),
+    }  # fmt: skip
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["X"], ["x"], to=TensorProto.FLOAT),
+        node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["a"]), node("Relu", ["a"], ["h"]),
+        node("MatMul", ["h", "v"], ["n"]), node("Add", ["n", "c"], ["l"]), node("Softmax", ["l"], ["p"], axis=1),
+        node("ArgMax", ["p"], ["k"], axis=1),
+        node("ArrayFeatureExtractor", ["classes", "k"], ["e"], domain="ai.onnx.ml"),
+        node("Reshape", ["e", "shape"], ["label"]),
+    ]  # fmt: skip
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [None, 3])
+    if named:
+        nodes.append(node("ZipMap", ["p"], ["scores"], domain="ai.onnx.ml", classlabels_int64s=[4, 7, 9]))
+        entries = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+        scores = helper.make_value_info("scores", helper.make_sequence_type_proto(entries))
+    else:
+        nodes.insert(7, node("Identity", ["p"], ["scores"]))
+    graph = helper.make_graph(
+        nodes, "m", [helper.make_tensor_value_info("X", TensorProto.FLOAT, [None, 20])],
+        [helper.make_tensor_value_info("label", TensorProto.INT64, [None]), scores],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    network = read_onnx(path, (1, 4, 5))
+    assert "output 'scores' taken" in network.notes
+    assert "final Softmax dropped: the order of classes is the claim" in network.notes
+    images = torch.rand(3, 1, 4, 5)
+    w, v = torch.tensor(constants["w"]), torch.tensor(constants["v"])
+    torch.testing.assert_close(network(images), (images.flatten(1) @ w).relu() @ v + 1)
+    with pytest.raises(UnsupportedOperationError, match=r"ArrayFeatureExtractor|ArgMax"):
+        read_onnx(path, (1, 4, 5), Reading(output="label"))
+
+
 def test_one_of_several_outputs(tmp_path) -> None:
     twice = [helper.make_node("Neg", ["out"], ["other"]), helper.make_node("Exp", ["other"], ["strange"])]
     path = dense(tmp_path / "m.onnx", (None, 1, 4, 5), GREY, named=("out", "other", "strange"))

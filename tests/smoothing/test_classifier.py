@@ -10,8 +10,8 @@ from torch import nn
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.results import Verdict
 from flowverify.smoothing import Noise, SmoothedClassifier, noisy_images, wasserstein_radius
-from flowverify.smoothing.classifier import BOUND, PREDICT, SELECT
-from flowverify.smoothing.noise import upper_bound_of_failure
+from flowverify.smoothing.classifier import BOUND, PREDICT, SELECT, check_predictable
+from flowverify.smoothing.noise import top_two_p_values, upper_bound_of_failure
 from flowverify.smoothing.sampling import derive_key
 
 MASS, SIGMA = 3.0, 0.1
@@ -231,3 +231,11 @@ def test_the_network_is_copied_and_evaluated():
     classifier = SmoothedClassifier(network, Noise(1e-9))
     counts = classifier.sampler.counts(two_pixels(0.5), 100, SELECT, [0])
     assert counts.max() == 100 and network.training
+
+
+@pytest.mark.parametrize(("alpha", "least"), [(0.05, 6), (0.001, 11), (0.5, 2), (0.25, 3)])
+def test_predictions_take_as_many_samples_as_can_settle_a_class(alpha, least):
+    assert float(top_two_p_values(least, 0)) <= alpha < float(top_two_p_values(least - 1, 0))
+    check_predictable(least, alpha)
+    with pytest.raises(InvalidInputError, match=f"n {least - 1}: .* alpha {alpha:g}, expected at least {least}"):
+        check_predictable(least - 1, alpha)

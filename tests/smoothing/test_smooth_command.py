@@ -117,6 +117,7 @@ def test_a_file_of_other_settings_is_refused(tmp_path, change, message):
         (("certify", "digits-fc3", "--sigma", "1", "--device", "tpu"), "unknown device 'tpu'"),
         (("predict", "digits-fc3", "--noise", "splitting"), "noise splitting: has no samples to predict from"),
         (("predict", "digits-fc3", "--sigma", "-1"), "noise sigma: given -1.0"),
+        (("predict", "digits-fc3", "--sigma", "1", "--n", "5"), "n 5: even if all samples agree"),
         (("predict", "nothing", "--sigma", "1"), "unknown model 'nothing'"),
         (("predict", "digits-fc3", "--sigma", "1", "--index", "x"), "index"),
         (("predict", "digits-fc3", "--sigma", "1", "--save", "no/folder/file"), "save no/folder/file"),

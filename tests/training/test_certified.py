@@ -10,7 +10,7 @@ import flowverify as fv
 from flowverify.errors import InvalidInputError
 from flowverify.network import Network
 from flowverify.training import RECIPES, BatchContext, Certified, Recipe, TrainableBounds, train
-from flowverify.training.certified import DECAY, DROP, GROWTH, STEP
+from flowverify.training.losses import DECAY, DROP, GROWTH, STEP
 
 SHORT = Recipe(
     "mine",
@@ -40,8 +40,8 @@ def plain_radius() -> float:
     [
         ({}, 1.4),
         ({"bound": "crown-ibp", "targets": 3}, 1.6),
-        ({"own_radii": False, "radius": 0.1}, 1.4),
-        ({"share": 0.5, "refresh": 4}, 1.6),
+        pytest.param({"own_radii": False, "radius": 0.1}, 1.4, marks=pytest.mark.slow),
+        pytest.param({"share": 0.5, "refresh": 4}, 1.6, marks=pytest.mark.slow),
     ],
     ids=["own radii", "crown-ibp", "one radius", "half of the batch"],
 )
@@ -53,7 +53,10 @@ def test_certifies_more_than_a_plain_network(options, factor, plain_radius):
 
 @pytest.mark.parametrize(
     ("bound", "rate", "options", "certified"),
-    [("ibp", 3e-3, {"warm_up": 0.8, "clean_weight": 0.8}, 0.15), ("crown-ibp", 1e-3, {"warm_up": 0.5}, 0.6)],
+    [
+        ("ibp", 3e-3, {"warm_up": 0.8, "clean_weight": 0.8}, 0.15),
+        pytest.param("crown-ibp", 1e-3, {"warm_up": 0.5}, 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_convolutions_are_trained(bound, rate, options, certified):
     recipe = replace(SHORT, architecture="wong-cnn", hidden=(), epochs=12, batch_size=100, learning_rate=rate)

@@ -14,8 +14,7 @@ from torch import Tensor
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.transport.dilation import dilate, lipschitz_constant
 from flowverify.transport.distance import wasserstein_distance
-from flowverify.transport.least_budget import least_budget
-from flowverify.transport.support import inner, support, support_value
+from flowverify.transport.support import inner, least_budget, support, support_value
 
 DOUBLE = torch.float64
 BACKENDS = ("compiled", "torch")

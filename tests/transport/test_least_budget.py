@@ -13,8 +13,7 @@ from scipy.optimize import linprog
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
 from flowverify.transport.distance import wasserstein_distance
-from flowverify.transport.least_budget import least_budget
-from flowverify.transport.support import support
+from flowverify.transport.support import least_budget, support
 
 
 def program_optimum(coefficients: torch.Tensor, image: torch.Tensor, target: float) -> float:

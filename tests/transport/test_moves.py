@@ -8,8 +8,7 @@ from scipy.sparse import coo_array, vstack
 
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.transport.distance import wasserstein_distance
-from flowverify.transport.least_budget import least_budget
-from flowverify.transport.support import best_moves, offsets_by_cost, support
+from flowverify.transport.support import best_moves, least_budget, offsets_by_cost, support
 
 
 def problems(count=6, shape=(2, 5, 4), seed=0, empty=0.4):

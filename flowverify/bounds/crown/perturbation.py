@@ -29,7 +29,7 @@ from flowverify.bounds.crown.backend import (
     eyeC,
     patches_to_matrix,
 )
-from flowverify.bounds.warm_start import WarmStart
+from flowverify.bounds.engine import WarmStart
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.grid import Grid
 from flowverify.transport.support import check_below, inner, support_value

@@ -17,18 +17,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from flowverify.bounds.engine import Effort
+from flowverify.bounds.engine import Effort, WarmStart
 from flowverify.bounds.intervals import Interval, intersect, propagate
-from flowverify.bounds.lifted.activations import secants
 from flowverify.bounds.lifted.charges import charged, unit_charges
-from flowverify.bounds.lifted.coefficients import Coefficients, added, pull_back
 from flowverify.bounds.lifted.mixture import Choice, Chord, MarginSearch, mixed
 from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
-from flowverify.bounds.lifted.pooling import PoolRelaxation, relax_pool
-from flowverify.bounds.lifted.rows import ListedRows, StoredRows, WindowRows, rows_of_pixels, total
+from flowverify.bounds.lifted.relaxations import PoolRelaxation, relax_pool, secants
+from flowverify.bounds.lifted.rows import (
+    Coefficients,
+    ListedRows,
+    StoredRows,
+    WindowRows,
+    added,
+    pull_back,
+    rows_of_pixels,
+    total,
+)
 from flowverify.bounds.lifted.support import MoveRows, maximum
 from flowverify.bounds.margins import margin_specification
-from flowverify.bounds.warm_start import WarmStart
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import is_affine, is_elementwise_activation, operation_name

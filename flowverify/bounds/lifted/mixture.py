@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowverify.bounds.lifted.coefficients import Coefficients
+from flowverify.bounds.lifted.rows import Coefficients
 from flowverify.bounds.lifted.support import maximum, maximum_value
 
 if TYPE_CHECKING:

@@ -2,19 +2,209 @@
 
 A row P of a value v, with centre v0, says v - v0 <= P . m for every m of the ball. There is no constant: at the centre
 everything is exact. Rows of neurons of convolutions are windows; others stand on the whole grid, listed by neuron.
+
+:class:`Coefficients` are linear functions of a value of the network, pulled back through affine operations: as patches
+where windows allow. A *patch* holds the coefficients of one place's rows over a part of a feature map, as in the
+backward bounds of convolutional networks: what a neuron of a convolution reads is small, and stays small for some
+layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from flowverify.bounds.lifted.coefficients import Coefficients
 from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
 from flowverify.bounds.lifted.support import MoveRows, whole_grid
+from flowverify.network import operations as ops
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """R rows of coefficients at each of Q places, for each of B images.
+
+    Attributes:
+        data: (B, Q, R, *shape) for whole values (then Q is 1), or (B, Q, R, channels, h, w) for patches of a feature
+            map. B and Q may be 1 where all share the same.
+        origins: (Q, 2), where the patch of each place stands in the map (and maybe beyond), or None for whole values.
+    """
+
+    data: Tensor
+    origins: Tensor | None
+
+    def scaled(self, factor: Tensor) -> Coefficients:
+        """Every coefficient times the factor (B, *shape) of its entry."""
+        return Coefficients(self.data * self.taken(factor), self.origins)
+
+    def taken(self, values: Tensor) -> Tensor:
+        """What stands at the entries of the rows in ``values`` (B, *shape), 0 outside; broadcasts against the data."""
+        if self.origins is None:
+            return values[:, None, None]
+        index, inside = self._index(values.shape[-2:])
+        flat = values.flatten(2)[:, :, index]  # (B, channels, Q, h, w)
+        return (flat * inside).transpose(1, 2)[:, :, None]
+
+    def _index(self, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        assert self.origins is not None
+        (height, width), (h, w) = size, self.data.shape[-2:]
+        i = self.origins[:, 0, None] + torch.arange(h, device=self.origins.device)
+        j = self.origins[:, 1, None] + torch.arange(w, device=self.origins.device)
+        inside = ((i >= 0) & (i < height))[:, :, None] & ((j >= 0) & (j < width))[:, None]
+        return i.clamp(0, height - 1)[:, :, None] * width + j.clamp(0, width - 1)[:, None], inside
+
+    def whole(self, shape: Shape) -> Coefficients:
+        """The same rows as whole values, (B, 1, Q * R, *shape)."""
+        if self.origins is None:
+            return self
+        index, inside = self._index(shape[-2:])
+        batch, _, rows = self.data.shape[:3]
+        data = (self.data * inside[:, None, None]).expand(batch, len(self.origins), *self.data.shape[2:])
+        places = len(self.origins)
+        result = data.new_zeros(batch, places, rows, shape[0], shape[1] * shape[2])
+        at = index.flatten(1)[None, :, None, None].expand(batch, places, rows, shape[0], -1)
+        result.scatter_add_(-1, at, data.flatten(-2))
+        return Coefficients(result.reshape(batch, 1, places * rows, *shape), None)
+
+
+def added(first: Coefficients, second: Coefficients, shape: Shape) -> Coefficients:
+    """The sum of two functions of one value."""
+    if first.origins is None or second.origins is None:
+        return Coefficients(first.whole(shape).data + second.whole(shape).data, None)
+    shift = second.origins - first.origins
+    if bool((shift != shift[:1]).any()):
+        return Coefficients(first.whole(shape).data + second.whole(shape).data, None)
+    (top, left), (h1, w1), (h2, w2) = shift[0].tolist(), first.data.shape[-2:], second.data.shape[-2:]
+    i, j = min(0, top), min(0, left)
+    height, width = max(h1, top + h2) - i, max(w1, left + w2) - j
+
+    def placed(data: Tensor, at_i: int, at_j: int) -> Tensor:
+        h, w = data.shape[-2:]
+        return functional.pad(data, (at_j, width - w - at_j, at_i, height - h - at_i))
+
+    total = placed(first.data, -i, -j) + placed(second.data, top - i, left - j)
+    return Coefficients(total, first.origins + torch.tensor([i, j], device=first.origins.device))
+
+
+def pull_back(operation: nn.Module, outer: Coefficients, shapes: Sequence[Shape], shape: Shape) -> list[Coefficients]:
+    """The functions of the inputs (of ``shapes``) of an affine operation that a function of its output becomes.
+
+    Constants are left out: what is pulled back are differences from the centre.
+    """
+    if outer.origins is not None:
+        rule = _WINDOWED.get(type(operation))
+        found = None if rule is None else rule(operation, outer, shapes, shape)
+        if found is not None:
+            return found
+        outer = outer.whole(shape)
+    data = outer.data
+    if isinstance(operation, nn.Flatten | ops.Reshape):
+        return [Coefficients(data.reshape(*data.shape[:3], *shapes[0]), None)]
+    if isinstance(operation, nn.Linear):
+        return [Coefficients(data @ operation.weight, None)]
+    flat = data.reshape(-1, *shape)
+    zeros = [flat.new_zeros(len(flat), *one) for one in shapes]
+    adjoint = torch.func.vjp(operation, *zeros)[1]
+    return [Coefficients(part.reshape(*data.shape[:3], *part.shape[1:]), None) for part in adjoint(flat)]
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """An option of both axes, given once or for each."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _transposed(
+    outer: Coefficients, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> list[Coefficients]:
+    assert outer.origins is not None
+    stride, padding = pair(stride), pair(padding)
+    data = outer.data
+    inner = functional.conv_transpose2d(
+        data.reshape(-1, *data.shape[3:]), weight, stride=stride, dilation=pair(dilation), groups=groups
+    )
+    moved = outer.origins * torch.tensor(stride, device=outer.origins.device) - torch.tensor(
+        padding, device=outer.origins.device
+    )
+    return [Coefficients(inner.reshape(*data.shape[:3], *inner.shape[1:]), moved)]
+
+
+def _masked(outer: Coefficients, shape: Shape) -> Coefficients:
+    """Without what stands outside of the map: needed before an operation that spreads it."""
+    _, inside = outer._index(shape[-2:])
+    return Coefficients(outer.data * inside[:, None, None], outer.origins)
+
+
+def _through_convolution(
+    operation: nn.Conv2d, outer: Coefficients, shapes: Sequence[Shape], shape: Shape
+) -> list[Coefficients]:
+    clean = outer if outer.data.shape[-2:] == (1, 1) else _masked(outer, shape)
+    return _transposed(
+        clean, operation.weight, operation.stride, operation.padding, operation.dilation, operation.groups
+    )
+
+
+def _through_average(
+    operation: nn.AvgPool2d, outer: Coefficients, shapes: Sequence[Shape], shape: Shape
+) -> list[Coefficients]:
+    kernel, channels = pair(operation.kernel_size), shapes[0][0]
+    ones = outer.data.new_ones(1, *shapes[0])
+    if operation.count_include_pad:
+        share = ones.new_full((1, *shape), 1 / math.prod(kernel))
+    else:
+        total = functional.avg_pool2d(ones, kernel, operation.stride, operation.padding, count_include_pad=True)
+        share = 1 / (total * math.prod(kernel))
+    weight = ones.new_ones(channels, 1, *kernel)
+    return _transposed(outer.scaled(share), weight, operation.stride, operation.padding, 1, channels)
+
+
+def _through_scale(
+    operation: ops.ScaleShift, outer: Coefficients, shapes: Sequence[Shape], shape: Shape
+) -> list[Coefficients] | None:
+    if tuple(shapes[0]) != tuple(shape):
+        return None
+    return [outer.scaled(operation.scale.expand(shape)[None]) if operation.has_scale else outer]
+
+
+def _through_pad(operation: ops.Pad, outer: Coefficients, shapes: Sequence[Shape], shape: Shape) -> list[Coefficients]:
+    assert outer.origins is not None
+    left, _, top, _ = operation.amounts
+    return [Coefficients(outer.data, outer.origins - torch.tensor([top, left], device=outer.origins.device))]
+
+
+def _through_sum(
+    operation: nn.Module, outer: Coefficients, shapes: Sequence[Shape], shape: Shape
+) -> list[Coefficients] | None:
+    if any(tuple(one) != tuple(shape) for one in shapes):
+        return None
+    if isinstance(operation, ops.Subtract):
+        return [outer, Coefficients(-outer.data, outer.origins)]
+    return [outer] * len(shapes)
+
+
+def _through_concatenation(
+    operation: ops.Concatenate, outer: Coefficients, shapes: Sequence[Shape], shape: Shape
+) -> list[Coefficients] | None:
+    if operation.dim != 0:
+        return None
+    return [Coefficients(part, outer.origins) for part in torch.split(outer.data, [one[0] for one in shapes], dim=3)]
+
+
+_WINDOWED: dict[type[nn.Module], Callable[..., list[Coefficients] | None]] = {
+    nn.Conv2d: _through_convolution,
+    nn.AvgPool2d: _through_average,
+    ops.ScaleShift: _through_scale,
+    ops.Pad: _through_pad,
+    ops.Add: _through_sum,
+    ops.Subtract: _through_sum,
+    ops.Concatenate: _through_concatenation,
+}
 
 
 @dataclass(frozen=True, eq=False)

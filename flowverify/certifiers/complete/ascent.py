@@ -17,7 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.relaxation import Multipliers, Relaxation, linear_bound, lower_bound
+from flowverify.certifiers.complete.relaxation import (
+    Multipliers,
+    Relaxation,
+    adam_step,
+    adam_step_on_sides,
+    linear_bound,
+    lower_bound,
+    relax_gradients,
+    relax_rows,
+)
 from flowverify.certifiers.options import AscentSettings
 
 
@@ -69,8 +78,6 @@ def traced_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: fl
 
 def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
     """By compiled kernels, on the CPU."""
-    from flowverify.certifiers.complete import relaxation_kernel as kernel
-
     problem = relaxation.problem
     constant, on_image, known = _compiled_pass(relaxation, multipliers)
     least = problem.ball.minimum(on_image, multipliers.guess, tolerance, True)
@@ -86,7 +93,7 @@ def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: 
         output, by_alpha, by_gamma = (torch.empty_like(coefficients) for _ in range(3))
         theta = multipliers.theta[layer]
         by_theta = torch.empty_like(theta)
-        kernel.relax_gradients(
+        relax_gradients(
             coefficients.numpy(), relaxation.lower[layer].numpy(), relaxation.upper[layer].numpy(),
             multipliers.alpha[layer].numpy(), *_limits(relaxation, layer), theta.numpy(), *(v.numpy() for v in rest),
             read.numpy(), output.numpy(), by_alpha.numpy(), by_gamma.numpy(), by_theta.numpy(),
@@ -101,8 +108,6 @@ def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: 
 
 def _compiled_pass(relaxation: Relaxation, multipliers: Multipliers) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """The constants, the functions on the image, and of each layer A, rho, U and D; by the compiled kernels."""
-    from flowverify.certifiers.complete import relaxation_kernel as kernel
-
     problem, specification = relaxation.problem, relaxation.problem.specification
     stages, stage = problem.maps.stages, problem.stage
     constant = (specification @ stages[stage].bias).double()
@@ -112,7 +117,7 @@ def _compiled_pass(relaxation: Relaxation, multipliers: Multipliers) -> tuple[Te
         alpha = multipliers.alpha[layer]
         coefficients = carried.pop(layer + 1, torch.zeros_like(alpha))
         rho, steeper, flatter = (torch.empty_like(coefficients) for _ in range(3))
-        kernel.relax_rows(
+        relax_rows(
             coefficients.numpy(), relaxation.lower[layer].numpy(), relaxation.upper[layer].numpy(), alpha.numpy(),
             multipliers.gamma[layer].numpy(), *_limits(relaxation, layer), multipliers.theta[layer].numpy(),
             rho.numpy(), steeper.numpy(), flatter.numpy(), constant.numpy(),
@@ -228,13 +233,11 @@ class Adam:
             value, mean, square = self.values[index], self._means[index], self._squares[index]
             low, high = ((0.0, 1.0), (-torch.inf, torch.inf), (0.0, torch.inf))[kind]
             if compiled:
-                from flowverify.certifiers.complete import relaxation_kernel as kernel
-
                 arrays = (value.numpy(), gradient.numpy(), mean.numpy(), square.numpy())
                 if kind == 1:
-                    kernel.adam_step_on_sides(*arrays, signs[layer].numpy(), keep, keep_square, rate, first, second)
+                    adam_step_on_sides(*arrays, signs[layer].numpy(), keep, keep_square, rate, first, second)
                 else:
-                    kernel.adam_step(*arrays, keep, keep_square, rate, first, second, low, high)
+                    adam_step(*arrays, keep, keep_square, rate, first, second, low, high)
                 continue
             mean.mul_(keep).add_(gradient, alpha=1 - keep)
             square.mul_(keep_square).addcmul_(gradient, gradient, value=1 - keep_square)

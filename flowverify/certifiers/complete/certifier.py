@@ -12,10 +12,9 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.bounds.margins import margin_specification
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
-from flowverify.certifiers.complete.piecewise import relus_only
-from flowverify.certifiers.complete.problem import affine_maps
+from flowverify.certifiers.complete.neuron_bounds import Roots
+from flowverify.certifiers.complete.problem import affine_maps, relus_only
 from flowverify.certifiers.complete.radius_search import RadiusSearch
-from flowverify.certifiers.complete.roots import Roots
 from flowverify.certifiers.complete.tree import LeastMargin, least_margin
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import InvalidInputError, UnknownNameError

@@ -16,7 +16,7 @@ from flowverify.attack.base import AttackedModel
 from flowverify.ball import Threat
 from flowverify.certifiers.options import DEFAULTS, CounterexampleSettings
 from flowverify.network.subject import Subject
-from flowverify.transport.least_budget import least_budget
+from flowverify.transport.support import least_budget
 from flowverify.witness import replayed_price
 
 FLOW_MASS_TOLERANCE = 1e-6  # of what is lost and gained

@@ -22,7 +22,6 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from flowverify.certifiers.complete.counterexamples import NearestCounterexample
-from flowverify.certifiers.complete.deadline import Deadline
 from flowverify.certifiers.complete.neuron_bounds import (
     NeuronBounds,
     improve,
@@ -34,6 +33,7 @@ from flowverify.certifiers.complete.neuron_bounds import (
 from flowverify.certifiers.complete.nodes import TreeNodes, branch, join, most_relaxed, roots
 from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.relaxation import Relaxation, lower_bound
+from flowverify.deadline import Deadline
 from flowverify.grid import Grid
 
 _INFEASIBLE = 2  # SciPy's code

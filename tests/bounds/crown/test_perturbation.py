@@ -13,8 +13,14 @@ from contracts import largest_gain, random_network, samples, sparse_images
 from plans import COSTS, frank_wolfe, plan_gain, plan_samples, power_of
 from torch import Tensor, nn
 
-from flowverify.bounds.crown.backend import BOUND_OPTIONS, VERSION, BoundedModule, BoundedTensor, PerturbationLpNorm
-from flowverify.bounds.crown.bounded import l1_ball
+from flowverify.bounds.crown.backend import (
+    BOUND_OPTIONS,
+    VERSION,
+    BoundedModule,
+    BoundedTensor,
+    PerturbationLpNorm,
+    l1_ball,
+)
 from flowverify.errors import InvalidInputError, UnknownNameError, UnsupportedOperationError
 from flowverify.grid import Grid
 from flowverify.lirpa import PerturbationFlowPolytope, PerturbationWasserstein

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from flowverify.certifiers.complete.deadline import Deadline
+from flowverify.deadline import Deadline
 
 
 class Clock:
