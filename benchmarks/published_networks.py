@@ -42,8 +42,7 @@ from flowverify.attack import make_attack
 from flowverify.network.graph import Network
 from flowverify.network.load import load_network, make_module
 from flowverify.network.reading import ORDER_KEPT, Reading
-from flowverify.network.rounding import is_steep
-from flowverify.network.running_error import SumsOfTerms
+from flowverify.network.rounding import SumsOfTerms, is_steep
 
 BOUNDS = ("ibp", "crown-ibp", "best")
 POINTER = b"version https://git-lfs"

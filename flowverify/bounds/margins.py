@@ -18,8 +18,7 @@ from flowverify.bounds.recipes import ENGINES, Bound, check_bound
 from flowverify.bounds.relaxations import crosses_zero
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network, Node, fold
-from flowverify.network.rounding import is_steep
-from flowverify.network.running_error import RunningError, SumsOfTerms
+from flowverify.network.rounding import RunningError, SumsOfTerms, is_steep
 
 
 class MarginBounds:
@@ -35,7 +34,7 @@ class MarginBounds:
     the margins.
 
     In float64 bounds hold in exact arithmetic: intervals of what activations read are widened as they are found, and
-    margins lowered, by what rounding may have changed in them (:mod:`flowverify.network.running_error`).
+    margins lowered, by what rounding may have changed in them (:mod:`flowverify.network.rounding`).
 
     Args:
         network: in canonical form; it is copied.

@@ -22,8 +22,7 @@ from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import BoundError, SolverError
 from flowverify.network import Network, RoundingBound, load_network
-from flowverify.network.rounding import is_steep
-from flowverify.network.running_error import SumsOfTerms
+from flowverify.network.rounding import SumsOfTerms, is_steep
 from flowverify.network.subject import Subject
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -107,7 +106,7 @@ class BaseCertifier(ABC):
 
         Returns:
             (B,), by :class:`~flowverify.network.rounding.RoundingBound`, or at the images by what they make of the
-            network (:mod:`flowverify.network.running_error`); infinite or NaN where nothing can be proven.
+            network (:mod:`flowverify.network.rounding`); infinite or NaN where nothing can be proven.
         """
         if self._terms is not None and budget is None:
             return self._terms.at(images)

@@ -245,9 +245,9 @@ def test_best_is_at_least_intervals(kind: str, method: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "colour"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
 def test_references_do_not_matter(kind: str, method: str, dtype: torch.dtype, tolerance: float) -> None:
-    # Theory, section 7: R enters through R + A delta_mu = mu alone.
+    # Theory, section 7: R enters through R + A delta_mu = mu alone, and in what is kept back for rounding of the flow.
     network, (images, labels) = network_of(kind), images_of(kind)
     budget = 0.2 * images.flatten(1).sum(1)
     expected = lower_bounds(kind, method, "crown", 0.2, dtype, "flow")

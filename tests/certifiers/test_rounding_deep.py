@@ -18,7 +18,7 @@ from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.recipes import BOUNDS
 from flowverify.network import Network, RoundingBound, from_torch
-from flowverify.network.running_error import RunningError, SumsOfTerms
+from flowverify.network.rounding import RunningError, SumsOfTerms
 
 SEEDS = int(os.environ.get("FLOWVERIFY_DEEP_NETWORKS", "8"))
 DEPTH, WIDTH = 6, 4
@@ -130,7 +130,7 @@ def test_no_bound_is_above_an_exact_value(bound: str) -> None:
 
 def test_without_the_allowance_exact_values_refute_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
-    monkeypatch.setattr("flowverify.network.running_error.gamma", lambda network: 0.0)
+    monkeypatch.setattr("flowverify.network.rounding.gamma", lambda network: 0.0)
     assert violations("ibp", range(SEEDS), Threat())[0]
 
 
@@ -187,7 +187,7 @@ def test_blocks_hold_the_largest_coefficient_of_their_pixels(
     moving = SumsOfTerms(network).start[name][1]
     # Every pixel is of one block, and a neuron's largest coefficient is that of a block.
     assert torch.allclose(moving.amax(0), weight.abs().amax(1), rtol=1e-5)
-    monkeypatch.setattr("flowverify.network.running_error.PRODUCTS", 7 * pixels * 2)
+    monkeypatch.setattr("flowverify.network.rounding.PRODUCTS", 7 * pixels * 2)
     together = SumsOfTerms(network).start[name][1]
     assert bool((together >= moving).all())
     assert bool((together > moving).any())
