@@ -20,8 +20,6 @@ from flowverify.bounds.lifted.support import maximum, maximum_value
 if TYPE_CHECKING:
     from flowverify.bounds.lifted.engine import Relaxation, _Batch
 
-SHORTEST = 3  # steps before the pace of the search says anything
-
 
 @dataclass(frozen=True, eq=False)
 class Chord:
@@ -137,7 +135,7 @@ class MarginSearch:
                 own = torch.where(active, torch.maximum(own, found), own)
                 first = found if step == 0 else first
                 active = active & ~(own > picked.goal)
-                if step >= SHORTEST and self.batch.effort.enough is not None:
+                if step >= engine.shortest and self.batch.effort.enough is not None:
                     reached = torch.maximum(own, found + (found - first) / step * (engine.steps - step))
                     active = active & ~(active & (reached <= 0)).any(1, keepdim=True)
                 if step == engine.steps or not bool(active.any()):
