@@ -125,7 +125,8 @@ class MarginSearch:
         engine = self.batch.engine
         choices = {name: self._start(name, picked) for name in self.chords}
         variables = [tensor.requires_grad_(True) for one in choices.values() for tensor in (one.share, one.slope)]
-        optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95))
+        # Gradients that are rounding alone do not move what they belong to.
+        optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95), eps=1e-5)
         active, own, guess = picked.active, self.best.gather(1, picked.index), self._guess(picked)
         first = own
         for step in range(engine.steps + 1):
