@@ -84,13 +84,16 @@ class EngineOptions:
     alpha_iterations: int = field(default=20, metadata={"help": "steps of alpha-crown's optimisation of slopes"})
     alpha_learning_rate: float = field(default=0.5, metadata={"help": "learning rate of these steps"})
     lifted_steps: int = field(
-        default=10,
+        default=8,
         metadata={"help": "steps up the gradient by which lifted bounds mix rows and chords"},
     )
-    lifted_rate: float = field(default=0.2, metadata={"help": "learning rate of these steps"})
+    lifted_rate: float = field(default=0.3, metadata={"help": "learning rate of these steps"})
     lifted_share: float = field(default=0.9, metadata={"help": "share of rows from which these steps start"})
     lifted_tolerance: float = field(
         default=1e-2, metadata={"help": "relative gap at which lifted bounds stop searching a neuron's multiplier"}
+    )
+    lifted_entries: int = field(
+        default=1 << 22, metadata={"help": "of rows of moves, of all images bounded at once: about what a cache holds"}
     )
     chunk_entries: int = field(
         default=1 << 25, metadata={"help": "images x specifications x widest layer in one backward pass"}
@@ -162,6 +165,7 @@ class Engine(Protocol):
         refines (optional): whether margins of less effort are looser, and cheaper.
         monotone (optional): whether bounds are no looser over a smaller ball, given intervals that are no looser.
         instead_of (optional): engines that a bound does not need beside it.
+        images_at_once (optional): how many images it is fastest with.
         numbers_per_value (optional): how many it holds for each value of the widest layer, if they are more than 128.
 
     Raises, as it is built or as a run goes on:

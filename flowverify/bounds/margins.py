@@ -90,7 +90,9 @@ class MarginBounds:
         }
         widest = max(math.prod(node.shape) for node in self.network.nodes) if self.network.nodes else 1
         held = max(128, *(getattr(engine, "numbers_per_value", 0) for engine in self._engines.values()))
-        self._images_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * held))
+        fastest = min(getattr(engine, "images_at_once", math.inf) for engine in self._engines.values())
+        held_at_once = max(1, self.options.chunk_entries // (max(widest, self.network.grid.pixels) * held))
+        self._images_at_once = int(min(held_at_once, fastest))
 
     @property
     def monotone(self) -> bool:

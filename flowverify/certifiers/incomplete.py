@@ -16,14 +16,12 @@ from flowverify.bounds.engine import Effort, EngineOptions, WarmStart
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.options import IncompleteOptions
-from flowverify.certifiers.radius import SMALLEST, MarginFunction, bracket, confirm, of_rows
+from flowverify.certifiers.radius import MarginFunction, RadiusSettings, bracket, of_rows, prove
 from flowverify.network.subject import surplus
 from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 
 DUALITY_GAP = 1e-6  # relative; what it costs in radius is far below the tolerance of any search
-RAISE = 1.25  # from trial to trial, above a budget that a looser bound has certified
-ROUGH, SEARCHING, CONFIRMING = Effort(rough=True, enough=0.2), Effort(enough=0.2), Effort(enough=1e-4)
 
 
 class Certifier(BaseCertifier):
@@ -60,6 +58,7 @@ class Certifier(BaseCertifier):
         METHODS.check_family(method, INCOMPLETE)
         self.options = IncompleteOptions(bound, domain, tolerance, batch_size)
         super().__init__(model, method, bound, input_shape)
+        self.search_settings = RadiusSettings()
         self._engines: dict[tuple[Threat, torch.dtype], MarginBounds] = {}
 
     def prepare(self, threat: Threat | None = None) -> None:
@@ -174,7 +173,7 @@ class Certifier(BaseCertifier):
         self, ball: Ball, labels: Tensor, tolerance: float, references: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """For each unit of mass, (B,), with the margins at them, (B,): margins fall with the budget about linearly."""
-        threat, count = ball.threat, len(ball)
+        threat, count, search = ball.threat, len(ball), self.search_settings
         limit = threat.cost.budget(threat.largest_radius(ball.grid))
 
         def at(dtype: torch.dtype, cover: Threat, warm_start: WarmStart | None, effort: Effort) -> MarginFunction:
@@ -197,23 +196,52 @@ class Certifier(BaseCertifier):
         if first.cap is not None:
             first, others = others[0], [first, *others[1:]]
         warm, refines = WarmStart(count), self.engine(first, torch.float32).refines
-        searched, rough = (at(torch.float32, first, warm, effort) for effort in (SEARCHING, ROUGH))
-        found = bracket(searched, zero, clean, limit, tolerance, rough=rough if refines else None)
-        found, margin = confirm(at(torch.float64, first, None, CONFIRMING), found, clean, tolerance)
+        searched, rough = (at(torch.float32, first, warm, effort) for effort in (search.searching, search.rough))
+        brackets = bracket(searched, zero, clean, clean, limit, tolerance, search, rough=rough if refines else None)
+        found, margin = prove(at(torch.float64, first, None, search.confirming), brackets, clean, tolerance, search)
         for cover in others:
-            floor = (found * (1 + tolerance)).clamp(min=SMALLEST, max=limit)
-            at_floor = at(torch.float32, cover, None, SEARCHING)(torch.arange(count), floor)
-            better = ((at_floor > 0) & (floor > found)).nonzero().flatten()
+            floor = (found * (1 + tolerance)).clamp(min=search.smallest, max=limit)
+            larger = ball.with_budget(floor.to(ball.mass) * ball.mass).within(cover)
+            open_ = ((floor > found) & ~self._refuted(larger, labels).cpu()).nonzero().flatten()
+            if not open_.numel():
+                continue
+            at_floor = torch.full_like(floor, -torch.inf)
+            at_floor[open_] = at(torch.float32, cover, None, search.searching)(open_, floor[open_])
+            better = (at_floor > 0).nonzero().flatten()
             if not better.numel():
                 continue
             warm = WarmStart(count)
-            searched = of_rows(at(torch.float32, cover, warm, SEARCHING), better)
-            raised = bracket(searched, floor[better], at_floor[better], limit, tolerance, growth=RAISE)
-            exact = of_rows(at(torch.float64, cover, None, CONFIRMING), better)
-            raised, proven = confirm(exact, raised, clean[better], tolerance)
+            searched = of_rows(at(torch.float32, cover, warm, search.searching), better)
+            brackets = bracket(
+                searched, floor[better], at_floor[better], clean[better], limit, tolerance, search, search.raised_growth
+            )
+            exact = of_rows(at(torch.float64, cover, None, search.confirming), better)
+            raised, proven = prove(exact, brackets, clean[better], tolerance, search)
             kept = raised > found[better]
             found[better[kept]], margin[better[kept]] = raised[kept], proven[kept]
         return found, margin
+
+    def _refuted(self, ball: Ball, labels: Tensor) -> Tensor:
+        """Balls (B,) that hold an image of another class, so that no bound has a positive margin: a short search.
+
+        By linear maximisation around one image after another. It spares bounds, and claims nothing.
+        """
+        refuted = torch.zeros(len(ball), dtype=torch.bool, device=ball.images.device)
+        if ball.threat.cap is not None:
+            return refuted  # what maximises a bound need not lie in the ball
+        points = ball.images.double()
+        for _ in range(self.search_settings.refuting_steps + 1):
+            with torch.enable_grad():
+                points = points.detach().requires_grad_(True)
+                above = surplus(self.precise(points), labels)
+                (gradient,) = torch.autograd.grad(above.sum(), points)
+            refuted = refuted | (above.detach() > 0)
+            if bool(refuted.all()):
+                break
+            found = ball.support(gradient.nan_to_num()[:, None], maximiser=True).maximiser
+            assert found is not None
+            points = found[:, 0].double()
+        return refuted
 
     def _certificates(
         self,

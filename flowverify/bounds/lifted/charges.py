@@ -24,6 +24,25 @@ from flowverify.transport.compiled import use_compiled
 
 
 @dataclass(frozen=True)
+class Bend:
+    """What a row above an activation f(z) = max(z, flattest z), 0 <= flattest <= 1, is made of: (B, Q, E) each.
+
+    Attributes:
+        wanted: where there is a bend; the rows of other entries are 0.
+        centre: z0.
+        known: how far from it z is known to get, upward for z0 < 0, downward else.
+        right, left: slopes of the secants; see :mod:`flowverify.bounds.lifted.relaxations`.
+    """
+
+    wanted: Tensor
+    centre: Tensor
+    known: Tensor
+    right: Tensor
+    left: Tensor
+    flattest: float
+
+
+@dataclass(frozen=True)
 class Charges:
     """Charges of each row's moves, of which no m of the ball pays more than 1 in all.
 
@@ -34,6 +53,65 @@ class Charges:
 
     gains: Tensor
     values: Tensor
+
+
+def bent_rows(
+    rows: MoveRows, moves: Moves, images: Tensor, budget: Tensor, feasible: bool, bend: Bend, trust: float
+) -> Tensor:
+    """Rows above f(z) - f(z0), (B, Q, E, ways, C, h, w): less charges, or by secants.
+
+    Args:
+        rows: of each of Q places the first E are above z - z0, the others above z0 - z; on the whole grid they may
+            stand as one place. Their multipliers are those of charges; 0, or None, for secants.
+        trust: secants are taken where z is known to within less than this share of V, or V does not reach the bend.
+    """
+    shape = torch.Size((*bend.centre.shape, *rows.gains.shape[3:]))
+    if not use_compiled("auto", rows.gains):
+        return _bent(rows, moves, images, budget, feasible, bend, trust)
+    from flowverify.bounds.lifted import priced_kernel
+
+    gains, places = rows.gains.detach(), len(rows.origins)
+    flat = gains.reshape(gains.shape[0], -1, gains.shape[3:].numel()).contiguous().numpy()
+    multipliers = torch.zeros(len(images), rows.count) if rows.multipliers is None else rows.multipliers
+    given = multipliers.double().contiguous().numpy()
+    mass, budgets = images.double().flatten(1).contiguous().numpy(), budget.double().numpy()
+    wanted, *values = (
+        value.flatten(1).contiguous().numpy()
+        for value in (bend.wanted, *(v.double() for v in (bend.centre, bend.known, bend.right, bend.left)))
+    )
+    found = np.zeros((len(images), wanted.shape[1], flat.shape[2]), flat.dtype)
+    for index in range(len(images)):
+        priced_kernel.bent_rows(
+            flat[index if len(flat) > 1 else 0], gains.shape[1] == 1 and places > 1,
+            rows.origins.cpu().numpy().astype(np.int64), gains.shape[2], tuple(gains.shape[-2:]),
+            tuple(images.shape[1:]), np.array(moves.offsets), np.array(moves.prices), moves.chained, feasible,
+            mass[index], float(budgets[index]), given[index], 2 * shape[2], wanted[index],
+            *(value[index] for value in values), bend.flattest, trust, found[index],
+        )  # fmt: skip
+    return torch.from_numpy(found).reshape(shape)
+
+
+def _bent(
+    rows: MoveRows, moves: Moves, images: Tensor, budget: Tensor, feasible: bool, bend: Bend, trust: float
+) -> Tensor:
+    """:func:`bent_rows` in torch."""
+
+    def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+        split = values.reshape(len(values), -1, 2, bend.centre.shape[2], *values.shape[3:])
+        return split[:, :, 0], split[:, :, 1]
+
+    centre, known, right, left, wanted = (
+        value[..., None, None, None, None] for value in (bend.centre, bend.known, bend.right, bend.left, bend.wanted)
+    )
+    up, _ = halves(rows.gains)
+    gains = torch.maximum(right * up, left * up)
+    if rows.multipliers is not None:
+        charges = unit_charges(rows, moves, images, budget, rows.multipliers, feasible)
+        less, own = charged(up, halves(charges.gains), halves(charges.values), centre, bend.flattest)
+        # Charges for more than all that the row can do are no smaller than it.
+        pays = (own > 0) & (own >= (1 - bend.flattest) * centre.abs())
+        gains = torch.where(pays & (known >= trust * own), less, gains)
+    return gains * wanted
 
 
 def charged(
@@ -65,7 +143,10 @@ def unit_charges(
     """
     images, budget = images.double(), budget.double()
     if feasible:
-        raised, prices = _prices(rows, moves, images, multipliers.double())
+        whole = whole_grid(MoveRows(rows.gains.detach(), rows.origins), images.shape[-2:]).double()
+        whole = whole * moves.within(images.shape[-2], images.shape[-1], whole.device)
+        whole = whole * (multipliers > 0)[..., None, None, None, None]
+        raised, prices = prices_at(whole.expand(len(images), *whole.shape[1:]), multipliers.double(), moves)
     else:
         raised, prices = multipliers.double(), None
     count, cheapest = images[0].numel(), min(moves.prices)
@@ -95,26 +176,3 @@ def _priced(prices: Tensor, rows: MoveRows, moves: Moves) -> Tensor:
         plane = torch.where(inside[way], prices - ahead, 0.0)
         parts.append(windows_of(plane[:, :, None], rows))
     return torch.cat(parts, 3)
-
-
-def _prices(rows: MoveRows, moves: Moves, images: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """Multipliers (B, Q * R) and prices (B, Q * R, C, H, W) that fulfil the inequalities of each row."""
-    gains = rows.gains.detach()
-    if not use_compiled("auto", gains):
-        whole = whole_grid(rows, images.shape[-2:]).double()
-        whole = whole * moves.within(images.shape[-2], images.shape[-1], whole.device)
-        whole = whole * (multipliers > 0)[..., None, None, None, None]
-        return prices_at(whole.expand(len(images), *whole.shape[1:]), multipliers, moves)
-    from flowverify.bounds.lifted import priced_kernel
-
-    flat = gains.reshape(gains.shape[0], -1, gains.shape[3:].numel()).contiguous().numpy()
-    given = multipliers.contiguous().numpy()
-    raised, prices = np.zeros(given.shape), np.zeros((*given.shape, images[0].numel()))
-    for index, mass in enumerate(images.flatten(1).contiguous().numpy()):
-        priced_kernel.prices_at(
-            flat[index if len(flat) > 1 else 0], gains.shape[1] == 1 and len(rows.origins) > 1,
-            rows.origins.cpu().numpy().astype(np.int64), gains.shape[2], tuple(gains.shape[-2:]),
-            tuple(images.shape[1:]), np.array(moves.offsets), np.array(moves.prices), moves.chained, mass,
-            given[index], 0, given.shape[1], raised[index], prices[index],
-        )  # fmt: skip
-    return torch.from_numpy(raised), torch.from_numpy(prices).reshape(*given.shape, *images.shape[1:])

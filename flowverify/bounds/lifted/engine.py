@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowverify.bounds.engine import Effort, WarmStart
 from flowverify.bounds.intervals import Interval, intersect, propagate
-from flowverify.bounds.lifted.charges import charged, unit_charges
+from flowverify.bounds.lifted.charges import Bend, bent_rows
 from flowverify.bounds.lifted.mixture import Choice, Chord, MarginSearch, mixed
 from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves
 from flowverify.bounds.lifted.relaxations import PoolRelaxation, relax_pool, secants
@@ -78,6 +78,7 @@ class LiftedBounds:
         tolerance: relative gap at which the search for a multiplier stops.
         steps: up the gradient, by which rows and chords are mixed for the margins; 0 for rows alone.
         rate, first_share: of these steps, and the share of rows that they start from.
+        shortest: how many of these steps it takes until their pace says anything.
         trust: rows are made from secants where something else bounds a neuron to less than this share of its own bound.
         chunk_entries: how many entries of rows are held at a time.
 
@@ -96,10 +97,11 @@ class LiftedBounds:
         steps: int = 0,
         rate: float = 0.2,
         first_share: float = 0.9,
+        shortest: int = 3,
         trust: float = 0.9,
         chunk_entries: int = CHUNK_ENTRIES,
     ) -> None:
-        self.steps, self.rate, self.first_share = steps, rate, first_share
+        self.steps, self.rate, self.first_share, self.shortest = steps, rate, first_share, shortest
         self.network = copy.deepcopy(network).to(dtype)
         self.moves, self.trust = moves, trust
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
@@ -227,13 +229,14 @@ class _Batch:
             eye = torch.eye(channels, dtype=dtype, device=device)
             data = torch.cat([eye, -eye])[None, None, :, :, None, None]
             return [_Query(Coefficients(data, part), part, None) for part in torch.split(places, size)]
-        entries = anywhere.flatten().nonzero().flatten()
         size = max(1, self.engine.chunk_entries // (batch * 2 * moves))
+        flat = open_.flatten(1)
+        entries = (~flat).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(flat.sum(1).max())]
         queries = []
-        for part in torch.split(entries, size):
-            units = torch.zeros(len(part), math.prod(shape), dtype=dtype, device=device)
-            units[torch.arange(len(part)), part] = 1
-            data = torch.cat([units, -units]).reshape(1, 1, -1, *shape)
+        for part in torch.split(entries, size, 1):
+            units = torch.zeros(batch, part.shape[1], flat.shape[1], dtype=dtype, device=device)
+            units.scatter_(2, part[..., None], 1.0)
+            data = torch.cat([units, -units], 1).reshape(batch, 1, -1, *shape)
             queries.append(_Query(Coefficients(data, None), None, part))
         return queries
 
@@ -347,31 +350,20 @@ class _Batch:
         lower, upper = self.intervals[name]
         found = secants(operation, lower, centre, upper)
         known = torch.where(centre < 0, upper - centre, centre - lower)
-        parts = []
+        engine, parts = self.engine, []
         for query, rows in chunks:
-            up, _ = query.halves(rows.gains.expand(len(self.images), *rows.gains.shape[1:]))
-
-            def picked(value: Tensor, query: _Query = query) -> Tensor:
-                return query.pick(value)[..., None, None, None, None]
-
-            gains = torch.maximum(picked(found.most_right) * up, picked(found.least_left) * up)
-            if rows.multipliers is not None:
-                charges = unit_charges(
-                    rows, self.engine.moves, self.images, self.budget, rows.multipliers, self.engine.feasible
-                )
-                less, own = charged(
-                    up, query.halves(charges.gains), query.halves(charges.values), picked(centre), flattest
-                )
-                # Charges for more than all that the row can do are no smaller than it.
-                pays = (own > 0) & (own >= (1 - flattest) * picked(centre.abs()))
-                gains = torch.where(pays & (picked(known) >= self.engine.trust * own), less, gains)
-            parts.append((query, rows, gains * picked(bent)))
+            bend = Bend(
+                query.pick(bent), query.pick(centre), query.pick(known), query.pick(found.most_right),
+                query.pick(found.least_left), flattest,
+            )  # fmt: skip
+            gains = bent_rows(rows, engine.moves, self.images, self.budget, engine.feasible, bend, engine.trust)
+            parts.append((query, rows, gains))
         return self._assembled(name, parts)
 
     def _assembled(self, name: str, parts: list[tuple[_Query, MoveRows, Tensor]]) -> StoredRows:
         query, rows, gains = parts[0]
         if query.entries is not None:
-            index = torch.cat([one.entries for one, _, _ in parts if one.entries is not None])
+            index = torch.cat([one.entries for one, _, _ in parts if one.entries is not None], 1)
             return ListedRows(index, torch.cat([part[:, 0] for _, _, part in parts], 1), self.shapes[name])
         channels, height, width = self.shapes[name]
         assert query.places is not None
@@ -379,7 +371,9 @@ class _Batch:
             places = torch.cat([one.places for one, _, _ in parts if one.places is not None])
             at = places[:, 0] * width + places[:, 1]
             index = (torch.arange(channels, device=at.device) * height * width + at[:, None]).flatten()
-            return ListedRows(index, torch.cat([part.flatten(1, 2) for _, _, part in parts], 1), self.shapes[name])
+            return ListedRows(
+                index[None], torch.cat([part.flatten(1, 2) for _, _, part in parts], 1), self.shapes[name]
+            )
         stored = gains.new_zeros(gains.shape[0], height, width, *gains.shape[2:])
         for one, _, part in parts:
             assert one.places is not None
@@ -487,7 +481,12 @@ def has_chord(operation: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Query:
-    """Which entries of a value rows are asked for, upward and downward: places with all channels, or listed entries."""
+    """Which entries of a value rows are asked for, upward and downward.
+
+    Attributes:
+        places: (places, 2), with all channels; or
+        entries: (B, K), of each image's flattened value, in which an entry stands once.
+    """
 
     coefficients: Coefficients
     places: Tensor | None
@@ -498,8 +497,9 @@ class _Query:
 
     def pick(self, value: Tensor) -> Tensor:
         """(B, *shape) -> (B, places, entries)."""
-        if self.places is None:
-            return value.flatten(1)[:, self.entries][:, None]
+        if self.entries is not None:
+            return value.flatten(1).gather(1, self.entries)[:, None]
+        assert self.places is not None
         return value[:, :, self.places[:, 0], self.places[:, 1]].transpose(1, 2)
 
     def halves(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -514,10 +514,10 @@ class _Query:
 
     def put(self, value: Tensor, part: Tensor) -> Tensor:
         """The value with its picked entries replaced."""
+        if self.entries is not None:
+            return value.flatten(1).scatter(1, self.entries, part[:, 0]).reshape(value.shape)
+        assert self.places is not None
         result = value.clone()
-        if self.places is None:
-            result.flatten(1)[:, self.entries] = part[:, 0]
-            return result
         result[:, :, self.places[:, 0], self.places[:, 1]] = part.transpose(1, 2)
         return result
 

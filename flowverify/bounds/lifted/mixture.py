@@ -20,8 +20,6 @@ from flowverify.bounds.lifted.support import maximum, maximum_value
 if TYPE_CHECKING:
     from flowverify.bounds.lifted.engine import Relaxation, _Batch
 
-SHORTEST = 3  # steps before the pace of the search says anything
-
 
 @dataclass(frozen=True, eq=False)
 class Chord:
@@ -127,7 +125,8 @@ class MarginSearch:
         engine = self.batch.engine
         choices = {name: self._start(name, picked) for name in self.chords}
         variables = [tensor.requires_grad_(True) for one in choices.values() for tensor in (one.share, one.slope)]
-        optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95))
+        # Gradients that are rounding alone do not move what they belong to.
+        optimiser = torch.optim.Adam(variables, lr=engine.rate, betas=(0.8, 0.95), eps=1e-5)
         active, own, guess = picked.active, self.best.gather(1, picked.index), self._guess(picked)
         first = own
         for step in range(engine.steps + 1):
@@ -137,7 +136,7 @@ class MarginSearch:
                 own = torch.where(active, torch.maximum(own, found), own)
                 first = found if step == 0 else first
                 active = active & ~(own > picked.goal)
-                if step >= SHORTEST and self.batch.effort.enough is not None:
+                if step >= engine.shortest and self.batch.effort.enough is not None:
                     reached = torch.maximum(own, found + (found - first) / step * (engine.steps - step))
                     active = active & ~(active & (reached <= 0)).any(1, keepdim=True)
                 if step == engine.steps or not bool(active.any()):

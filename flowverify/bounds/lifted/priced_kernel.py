@@ -343,37 +343,85 @@ def solve_rows(
 
 
 @numba.njit(nogil=True, cache=True)
-def prices_at(
+def bent_rows(
     rows: Array, shared: bool, origins: Array, per_origin: int, window: tuple[int, int], shape: tuple[int, int, int],
-    offsets: Array, prices: Array, chained: bool, mass: Array, multipliers: Array, first: int, last: int,
-    raised: Array, found: Array,
+    offsets: Array, prices: Array, chained: bool, feasible: bool, mass: Array, budget: float, multipliers: Array,
+    per_place: int, wanted: Array, centres: Array, known: Array, right: Array, left: Array, flattest: float,
+    trust: float, found: Array,
 ) -> None:  # fmt: skip
-    """Prices y of rows ``first`` to ``last`` at given multipliers, which are raised until all inequalities hold.
+    """Rows above bends of one image; see :func:`flowverify.bounds.lifted.charges.bent_rows`.
 
     Args:
-        multipliers: 0 for rows that are not asked for.
-        raised, found: (N,) and (N, pixels), 0 where nothing is asked for.
+        multipliers: (N,), 0 for rows without charges.
+        per_place: how many of the rows are of one place: half above z - z0, then half above z0 - z.
+        wanted, centres, known, right, left: (N / 2,).
+        found: (N / 2, length of a row); not written to where nothing is wanted, or a move leaves the grid.
     """
-    size, length = shape[0] * shape[1] * shape[2], rows.shape[1]
+    channels, height, width = shape
+    size, length, half = channels * height * width, rows.shape[1], per_place // 2
     y, paid, following = np.zeros(size), np.zeros(size), np.zeros(size, np.int64)
     links, queue, queued = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.bool_)
     touched = np.zeros(size, np.int64)
     entries = (np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length))
-    strides = offsets[:, 0] * shape[2] + offsets[:, 1]
-    for index in range(first, last):
-        multiplier = multipliers[index]
-        if not multiplier > 0.0:
+    strides = offsets[:, 0] * width + offsets[:, 1]
+    cheapest, dearest = prices.min(), prices.max()
+    for entry in range(len(wanted)):
+        if not wanted[entry]:
             continue
+        falling = centres[entry] < 0
+        first = entry // half * per_place + entry % half
+        index = first if falling else first + half
+        upward = rows[first % per_origin] if shared else rows[first]
         row = rows[index % per_origin] if shared else rows[index]
-        at = index // per_origin
+        at, result = first // per_origin, found[entry]
         place = (origins[at, 0], origins[at, 1], window[0], window[1])
-        count = _entries(row, place, shape, offsets, prices, multiplier, entries[0], entries[1], entries[2])
-        _, reached, _, _ = _solve(
-            row, place, shape, offsets, prices, strides, chained, entries, count, multiplier, mass, np.inf, y, paid,
-            following, links, queue, queued, touched,
-        )  # fmt: skip
-        violation = _violation(row, place, shape, offsets, prices, chained, multiplier, y, touched, reached)
-        raised[index] = multiplier + violation / prices.min()
-        for k in range(reached):
-            found[index, touched[k]] = y[touched[k]]
+        if not np.isfinite(upward.sum()):
+            result[:] = np.nan
+            continue
+        multiplier = multipliers[index]
+        value, scale, reached = 0.0, 0.0, 0
+        if multiplier > 0.0:
+            highest, total = 0.0, 0.0
+            if feasible:
+                count = _entries(row, place, shape, offsets, prices, multiplier, entries[0], entries[1], entries[2])
+                _, reached, _, _ = _solve(
+                    row, place, shape, offsets, prices, strides, chained, entries, count, multiplier, mass, np.inf, y,
+                    paid, following, links, queue, queued, touched,
+                )  # fmt: skip
+                violation = _violation(row, place, shape, offsets, prices, chained, multiplier, y, touched, reached)
+                multiplier = multiplier + violation / cheapest
+                for k in range(reached):
+                    total += mass[touched[k]] * y[touched[k]]
+                    highest = max(highest, y[touched[k]])
+            value = (multiplier * budget * (1 + 8 * UNIT) + total) * (1 + 2 * (size + 8) * UNIT)
+            # What rounding of charges may add up to: a move costs at least the cheapest.
+            value += 8 * UNIT * (multiplier * dearest + 2 * highest) * budget / cheapest
+        height_below = (1 - flattest) * abs(centres[entry])
+        # Charges for more than all that the row can do are no smaller than it.
+        if value > 0.0 and value >= height_below and known[entry] >= trust * value:
+            scale = height_below / value * (1 - 8 * UNIT)
+        for way in range(len(prices)):
+            fee = multiplier * prices[way]
+            for channel in range(channels):
+                for a in range(place[2]):
+                    i, goal_i = place[0] + a, place[0] + a + offsets[way, 0]
+                    if min(i, goal_i) < 0 or max(i, goal_i) >= height:
+                        continue
+                    here, there = (channel * height + i) * width, (channel * height + goal_i) * width
+                    line = ((way * channels + channel) * place[2] + a) * place[3]
+                    for b in range(place[3]):
+                        j, goal_j = place[1] + b, place[1] + b + offsets[way, 1]
+                        if min(j, goal_j) < 0 or max(j, goal_j) >= width:
+                            continue
+                        gain = upward[line + b]
+                        if scale == 0.0:
+                            result[line + b] = max(right[entry] * gain, left[entry] * gain)
+                            continue
+                        charge = fee + y[here + j]
+                        if chained:
+                            charge -= y[there + goal_j]
+                        if falling:
+                            result[line + b] = max(flattest * gain, gain - scale * charge)
+                        else:
+                            result[line + b] = max(gain, flattest * gain - scale * charge)
         _clear(y, touched, reached)

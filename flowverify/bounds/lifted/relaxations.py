@@ -295,7 +295,7 @@ def _rows(
     oh, ow, channels = total.shape[1:4]
     flat = total.permute(0, 3, 1, 2, *range(4, total.ndim)).flatten(1, 3)
     entries = torch.arange(flat.shape[1], device=flat.device)
-    return ListedRows(entries, flat, (channels, oh, ow))
+    return ListedRows(entries[None], flat, (channels, oh, ow))
 
 
 def _by_entry(members: StoredRows) -> Tensor:
@@ -304,5 +304,5 @@ def _by_entry(members: StoredRows) -> Tensor:
     channels, height, width = members.shape
     gains = members.gains
     full = gains.new_zeros(gains.shape[0], channels * height * width, *gains.shape[2:])
-    full[:, members.index] = gains
+    full[torch.arange(len(full), device=full.device)[:, None], members.index] = gains
     return full.reshape(len(full), channels, height * width, *full.shape[2:]).transpose(1, 2)

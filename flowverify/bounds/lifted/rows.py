@@ -275,7 +275,7 @@ class ListedRows:
     """Rows on the whole grid above some entries of a value.
 
     Attributes:
-        index: (K,), the entries in the flattened value.
+        index: (B or 1, K), the entries in each image's flattened value.
         gains: (B, K, ways, C, H, W).
     """
 
@@ -285,8 +285,10 @@ class ListedRows:
 
     def combine(self, outer: Coefficients) -> MoveRows:
         """The rows of sums with coefficients >= 0 of the entries."""
-        own = outer.whole(self.shape).data.flatten(3)[..., self.index]  # (B, 1, R, K)
-        total = own[:, 0] @ self.gains.flatten(2)
+        own, index = outer.whole(self.shape).data.flatten(3)[:, 0], self.index[:, None]  # (B, R, entries)
+        batch = max(len(own), len(index))
+        own = own.expand(batch, -1, -1).gather(2, index.expand(batch, own.shape[1], -1))
+        total = own @ self.gains.flatten(2)
         origins = torch.zeros(1, 2, dtype=torch.long, device=own.device)
         return MoveRows(total.reshape(len(total), 1, -1, *self.gains.shape[2:]), origins)
 

@@ -29,7 +29,10 @@ SETS = pytest.mark.parametrize("moves", [NEIGHBOURS, CHAINS, WINDOW], ids=["l1",
 def test_no_flow_is_charged_more_than_one(
     moves: Moves, kind: str, feasible: bool, compiled: bool, settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also at multipliers at which prices do not settle; and at the best one V is the largest gain."""
+    """Also at multipliers at which prices do not settle; and at the best one V is the largest gain.
+
+    The compiled kernel returns rows only: 0 below a line that is far below gives their charges back.
+    """
     shape = (2, 4, 3)
     images, share = sparse_images(shape, 2, 5), (0.05, 1.0)
     budget = torch.tensor(share, dtype=torch.float64) * images.flatten(1).sum(1)
@@ -38,6 +41,12 @@ def test_no_flow_is_charged_more_than_one(
     found = maximum(rows, images, budget, moves=moves, feasible=feasible, tolerance=1e-9)
     multipliers = found.multiplier * (1 if settled else 0.3)
     unit = charges.unit_charges(rows, moves, images, budget, multipliers, feasible)
+    if compiled:
+        both = torch.cat([torch.full_like(rows.gains, -10.0), rows.gains], 2)
+        whole = MoveRows(both, ORIGIN, torch.cat([0 * multipliers, multipliers], 1))
+        one = torch.ones(2, 1, 4, dtype=torch.float64)
+        bend = charges.Bend(one > 0, 1e-6 * one, torch.inf * one, one, one, 0.0)
+        unit = replace(unit, gains=-1e6 * charges.bent_rows(whole, moves, images, budget, feasible, bend, 0.9))
     far = 10 * budget.sum() + images.sum()  # what pixels would have to hold to forget that they are nonnegative
     for image in range(2):
         ball = images[image] if feasible else images[image] + far
@@ -49,7 +58,7 @@ def test_no_flow_is_charged_more_than_one(
             elif feasible:  # without positivity charges at a multiplier are sound as they are
                 assert largest(moves, own, ball, float(budget[image])) <= 1 + 1e-9
                 gains = rows.gains[0, 0, row] * moves.within(*shape[1:])
-                assert (unit.values[image, 0, row] * own >= gains - 1e-9).all()
+                assert compiled or (unit.values[image, 0, row] * own >= gains - 1e-9).all()
 
 
 def test_windows_are_charged_as_the_whole_grid() -> None:
@@ -70,6 +79,39 @@ def test_windows_are_charged_as_the_whole_grid() -> None:
         assert (full.gains[:, 0] * ~inside.bool() * moves.within(*shape[1:]) >= -1e-12).all()
 
 
+@SETS
+@pytest.mark.parametrize("feasible", [True, False])
+@pytest.mark.parametrize("grown", [True, False])
+def test_compiled_rows_are_those_of_torch(
+    moves: Moves, feasible: bool, grown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At several places, or on the whole grid for all of them; by charges, by secants, and where nothing is wanted."""
+    shape, origins = (2, 6, 7), torch.tensor([[0, 0], [-1, 3], [4, 5]])
+    images, budget = sparse_images(shape, 2, 1), torch.tensor([0.5, 3.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    gains = 2 * random(2, 3, 4, len(moves), 2, 3, 4) - 1
+    rows = MoveRows(gains, origins)
+    if grown:
+        rows = MoveRows(whole_grid(rows, shape[1:])[:, None], ORIGIN)
+    multipliers = maximum(rows, images, budget, moves=moves, feasible=feasible, tolerance=1e-9).multiplier
+    rows = replace(rows, multipliers=torch.where(random(2, 12) < 0.2, 0.0, multipliers))
+    right, left = random(2, 3, 2), random(2, 3, 2)
+    bend = charges.Bend(random(2, 3, 2) < 0.8, random(2, 3, 2) - 0.5, 4 * random(2, 3, 2), right, left, 0.1)
+    found = {}
+    for compiled in (True, False):
+        monkeypatch.setattr(charges, "use_compiled", lambda backend, gains, compiled=compiled: compiled)
+        made = charges.bent_rows(rows, moves, images, budget, feasible, bend, 0.9)
+        assert made.shape[:3] == (2, 3, 2)
+        placed = MoveRows(made.flatten(1, 2)[:, None] if grown else made, rows.origins)
+        found[compiled] = whole_grid(placed, shape[1:]) * moves.within(*shape[1:])
+    torch.testing.assert_close(found[True], found[False], rtol=1e-7, atol=1e-9)
+    assert (found[True] != 0).any()
+
+
 def first_rows(network: Network, image: Tensor, budget: Tensor, **options: Any) -> tuple[Tensor, Relaxation, Tensor]:
     """The rows above the first activation, with gains (K, moves), its relaxation, and the rows of what it reads."""
     ball = engine._Batch(LiftedBounds(network, tolerance=1e-9, **options), image, budget, {})
@@ -80,9 +122,9 @@ def first_rows(network: Network, image: Tensor, budget: Tensor, **options: Any) 
     assert isinstance(relaxation, Relaxation)
     stored = relaxation.rows_above
     assert isinstance(stored, ListedRows)
-    weight = network.nodes[1].operation.get_parameter("weight")[stored.index].reshape(-1, *network.input_shape)
+    weight = network.nodes[1].operation.get_parameter("weight")[stored.index[0]].reshape(-1, *network.input_shape)
     used = stored.gains[0].flatten(1).abs().sum(1) > 0
-    z0 = ball.values[node.inputs[0]][0, stored.index][used]
+    z0 = ball.values[node.inputs[0]][0, stored.index[0]][used]
     moves = options.get("moves", NEIGHBOURS)
     return stored.gains[0].flatten(1)[used], z0, moves.gains(weight).flatten(1)[used]
 
@@ -155,5 +197,7 @@ def test_charges_that_are_too_high_are_caught(monkeypatch: pytest.MonkeyPatch) -
         return False
 
     assert not caught()
-    monkeypatch.setattr(engine, "unit_charges", doubled)
+    monkeypatch.setattr(charges, "use_compiled", lambda backend, gains: False)
+    assert not caught()
+    monkeypatch.setattr(charges, "unit_charges", doubled)
     assert caught()
