@@ -316,7 +316,7 @@ class TestGround:
             and not torch.equal(king, l1)
         )
         bounded = fv.certified_radius(network, images, labels, ground=self.NAME)
-        torch.testing.assert_close(bounded, king, rtol=0.011, atol=0)
+        torch.testing.assert_close(bounded, king, rtol=0.015, atol=0)
         nearest = fv.find_adversarial(network, images, labels, ground=self.NAME)
         assert bool((nearest.radius >= king).all())
 

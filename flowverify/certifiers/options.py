@@ -35,7 +35,7 @@ class IncompleteOptions:
 
     bound: str = option("best", f"{', '.join(list(BOUNDS)[:-1])} or {list(BOUNDS)[-1]}.")
     domain: str = option("auto", f"Where CROWN runs: {', '.join(DOMAINS[:-1])} or {DOMAINS[-1]}.")
-    tolerance: float = option(0.01, "Of a searched radius, relative.")
+    tolerance: float = option(0.01, "Of a searched radius, relative; ends are predicted to it.")
     batch_size: int = option(100, "Images whose radii are searched together.")
 
     def __post_init__(self) -> None:

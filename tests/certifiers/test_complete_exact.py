@@ -196,7 +196,7 @@ def test_where_float32_rounds_the_first_counterexamples_away_a_bracket_says_so()
         min(exact_margins(copy.deepcopy(network).double(), image, 0, budget))
         for budget in (search.proven, search.undecided, search.upper / 1.01)
     )
-    assert before > -1e-6 and abs(at) < 1e-5 and -2e-4 < beyond < 0
+    assert before > -1e-6 and abs(at) < 5e-5 and -2e-4 < beyond < 0  # the bracket is 1% wide
     found = certifier.search(image[None], torch.tensor([0]))[0]
     assert found.note.endswith(
         f"from radius {search.radius(search.undecided):.6g} on, a tie to within rounding of torch.float32"
