@@ -20,7 +20,6 @@ from torch import nn
 import flowverify as fv
 from benchmarks.soundness.claims import BEYOND_TIE, BRACKET, Claim, failures
 from benchmarks.soundness.exact import least_radius, magnitudes
-from benchmarks.soundness.networks import Normalise
 from benchmarks.soundness.question import Question
 from benchmarks.soundness.tally import Tally
 from flowverify.ball import Threat
@@ -28,6 +27,8 @@ from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import FlowverifyError
 from flowverify.network import Network, load_network
+from flowverify.network.graph import exact_constants
+from flowverify.network.reading import Reading
 from flowverify.registry import COMPLETE, INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 
@@ -100,19 +101,19 @@ class Case:
         """The network as a user brings it: the module, sometimes by way of an ONNX file."""
         with self._guarded("reading"):
             network = load_network(self.given.drawn.module, self.given.shape)
-            if self.given.dice.random() < 0.4 and self._fits_a_file():
+            if self.given.dice.random() < 0.4 and self._fits_a_file(network):
                 with tempfile.TemporaryDirectory() as folder, self._guarded("ONNX"):
                     path = Path(folder) / "network.onnx"
                     fv.write_onnx(network, path)
-                    network = load_network(path)
+                    network = load_network(path, reading=Reading(layout="nchw"))
             return network
         return None
 
-    def _fits_a_file(self) -> bool:
+    def _fits_a_file(self, network: Network) -> bool:
         """Whether an ONNX file, which holds float32, has this very network, and not one with rounded constants."""
         steps = self.given.drawn.oracle.steps
         slopes = [step.negative_slope for step in steps if isinstance(step, nn.LeakyReLU)]
-        computed = any(isinstance(step, nn.BatchNorm1d | nn.BatchNorm2d | Normalise) for step in steps)
+        computed = any(exact_constants(node.operation) for node in network.nodes)
         single = all(float(torch.tensor(slope, dtype=torch.float32)) == slope for slope in slopes)
         return self.given.drawn.dtype == torch.float32 and single and not computed
 
