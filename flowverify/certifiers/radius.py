@@ -198,10 +198,13 @@ class Bracket:
         return math.log(self.high / self.low) if self.low > 0 and self.high < math.inf else math.inf
 
     def _nearest(self) -> list[tuple[float, float]]:
-        """The two evaluations whose margins are nearest to zero, away from the clean margin."""
+        """The two evaluations on both sides of zero, else those with margins nearest to it, away from the clean one."""
         points = self._points
         if self.clean > 0:
             points = [(radius, margin) for radius, margin in points if radius > 0 and margin < self.clean]
+        below, above = ([one for one in points if (one[1] > 0) is positive] for positive in (True, False))
+        if below and above and max(below)[0] < min(above)[0]:
+            points = [max(below), min(above)]
         return sorted(points, key=lambda point: abs(point[1]))[:2]
 
     def _exponent(self) -> float:
@@ -301,7 +304,7 @@ def prove(
                     raises[k] -= 1
                     trials[k] = min(inside, brackets[k].limit)
             elif not found[k] > 0:
-                raises[k] = 0
+                raises[k] = min(raises[k], 1)
                 lower = budget * (1 - steps[k])
                 lower, steps[k] = min(lower, inside) if inside > budget / 2 else lower, min(2 * steps[k], 0.5)
                 if lower >= settings.smallest:
