@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from flowverify.attack.base import MISCLASSIFIED, AttackedModel, AttackResult, BaseAttack, join
+from flowverify.attack.base import AttackResult, BaseAttack, join
 from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.errors import InvalidInputError
@@ -151,8 +151,7 @@ class TargetedAttack:
     """
 
     def __init__(self, model: nn.Module, target: int, make: Callable[[nn.Module], BaseAttack]) -> None:
-        self.model, self.target, self._make, self._module = AttackedModel(model), target, make, model
-        make(model)  # what is wrong with its options comes out here
+        self.target, self._make, self._module, self._whole = target, make, model, make(model)
 
     def check(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> tuple[Tensor, Tensor]:
         """Images as a valid batch in float64, and labels, none of which is the target.
@@ -161,10 +160,10 @@ class TargetedAttack:
             InvalidInputError: as :meth:`flowverify.network.subject.Subject.check`; a target that is no class, or the
                 label of an image.
         """
-        images, labels = self.model.check(images, labels, threat)
+        images, labels = self._whole.check(images, labels, threat)
         if len(images):
-            check_target(self.target, labels, self.model.classes(images))
-        return images.double(), labels
+            check_target(self.target, labels, self._whole.model.classes(images))
+        return images, labels
 
     def run(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> AttackResult:
         """As :meth:`flowverify.attack.base.BaseAttack.run`."""
@@ -185,29 +184,18 @@ class TargetedAttack:
         images, labels = self.check(images, labels, threat)
         if not len(images):
             raise InvalidInputError("images: given none, expected at least one")
-        parts, order = [], []
-        predictions, right = self.model.clean(images, labels)
-        for label, rows in _groups(labels):
+        right = self._whole.model.clean(images, labels)[1]
+        wrong = (~right).nonzero().flatten()
+        # The attack on the whole network says which class those are given that are misclassified, and searches nothing.
+        parts = [ask(self._whole, images[wrong], labels[wrong])] if len(wrong) else []
+        order = wrong.tolist()
+        for label, group in _groups(labels[right]):
+            rows = right.nonzero().flatten()[group]
             found = ask(self._make(two_answers(self._module, label, self.target)), images[rows], torch.zeros_like(rows))
             names = torch.tensor([label, self.target], device=rows.device)
-            found = replace(found, label=names[found.label], prediction=names[found.prediction])
-            parts.append(_as_misclassified(found, images[rows], predictions[rows], right[rows]))
+            parts.append(replace(found, label=names[found.label], prediction=names[found.prediction]))
             order += rows.tolist()
         return _reordered(join(parts), order)
-
-
-def _as_misclassified(found: AttackResult, images: Tensor, predictions: Tensor, right: Tensor) -> AttackResult:
-    """The result, where images that the whole network misclassifies are so, and not attacked."""
-    return replace(
-        found,
-        images=torch.where(right[:, None, None, None], found.images, images),
-        radius=torch.where(right, found.radius, 0.0),
-        prediction=torch.where(right, found.prediction, predictions),
-        outcome=tuple(
-            word if known else MISCLASSIFIED for word, known in zip(found.outcome, right.tolist(), strict=True)
-        ),
-        note=tuple(note if known else "" for note, known in zip(found.note, right.tolist(), strict=True)),
-    )
 
 
 def _reordered(found: AttackResult, order: list[int]) -> AttackResult:
