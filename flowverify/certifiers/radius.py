@@ -138,12 +138,13 @@ class Bracket:
             return min(self.limit, self._further())
         estimate = self._estimate()
         inside, step = 0.45 * self.tolerance, 0.95 * self.tolerance
-        if self.sure and self.low < estimate < self.high and self._slow < 2:
+        if self.high * (1 - inside) < estimate < self.high:
+            # Once: margins that are just below zero for long predict the last trial again and again.
+            trial = math.nan if self._slow else self.high / (1 + step)
+        elif self.sure and self.low < estimate < self.high and self._slow < 2:
             trial = estimate
         elif self.low > 0 and self.low < estimate < self.low * (1 + self.tolerance):
             trial = self.low * (1 + step)
-        elif self.high * (1 - inside) < estimate < self.high:
-            trial = self.high / (1 + step)
         elif self._slow < 2:
             trial = estimate * (1 - inside)
         else:
@@ -176,7 +177,7 @@ class Bracket:
 
     def update(self, radius: float, margin: float) -> None:
         """Takes in the margin at a trial; anything but a positive number counts as not certified."""
-        before = self._width()
+        before, high = self._width(), self.high
         if margin > 0:
             self.low, self.low_margin = radius, margin
         else:
@@ -184,7 +185,8 @@ class Bracket:
         if math.isfinite(margin):
             self._points.append((radius, margin))
         self._trials += 1
-        self._slow = self._slow + 1 if self._width() > before / 2 else 0
+        slow = self._width() > before / 2 if self.low > 0 else self.high > 0.8 * high
+        self._slow = self._slow + 1 if slow else 0
 
     def learn(self, radius: float, margin: float) -> float:
         """Where the zero of similar margins is thought to be, given one more of them; only the exponent is kept."""

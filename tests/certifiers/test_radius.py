@@ -170,6 +170,16 @@ def test_margins_with_a_kink_are_searched_to_near_their_zero(kink: float, bend: 
     assert (found >= 0.97 * ZEROS).all(), found / ZEROS
 
 
+def test_margins_that_are_just_below_zero_for_long_are_left_behind() -> None:
+    """As where two logits are zero together: a prediction between the image and a trial is no better than the trial."""
+    search = Bracket(0.0, 0.1, 1.2, 0.02, 0.63, 1e-7)
+    trials = 0
+    while not search.finished and trials < 20:
+        trial, trials = search.trial(), trials + 1
+        search.update(trial, 0.1 - trial if trial < 0.1 else -1e-11)
+    assert search.finished and 0.098 < search.low < 0.1
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_proven_has_a_positive_margin_where_searches_were_wrong(seed: int) -> None:
     """Margins in the end are other ones: smaller, larger, rough, or not a number."""
