@@ -6,9 +6,11 @@ at a cost of at most ``budget`` (mass times l1 distance).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 import scipy.sparse
 import torch
 from scipy.optimize import linprog
@@ -18,6 +20,12 @@ from flowverify.network import Network
 from flowverify.network.graph import INPUT
 
 HIGHS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+
+
+def quick(values: Iterable[Any], count: int) -> list[Any]:
+    """Values of a parameter; all but the first ``count`` are slow: they repeat a check on other seeds or cases."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=[] if at < count else [pytest.mark.slow]) for at, row in enumerate(rows)]
 
 
 def incidence(channels: int, height: int, width: int) -> scipy.sparse.csr_array:

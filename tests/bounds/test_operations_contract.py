@@ -183,20 +183,22 @@ ALL = cases()
 
 
 def each_once(cases: list[Case]) -> list[Any]:
-    """The cases as parameters; of each operation and shape, each choice of options and each place is quick once."""
-    groups: dict[Any, tuple[dict[str, None], dict[str, None]]] = {}
+    """The cases as parameters; of each operation, each choice of options and each place is quick once."""
+    groups: dict[type[nn.Module], list[Case]] = {}
     for case in cases:
-        choices, places = groups.setdefault((type(case.operation), case.shape), ({}, {}))
-        choices[str(case.operation)] = places[case.place] = None
-    quick = set()
-    for (kind, shape), (choices, places) in groups.items():
-        for turn in range(max(len(choices), len(places))):
-            quick.add((kind, shape, [*choices][turn % len(choices)], [*places][turn % len(places)]))
-    return [
-        pytest.param(case, id=str(case), marks=[] if key in quick else [pytest.mark.slow])
-        for case in cases
-        for key in [(type(case.operation), case.shape, str(case.operation), case.place)]
-    ]
+        groups.setdefault(type(case.operation), []).append(case)
+    quick: set[int] = set()
+    for group in groups.values():
+        choices, places = set[str](), set[tuple[str, tuple[int, ...]]]()
+        # First those that show two new things at once.
+        for new in (2, 1):
+            for case in group:
+                choice, place = str(case.operation), (case.place, case.shape)
+                if (choice not in choices) + (place not in places) >= new:
+                    quick.add(id(case))
+                    choices.add(choice)
+                    places.add(place)
+    return [pytest.param(case, id=str(case), marks=[] if id(case) in quick else [pytest.mark.slow]) for case in cases]
 
 
 def first_of_each(cases: list[Case]) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contracts import quick
 from plans import frank_wolfe
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     return network, images, network(images).argmax(1)
 
 
-@pytest.mark.parametrize(("ground", "cap"), THREATS)
+@pytest.mark.parametrize(("ground", "cap"), quick(THREATS, 2))
 def test_certified_below_attacked(problem: tuple[nn.Module, Tensor, Tensor], ground: str, cap: float | None) -> None:
     network, images, labels = problem
     certifier = Certifier(network, bound="crown-ibp" if cap else "best", input_shape=(3, 32, 32))

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from contracts import quick
 from typer.testing import CliRunner
 
 import flowverify as fv
@@ -17,10 +18,7 @@ from tests.export.exact import least_misclassifying_budget, small_image, small_n
 
 needs_marabou = pytest.mark.skipif(bool(marabou_missing()), reason=marabou_missing() or "Marabou is there")
 ENCODINGS = ("cuts", "linear", "outputs", "penalty")
-CASES = [
-    pytest.param(seed, "linear" if seed % 2 else "convolution", marks=[pytest.mark.slow] if seed >= 4 else [])
-    for seed in range(20)
-]
+CASES = quick([(seed, "linear" if seed % 2 else "convolution") for seed in range(20)], 2)
 
 
 def case(seed, kind):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contracts import descend, exact_margins, largest_gain, margins_at, random_network, samples, sparse_images
+from contracts import descend, exact_margins, largest_gain, margins_at, quick, random_network, samples, sparse_images
 from torch import Tensor, nn
 
 import flowverify as fv
@@ -43,7 +43,7 @@ def margins_by(
     return MarginBounds(network, threat, bound, dtype=torch.float64).margins(threat.ball(images, budget), labels)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", quick(range(4), 2))
 def test_never_above_the_exact_least_margin(part: int) -> None:
     gap = []
     for seed in range(part, 40, 4):
@@ -129,7 +129,7 @@ def by_relus(network: Network, slope: float) -> Network:
     return found
 
 
-@pytest.mark.parametrize("slope", [-3.0, 0.3, *(pytest.param(slope, marks=pytest.mark.slow) for slope in (-0.5, 3.0))])
+@pytest.mark.parametrize("slope", quick([-3.0, 0.3, -0.5, 3.0], 1))
 def test_no_slope_of_the_left_piece_takes_a_bound_above_the_least_margin(slope: float) -> None:
     """Negative ones, too, which take rows downward to the upper side."""
     layers = [nn.Flatten(), nn.Linear(9, 2), nn.LeakyReLU(slope), nn.Linear(2, 2), nn.LeakyReLU(slope), nn.Linear(2, 3)]
