@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_complete_bounds import reached, single_ball
+from test_neuron_bounds import reached, single_ball
 from test_joint_limits import limited
 
 from flowverify.certifiers.complete.ascent import Adam, compiled_slope, slope, traced_slope, values
