@@ -137,7 +137,8 @@ def evaluate(
     )
     for k in range(price.size):
         price[k] = multiplier[k % LANES]
-    value[:] = base
+    for k in range(value.size):
+        value[k] = base[k]
     steps[:] = 0
     items = LANES * value.itemsize // 16
     plane, plane_wide = height * width * LANES, height * width * items
@@ -181,6 +182,13 @@ def _next_multiplier(
 
 
 @numba.njit(nogil=True, cache=True)
+def _put(row: Array, numbers: tuple[float, ...]) -> None:
+    """Number by number: whole rows take seconds to compile, as what could not be assigned is put into words."""
+    for k in range(len(numbers)):
+        row[k] = numbers[k]
+
+
+@numba.njit(nogil=True, cache=True)
 def solve_problems(
     coefficients: Array, mass: Array, columns: Array, holders: Array, holder_mass: Array, budget: float,
     guesses: Array, tolerance: float, shape: tuple[int, int, int], first: int, last: int,
@@ -204,7 +212,7 @@ def solve_problems(
         for lane in range(LANES):
             limit = np.float64(lipschitz[lane])
             best[lane], best_at[lane] = limit * budget, limit
-            side[lane] = -1.0, 0.0, 0.0, limit, limit * budget, budget
+            _put(side[lane], (-1.0, 0.0, 0.0, limit, limit * budget, budget))
             done[lane] = limit == 0.0 or budget == 0.0 or lane >= used
         for step in range(MAX_STEPS):
             pending = False
@@ -304,7 +312,8 @@ def maximise_problems(
             for lane in range(LANES):
                 trial[lane] = max(0.0, brackets[start + lane, side]) if lane < used else 0.0
             evaluate(base, trial, shape, columns, holders, holder_mass, buffers, gain, cost[side])
-            reach[side] = buffers[0].reshape(holder_mass.size, LANES)
+            for k in range(buffers[0].size):
+                reach[side, k // LANES, k % LANES] = buffers[0][k]
         for lane in range(used):
             problem = start + lane
             budget = budgets[problem]
@@ -316,7 +325,8 @@ def maximise_problems(
             if brackets[problem, 0] >= 0 and far > near:
                 share = min(1.0, (budget - near) / (far - near))
             moved = maximisers[problem]
-            moved[:] = mass
+            for k in range(moved.size):
+                moved[k] = mass[k]
             if kept:
                 _lead(coefficients[problem], holder_mass, pixels, reach[1, :, lane], 1 - share, shape, moved)
             if share > 0:
@@ -343,8 +353,8 @@ def solve_least_budgets(
         load(coefficients, start, used, base, shape)
         lipschitz_constants(base, shape, lipschitz)
         for lane in range(LANES):
-            near[lane] = np.float64(lipschitz[lane]), 0.0, 0.0
-            far[lane] = -1.0, np.inf, 0.0
+            _put(near[lane], (np.float64(lipschitz[lane]), 0.0, 0.0))
+            _put(far[lane], (-1.0, np.inf, 0.0))
             done[lane] = lane >= used or targets[start + lane] <= 0
             trial[lane] = 0.5 * lipschitz[lane]
         for _ in range(MAX_STEPS):
@@ -361,18 +371,18 @@ def solve_least_budgets(
                     if here == 0:  # every source is at its argmax, and that is not enough
                         done[lane] = True
                         continue
-                    near[lane] = here, spent, gain
+                    _put(near[lane], (here, spent, gain))
                     trial[lane] = 0.5 * here if here > 1e-3 * lipschitz[lane] else 0.0
                     continue
                 if far[lane, 0] < 0:
-                    far[lane] = here, spent, gain
+                    _put(far[lane], (here, spent, gain))
                 elif spent <= near[lane, 1] or spent >= far[lane, 1]:
                     done[lane] = True  # nothing above the chord: near and far are neighbours
                     continue
                 elif gain < target:
-                    near[lane] = here, spent, gain
+                    _put(near[lane], (here, spent, gain))
                 else:
-                    far[lane] = here, spent, gain
+                    _put(far[lane], (here, spent, gain))
                 chord = (far[lane, 2] - near[lane, 2]) / (far[lane, 1] - near[lane, 1])
                 done[lane] = not far[lane, 0] < chord < near[lane, 0]
                 trial[lane] = chord

@@ -174,7 +174,8 @@ def _framed(shape: tuple[int, int, int], offsets: Array) -> Array:
         for i in range(height):
             for j in range(width):
                 if 0 <= i + DOWNWARD[way] < height and 0 <= j + RIGHTWARD[way] < width:
-                    gains[way, :, i + 1, j + 1] = 0.0
+                    for channel in range(channels):
+                        gains[way, channel, i + 1, j + 1] = 0.0
     return gains.reshape(-1)
 
 
@@ -272,7 +273,7 @@ def solve_rows(
     mass_of: Array, budget: float, feasible: bool, enough: Array, guesses: Array, tolerance: float, first: int,
     last: int, values: Array, multipliers: Array, flows: Array,
 ) -> None:  # fmt: skip
-    """Solves rows ``first`` to ``last`` of one image, rows (N, 4 * C * window).
+    """Solves rows ``first`` to ``last`` of one image, rows (N, 4 * C * window), in float64.
 
     Args:
         shared: the same rows, (per_origin, ...), stand at every origin.
@@ -284,13 +285,16 @@ def solve_rows(
     pixels = channels * (height + 2) * (width + 2)
     offsets = np.array([1, -1, width + 2, -width - 2])
     gains, mass = _framed(shape, offsets), np.zeros(pixels)
-    mass.reshape((channels, height + 2, width + 2))[:, 1:-1, 1:-1] = mass_of.reshape((channels, height, width))
+    for pixel in range(channels * height * width):
+        channel, i, j = pixel // (height * width), pixel // width % height, pixel % width
+        mass[(channel * (height + 2) + i + 1) * (width + 2) + j + 1] = mass_of[pixel]
     y, steps, following = np.zeros(pixels), np.zeros(pixels, np.int64), np.zeros(pixels, np.int64)
     queue, queued, touched = np.zeros(pixels, np.int64), np.zeros(pixels, np.bool_), np.zeros(pixels, np.int64)
     starts = np.empty(rows.shape[1], np.int64)
     longest = 2 * (height + width)
     inflated = 1 + (channels * height * width + 8) * 2 * UNIT
-    place, placed = (0, 0, window[0], window[1]), False
+    nowhere = np.int64(0)
+    place, placed = (nowhere, nowhere, window[0], window[1]), False
     for index in range(first, last):
         if enough[index] == np.inf:
             values[index], multipliers[index] = np.inf, 0.0

@@ -227,12 +227,21 @@ def _best_pair(
 
 
 @numba.njit(nogil=True, cache=True)
+def _strides(offsets: Array, width: int) -> Array:
+    """By how many pixels moves lead on in a channel."""
+    strides = np.empty(len(offsets), np.int64)
+    for way in range(len(offsets)):
+        strides[way] = offsets[way, 0] * width + offsets[way, 1]
+    return strides
+
+
+@numba.njit(nogil=True, cache=True)
 def solve_rows(
     rows: Array, shared: bool, origins: Array, per_origin: int, window: tuple[int, int], shape: tuple[int, int, int],
     offsets: Array, prices: Array, chained: bool, mass: Array, budget: float, enough: Array, guesses: Array,
     tolerance: float, first: int, last: int, values: Array, multipliers: Array, flows: Array,
 ) -> None:  # fmt: skip
-    """Solves rows ``first`` to ``last`` of one image, rows (N, ways * C * window).
+    """Solves rows ``first`` to ``last`` of one image, rows (N, ways * C * window), in float64.
 
     Args:
         shared: the same rows, (per_origin, ...), stand at every origin.
@@ -245,7 +254,7 @@ def solve_rows(
     links, queue, queued = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.bool_)
     touched = np.zeros(size, np.int64)
     entries = (np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length))
-    strides = offsets[:, 0] * shape[2] + offsets[:, 1]
+    strides = _strides(offsets, shape[2])
     cheapest = prices.min()
     inflated = 1 + (size + 8) * 2 * UNIT
     for index in range(first, last):
@@ -349,7 +358,7 @@ def bent_rows(
     per_place: int, wanted: Array, centres: Array, known: Array, right: Array, left: Array, flattest: float,
     trust: float, found: Array,
 ) -> None:  # fmt: skip
-    """Rows above bends of one image; see :func:`flowverify.bounds.lifted.charges.bent_rows`.
+    """Rows above bends of one image, in float64; see :func:`flowverify.bounds.lifted.charges.bent_rows`.
 
     Args:
         multipliers: (N,), 0 for rows without charges.
@@ -363,7 +372,7 @@ def bent_rows(
     links, queue, queued = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.bool_)
     touched = np.zeros(size, np.int64)
     entries = (np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length))
-    strides = offsets[:, 0] * width + offsets[:, 1]
+    strides = _strides(offsets, width)
     cheapest, dearest = prices.min(), prices.max()
     for entry in range(len(wanted)):
         if not wanted[entry]:

@@ -168,12 +168,13 @@ def _compiled(
     batch, places, per_place = images.shape[0], len(rows.origins), gains.shape[2]
     shared = gains.shape[1] == 1 and places > 1
     entries = gains.shape[3:].numel()
-    flat = gains.reshape(gains.shape[0], -1, entries).contiguous().numpy()
+    # One precision, as kernels take long to compile; they work in float64 anyway.
+    flat = gains.reshape(gains.shape[0], -1, entries).double().contiguous().numpy()
     origins = rows.origins.cpu().numpy().astype(np.int64)
     mass, budgets = images.flatten(1).contiguous().numpy(), budget.numpy()
     count = rows.count
     values, multipliers = np.empty((batch, count)), np.empty((batch, count))
-    flows = np.zeros((batch, count if flow else 0, entries), flat.dtype)
+    flows = np.zeros((batch, count if flow else 0, entries))
     limits, guesses = enough.contiguous().numpy(), guess.contiguous().numpy()
     window, shape = tuple(gains.shape[-2:]), tuple(images.shape[1:])
     workers = max(1, torch.get_num_threads())
@@ -199,7 +200,9 @@ def _compiled(
     else:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(work, jobs))
-    moved = torch.from_numpy(flows).reshape(batch, places, per_place, *gains.shape[3:]) if flow else None
+    moved = (
+        torch.from_numpy(flows).to(gains.dtype).reshape(batch, places, per_place, *gains.shape[3:]) if flow else None
+    )
     return MoveSupport(torch.from_numpy(values), torch.from_numpy(multipliers), moved)
 
 
