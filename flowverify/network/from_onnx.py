@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,12 @@ from torch import Tensor
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
+from flowverify.network.onnx_ml import DOMAIN, LOGITS, TRANSFORM, TRANSFORMS
+from flowverify.network.onnx_ml import HANDLERS as LEARNING_HANDLERS
 from flowverify.network.onnx_operators import ANY_PLACE, HANDLERS, OPSET, check_value_first, whole_shape
+from flowverify.network.onnx_patterns import rewritten
 from flowverify.network.operations import first_line
-from flowverify.network.reading import ORDER_KEPT, Ending, InputForm, Reading, input_form, softmax_over_classes
+from flowverify.network.reading import Ending, InputForm, Reading, input_form, softmax_over_classes
 from flowverify.network.rounding import rounding_of_value
 
 _OLDEST, _NEWEST = 7, onnx.defs.onnx_opset_version()
@@ -203,9 +207,13 @@ class _Reader:
     def __init__(self, model: onnx.ModelProto, entry: onnx.ValueInfoProto, form: InputForm, reading: Reading) -> None:
         self.graph, self.form, self.reading, self.ending = model.graph, form, reading, Ending()
         self.output = _chosen_output(self.graph, reading.output)
-        self.nodes = _nodes_before(self.graph, self.output)
+        nodes = _nodes_before(self.graph.node, self.output)
+        self.nodes = _nodes_before(rewritten(nodes, _constants(self.graph)), self.output)
         self.tail = _tail(self.nodes, self.output)
-        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        usual = any(node.domain in ("", "ai.onnx") for node in nodes)
+        self.opset = next(
+            (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0 if usual else _NEWEST
+        )
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
         self.known: dict[str, Any] = {"": None}
@@ -225,7 +233,9 @@ class _Reader:
                 raise type(error)(f"operator {node.op_type} (node {self._label(node)!r}): {error}") from None
             for name, result in zip(node.output, results, strict=False):
                 self.known[name] = result
-            missing = [name for name in node.output[len(results) :] if name]
+            absent = len(node.output) - len(results)
+            made = [*results, *[None] * absent]
+            missing = [name for name, result in zip(node.output, made, strict=False) if name and result is None]
             if any(name in self._needed() for name in missing):
                 where = f"operator {node.op_type} (node {self._label(node)!r})"
                 raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
@@ -243,7 +253,8 @@ class _Reader:
     def _lower(self, node: onnx.NodeProto) -> list[Any]:
         if node.op_type == _NAMED and self._label(node) in self.tail:
             return [self.known[node.input[0]]]
-        if node.domain not in ("", "ai.onnx"):
+        handlers = LEARNING_HANDLERS if node.domain == DOMAIN else HANDLERS
+        if node.domain not in ("", "ai.onnx", DOMAIN):
             raise UnsupportedOperationError(f"the operator domain {node.domain!r} is not supported")
         inputs = [self.known[name] for name in node.input]
         attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
@@ -255,10 +266,14 @@ class _Reader:
             return self._fold(node, inputs)
         if node.op_type == "Cast":
             return [self._cast(inputs[0], attributes)]
-        if node.op_type in ORDER_KEPT and self._label(node) in self.tail and self._keeps_order(node, inputs[0]):
-            self.ending.drop(node.op_type)
+        ending = _ending(node) if self._label(node) in self.tail else None
+        if node.op_type == _CLASSIFIER and ending is not None:
+            self.ending.drop(ending)
+            attributes[LOGITS] = True
+        elif ending is not None and self._keeps_order(node, inputs[0]):
+            self.ending.drop(ending)
             return [inputs[0]]
-        if node.op_type not in HANDLERS:
+        if node.op_type not in handlers:
             raise UnsupportedOperationError("is not supported")
         if node.op_type not in _CONSTANT_FIRST:
             check_value_first(inputs)
@@ -268,7 +283,7 @@ class _Reader:
             attributes[OPSET] = self.opset
         if node.op_type == "Split":
             attributes["num_outputs"] = len(node.output)
-        result = HANDLERS[node.op_type](self.builder, inputs, attributes, self._label(node))
+        result = handlers[node.op_type](self.builder, inputs, attributes, self._label(node))
         if attributes:
             raise UnsupportedOperationError(f"attribute {min(attributes)!r} is not supported")
         return result if isinstance(result, list) else [result]
@@ -276,7 +291,8 @@ class _Reader:
     def _keeps_order(self, node: onnx.NodeProto, value: Value) -> bool:
         if node.op_type == "Sigmoid":
             return True
-        axis = next((int(one.i) for one in node.attribute if one.name == "axis"), -1 if self.opset >= 13 else 1)
+        default = 1 if node.op_type in ("Softmax", "LogSoftmax") and self.opset < 13 else -1
+        axis = next((int(one.i) for one in node.attribute if one.name == "axis"), default)
         return softmax_over_classes(axis, value.shape)
 
     def _cast(self, value: Value, attributes: dict[str, Any]) -> Value:
@@ -338,16 +354,27 @@ def _is_class(entry: onnx.ValueInfoProto) -> bool:
     return kind in (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.STRING)
 
 
-def _nodes_before(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
+def _constants(graph: onnx.GraphProto) -> dict[str, Any]:
+    """Arrays by name, of no more than a few entries."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            stored.update((node.output[0], entry.t) for entry in node.attribute if entry.name == "value")
+    small = {name: tensor for name, tensor in stored.items() if math.prod(tensor.dims) <= 1}
+    return {name: onnx.numpy_helper.to_array(tensor) for name, tensor in small.items()}
+
+
+def _nodes_before(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
     """The nodes that an output depends on, in the order of the file."""
     needed, found = {output}, []
-    for node in reversed(graph.node):
+    for node in reversed(nodes):
         if needed.intersection(node.output):
             needed.update(node.input)
             found.append(node)
     return found[::-1]
 
 
+_CLASSIFIER = "LinearClassifier"
 _NAMED = "ZipMap"  # a dictionary from the names of classes to an array's entries, in its order
 
 
@@ -357,12 +384,29 @@ def _tail(nodes: Sequence[onnx.NodeProto], output: str) -> set[str]:
     made_by = {name: node for node in nodes for name in node.output}
     found: set[str] = set()
     name = output
-    while (node := made_by.get(name)) is not None and node.op_type in (*ORDER_KEPT, *_RESHAPES, _NAMED):
+    while (node := made_by.get(name)) is not None and (node.op_type in (*_RESHAPES, _NAMED) or _ending(node)):
         if readers[name] > (name != output):
             break
         found.add(node.name or node.output[0])
+        if node.op_type == _CLASSIFIER:
+            break
         name = node.input[0]
     return found
+
+
+def _ending(node: onnx.NodeProto) -> str | None:
+    """What of :data:`ORDER_KEPT` an operator is, or ends with."""
+    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+    match node.op_type:
+        case "Softmax" | "LogSoftmax" | "Sigmoid":
+            return node.op_type
+        case "LinearClassifier":
+            return TRANSFORMS.get(attributes.get(TRANSFORM, b"NONE"))
+        case "Normalizer" if attributes.get("norm", b"MAX") in (b"L1", b"L2"):
+            return f"division by the {attributes['norm'].decode()} norm"
+        case "LpNormalization":
+            return f"division by the L{attributes.get('p', 2)} norm"
+    return None
 
 
 def _cast_to(node: onnx.NodeProto) -> int:

@@ -728,7 +728,7 @@ def _average_of(builder: Builder, inputs: list[Any], attributes: Attributes, lab
     return builder.divide(_total(builder, inputs, attributes, label), float(len(inputs)), label)
 
 
-def _refused(instead: str) -> Handler:
+def refused(instead: str) -> Handler:
     """What cannot be bounded, and the nearest thing that can."""
 
     def refuse(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
@@ -776,24 +776,25 @@ HANDLERS: dict[str, Handler] = {
     "Mish": _activation(lambda attributes: nn.Mish()), "HardSwish": _activation(lambda attributes: nn.Hardswish()),
     "Softsign": _activation(lambda attributes: nn.Softsign()), "Erf": _activation(lambda attributes: Erf()),
     "Exp": _activation(lambda attributes: Exp()), "Log": _activation(lambda attributes: Log()),
-    "If": _refused("a branch; export the branch that is taken, or fold its condition into a constant"),
-    "Loop": _refused("a loop; write its steps out, as LSTM, GRU and RNN are here"),
-    "Scan": _refused("a loop; write its steps out, or use LSTM, GRU or RNN"),
-    "NonZero": _refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
-    "Compress": _refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
-    "Unique": _refused("its shape depends on the data; nothing in place of it is"),
-    "NonMaxSuppression": _refused("its shape depends on the data; end the file with what it reads"),
-    "TopK": _refused("sorting; ReduceMax and MaxPool are the nearest operations"),
-    "ArgMax": _refused("the class is read off the logits; end the file with these"),
-    "ArgMin": _refused("the class is read off the logits; end the file with these"),
-    "Sign": _refused("it jumps; Clip of a steep line is the nearest function"),
-    "Floor": _refused("it jumps; leave rounding out of the file"),
-    "Ceil": _refused("it jumps; leave rounding out of the file"),
-    "Round": _refused("it jumps; leave rounding out of the file"),
-    "ThresholdedRelu": _refused("it jumps; Relu of a shifted input is the nearest function"),
-    "QuantizeLinear": _refused("it jumps; export the network before quantisation"),
-    "DequantizeLinear": _refused("export the network before quantisation"),
-    "Einsum": _refused("write it with MatMul and Transpose"),
+    "If": refused("a branch; export the branch that is taken, or fold its condition into a constant"),
+    "Loop": refused("a loop; write its steps out, as LSTM, GRU and RNN are here"),
+    "Scan": refused("a loop; write its steps out, or use LSTM, GRU or RNN"),
+    "NonZero": refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
+    "Compress": refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
+    "Unique": refused("its shape depends on the data; nothing in place of it is"),
+    "NonMaxSuppression": refused("its shape depends on the data; end the file with what it reads"),
+    "TopK": refused("sorting; ReduceMax and MaxPool are the nearest operations"),
+    "ArgMax": refused("the class is read off the logits; end the file with these"),
+    "ArgMin": refused("the class is read off the logits; end the file with these"),
+    "Sign": refused("it jumps; Clip of a steep line is the nearest function"),
+    "Floor": refused("it jumps; leave rounding out of the file"),
+    "Ceil": refused("it jumps; leave rounding out of the file"),
+    "Round": refused("it jumps; leave rounding out of the file"),
+    "ThresholdedRelu": refused("it jumps; Relu of a shifted input is the nearest function"),
+    "QuantizeLinear": refused("it jumps; export the network before quantisation"),
+    "DequantizeLinear": refused("export the network before quantisation"),
+    "LpNormalization": refused("it divides by a norm; at the very end, over all classes, it is dropped"),
+    "Einsum": refused("write it with MatMul and Transpose"),
     "Relu": _activation(lambda attributes: nn.ReLU()),
     "LeakyRelu": _activation(lambda attributes: nn.LeakyReLU(attributes.pop("alpha", 0.01))),
     "Sigmoid": _activation(lambda attributes: nn.Sigmoid()),
