@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
 from flowverify.network.onnx_ml import DOMAIN, LOGITS, TRANSFORM, TRANSFORMS
 from flowverify.network.onnx_ml import HANDLERS as LEARNING_HANDLERS
-from flowverify.network.onnx_operators import ANY_PLACE, HANDLERS, OPSET, check_value_first, whole_shape
+from flowverify.network.onnx_operators import (
+    ANY_DIMENSION,
+    ANY_PLACE,
+    HANDLERS,
+    OPSET,
+    check_value_first,
+    merged,
+    whole_shape,
+    with_batch_first,
+)
 from flowverify.network.onnx_patterns import rewritten
 from flowverify.network.operations import first_line
 from flowverify.network.reading import Ending, InputForm, Reading, input_form, softmax_over_classes
@@ -50,9 +60,10 @@ _WORSE = 64  # times the rounding that is seen: what another order of the sums m
 def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None, reading: Reading | None = None) -> Network:
     """The network of an ONNX file that takes one image, in whatever shape, and answers with its classes.
 
-    A batch dimension must be free or 1. Weights are kept in float64 where the file has float64 ones, else in float32.
-    Where onnxruntime is installed the network is compared with it on a few images. What was taken for granted is said
-    in the notes of the network.
+    A batch dimension must be free or 1; where a network has it in one dimension with others, as the heads of an
+    attention, what counts is what it makes of one image. Weights are kept in float64 where the file has float64 ones,
+    else in float32. Where onnxruntime is installed the network is compared with it on a few images. What was taken for
+    granted is said in the notes of the network.
 
     Args:
         path: the file.
@@ -240,6 +251,10 @@ class _Reader:
                 where = f"operator {node.op_type} (node {self._label(node)!r})"
                 raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
         output = self.known.get(self.output)
+        if isinstance(output, Value):
+            output = with_batch_first(self.builder, output, "output")
+        if isinstance(output, Value) and output.merged:
+            raise UnsupportedOperationError("an output with the batch in one dimension with others is not supported")
         if not isinstance(output, Value) or output.batch:
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
         return self.builder.finish(self.ending.logits(self.builder, output))
@@ -270,15 +285,16 @@ class _Reader:
         if node.op_type == _CLASSIFIER and ending is not None:
             self.ending.drop(ending)
             attributes[LOGITS] = True
-        elif ending is not None and self._keeps_order(node, inputs[0]):
-            self.ending.drop(ending)
-            return [inputs[0]]
+        elif ending is not None:
+            value = with_batch_first(self.builder, inputs[0], self._label(node))
+            if self._keeps_order(node, value):
+                self.ending.drop(ending)
+                return [value]
         if node.op_type not in handlers:
             raise UnsupportedOperationError("is not supported")
         if node.op_type not in _CONSTANT_FIRST:
             check_value_first(inputs)
-        if node.op_type not in ANY_PLACE and any(isinstance(one, Value) and one.batch for one in inputs):
-            raise UnsupportedOperationError("the batch has been moved, expected the batch first")
+        inputs = self._arranged(node.op_type, inputs, self._label(node))
         if node.op_type in ("Softmax", "LogSoftmax"):
             attributes[OPSET] = self.opset
         if node.op_type == "Split":
@@ -286,7 +302,35 @@ class _Reader:
         result = handlers[node.op_type](self.builder, inputs, attributes, self._label(node))
         if attributes:
             raise UnsupportedOperationError(f"attribute {min(attributes)!r} is not supported")
-        return result if isinstance(result, list) else [result]
+        results = result if isinstance(result, list) else [result]
+        if any(isinstance(one, Value) and one.merged for one in inputs):
+            results = [replace(one, merged=True) if isinstance(one, Value) else one for one in results]
+        return results
+
+    def _arranged(self, kind: str, inputs: list[Any], label: str) -> list[Any]:
+        """The same inputs, with the batch where an operator takes it.
+
+        Raises:
+            UnsupportedOperationError: it takes the batch first alone, and it is elsewhere.
+        """
+
+        def elsewhere(inputs: list[Any]) -> bool:
+            values = [one for one in inputs if isinstance(one, Value)]
+            return any(one.merged or (one.batch > 0 and kind not in ANY_PLACE) for one in values)
+
+        if not elsewhere(inputs):
+            return inputs
+        if kind not in ANY_DIMENSION:
+            inputs = [with_batch_first(self.builder, one, label) if isinstance(one, Value) else one for one in inputs]
+            if elsewhere(inputs):
+                raise UnsupportedOperationError("the batch has been moved, expected the batch first")
+            return inputs
+        inputs = [merged(self.builder, one, label) if isinstance(one, Value) else one for one in inputs]
+        rank = max(one.rank for one in inputs if isinstance(one, Value))
+        constants = [one for one in inputs if isinstance(one, Tensor) and one.is_floating_point()]
+        if any(one.ndim > rank for one in constants):
+            raise UnsupportedOperationError(f"a constant of more dimensions than the value's {rank}")
+        return inputs
 
     def _keeps_order(self, node: onnx.NodeProto, value: Value) -> bool:
         if node.op_type == "Sigmoid":
