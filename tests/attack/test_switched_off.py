@@ -49,7 +49,7 @@ def test_a_gradient_that_leads_nowhere_is_left(effort: str) -> None:
     assert 0.19 <= float(found.radius) <= 0.2
 
 
-def test_complete_searches_descend_from_there() -> None:
+def test_certifieres_descend_from_there() -> None:
     nearest = NearestCounterexample(Subject(load_network(switched_off(), (1, SIZE, SIZE))), IMAGE[0], 0, Threat())
     nearest.descend()
     assert nearest.budget == pytest.approx(0.2, rel=1e-3)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from contracts import quick
-from test_complete_bounds import single_ball
+from test_neuron_bounds import single_ball
 from torch import Tensor, nn
 
 import flowverify as fv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_certify_contract import network_of
-from test_complete_bounds import preactivations, reached, single_ball
+from test_neuron_bounds import preactivations, reached, single_ball
 from torch import Tensor
 
 from flowverify.certifiers.complete.neuron_bounds import improve, limit_jointly, neuron_bounds, spent

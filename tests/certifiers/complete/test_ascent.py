@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_complete_bounds import reached, single_ball
 from test_joint_limits import limited
+from test_neuron_bounds import reached, single_ball
 
 from flowverify.certifiers.complete.ascent import Adam, compiled_slope, slope, traced_slope, values
 from flowverify.certifiers.complete.nodes import TreeNodes

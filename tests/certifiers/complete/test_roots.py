@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_certify_contract import images_of, network_of
-from test_complete_bounds import KINDS, preactivations, reached, single_ball
+from test_neuron_bounds import KINDS, preactivations, reached, single_ball
 
 from flowverify.ball import Threat
 from flowverify.bounds.margins import margin_specification
