@@ -338,5 +338,5 @@ DATASETS = Registry(
         "cifar100": Entry("the same with 100 classes", "flowverify.data.files:read_cifar100"),
         "cifar10-sample": Entry("some of CIFAR-10, from a file", "flowverify.data.files:read_cifar10_sample"),
     },
-    forms=("PATH.npz", "FOLDER/"),
+    forms=("PATH.npz", "FOLDER/", "hf:OWNER/NAME"),
 )

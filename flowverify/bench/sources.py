@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from flowverify.bench.tasks import Defaults
-from flowverify.data import SPLITS, load_dataset, parse_index
+from flowverify.data import SPLITS, is_hub, is_whole, load_dataset, parse_index
 from flowverify.errors import FlowverifyError, ModelFileError
 from flowverify.registry import DATASETS
 from flowverify.settings import OneOf, SettingError, Settings, expected, settings, several, unexpected
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def _data_name(name: str, info: ValidationInfo) -> str:
     if name.endswith(".npz"):
         return str(resolved(name, info.context["folder"])) if info.context else name
-    if name not in DATASETS and not DATASETS.is_outside(name):
-        raise unexpected(f"one of {', '.join(DATASETS)} or a path that ends in .npz")
+    if name not in DATASETS and not is_hub(name) and not DATASETS.is_outside(name):
+        raise unexpected(f"one of {', '.join(DATASETS)}, hf:OWNER/NAME or a path that ends in .npz")
     return name
 
 
@@ -43,7 +43,7 @@ class Data(Settings):
     """Images of a data set."""
 
     name: Annotated[str, AfterValidator(_data_name), expected("a name")] = Field(
-        description=f"{', '.join(DATASETS)}, or an .npz file relative to the suite."
+        description=f"{', '.join(DATASETS)}, hf:OWNER/NAME, or an .npz file relative to the suite."
     )
     split: Annotated[str, OneOf(SPLITS)] = Field("test", description="train or test.")
     index: Annotated[
@@ -114,8 +114,8 @@ def short(model: str) -> str:
 
 def short_data(data: Mapping[str, Any]) -> str:
     """The name of a data set in pictures, as long as it takes to tell it from others, such as "mnist test"."""
-    whole = data["name"].endswith(".npz")  # whatever the split
-    return " ".join(filter(None, [data["name"], None if whole else data["split"], data["folder"]]))
+    split = None if is_whole(data["name"]) else data["split"]
+    return " ".join(filter(None, [data["name"], split, data["folder"]]))
 
 
 def resolved(path: str, folder: str) -> Path:

@@ -98,7 +98,7 @@ class Dataset:
 
 def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | None = None) -> Dataset:
     """Loads a data set by name (``digits``, ``mnist``, ``cifar10``, ...), by the path of an ``.npz`` or of a folder of
-    images by class, or MODULE:NAME.
+    images by class, from Hugging Face (:func:`flowverify.data.hub.read_hub`), or MODULE:NAME.
 
     Somebody else's ``MODULE:NAME`` is called with the split and the folder, and returns a :class:`Dataset`.
 
@@ -115,10 +115,15 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
     Raises:
         UnknownNameError: the name or the split is not one of those above.
         DataError: a file is missing, corrupt or malformed, or could not be downloaded.
-        DependencyError: scikit-learn (for digits), pooch (to download) or Pillow (for images) is not installed.
+        DependencyError: scikit-learn (for digits), pooch (to download), Pillow (for images) or datasets (for Hugging
+            Face) is not installed.
     """
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
+    if is_hub(name):
+        from flowverify.data.hub import read_hub
+
+        return read_hub(str(name), split)
     if is_folder(name):
         from flowverify.data.files import read_folder
 
@@ -133,7 +138,17 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
 
 def is_npz(name: str | Path) -> bool:
     """Whether :func:`load_dataset` takes this for the path of a file, which has no splits."""
-    return not is_folder(name) and (isinstance(name, Path) or name.endswith(".npz"))
+    return not is_hub(name) and not is_folder(name) and (isinstance(name, Path) or name.endswith(".npz"))
+
+
+def is_hub(name: str | Path) -> bool:
+    """Whether :func:`load_dataset` takes this for a data set of Hugging Face."""
+    return isinstance(name, str) and name.startswith("hf:")
+
+
+def is_whole(name: str | Path) -> bool:
+    """Whether :func:`load_dataset` gives the same images for every split: of a file, or where the name says which."""
+    return is_npz(name) or (is_hub(name) and str(name).count(":") > 1)
 
 
 def is_folder(name: str | Path) -> bool:
@@ -181,6 +196,8 @@ def _pair(entry: Any, name: str) -> tuple[Tensor, Any]:
 
 def _pixels(image: Any) -> Tensor:
     """(C, H, W), or a batch (B, C, H, W), float32."""
+    if getattr(image, "mode", None) in ("P", "PA"):
+        raise DataError(f"an image of mode {image.mode}, whose pixels are places in a palette: expected L or RGB")
     array = np.asarray(image)
     if not isinstance(image, Tensor | np.ndarray) and array.ndim == 3:
         array = array.transpose(2, 0, 1)  # PIL has channels last

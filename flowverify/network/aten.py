@@ -29,6 +29,8 @@ def sample_dim(dim: int, value: Value) -> int:
     Raises:
         UnsupportedOperationError: it is the batch dimension.
     """
+    if value.merged and -value.rank <= dim < value.rank:
+        return dim % value.rank
     position = dim + value.rank + 1 if dim < 0 else dim
     if position == value.batch or position < 0:
         raise UnsupportedOperationError("an operation along the batch dimension is not supported")
@@ -210,6 +212,8 @@ def _cast(builder: Builder, a: Arguments, label: str) -> Value:
 
 def permuted(builder: Builder, value: Value, dims: Sequence[int], label: str) -> Value:
     """All dimensions in another order, the batch among them."""
+    if value.merged:
+        return replace(builder.permute(value, dims, label), merged=True)
     sample = [sample_dim(dim, value) for dim in dims if dim != value.batch]
     return replace(builder.permute(value, sample, label), batch=list(dims).index(value.batch))
 

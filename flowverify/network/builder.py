@@ -127,11 +127,14 @@ class Value:
         name: of its node.
         shape: of one sample.
         batch: where a format has the batch among all dimensions; canonical operations have it first.
+        merged: whether the format has the batch in one dimension with others: the shape is that of all dimensions, as
+            they are for one image, and ``batch`` says nothing.
     """
 
     name: str
     shape: tuple[int, ...]
     batch: int = 0
+    merged: bool = False
 
     @property
     def rank(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,21 @@ from torch import Tensor
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
-from flowverify.network.onnx_operators import ANY_PLACE, HANDLERS, OPSET, check_value_first, whole_shape
+from flowverify.network.onnx_ml import DOMAIN, LOGITS, TRANSFORM, TRANSFORMS
+from flowverify.network.onnx_ml import HANDLERS as LEARNING_HANDLERS
+from flowverify.network.onnx_operators import (
+    ANY_DIMENSION,
+    ANY_PLACE,
+    HANDLERS,
+    OPSET,
+    check_value_first,
+    merged,
+    whole_shape,
+    with_batch_first,
+)
+from flowverify.network.onnx_patterns import rewritten
 from flowverify.network.operations import first_line
-from flowverify.network.reading import ORDER_KEPT, Ending, InputForm, Reading, input_form, softmax_over_classes
+from flowverify.network.reading import Ending, InputForm, Reading, input_form, softmax_over_classes
 from flowverify.network.rounding import rounding_of_value
 
 _OLDEST, _NEWEST = 7, onnx.defs.onnx_opset_version()
@@ -46,9 +60,10 @@ _WORSE = 64  # times the rounding that is seen: what another order of the sums m
 def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None, reading: Reading | None = None) -> Network:
     """The network of an ONNX file that takes one image, in whatever shape, and answers with its classes.
 
-    A batch dimension must be free or 1. Weights are kept in float64 where the file has float64 ones, else in float32.
-    Where onnxruntime is installed the network is compared with it on a few images. What was taken for granted is said
-    in the notes of the network.
+    A batch dimension must be free or 1; where a network has it in one dimension with others, as the heads of an
+    attention, what counts is what it makes of one image. Weights are kept in float64 where the file has float64 ones,
+    else in float32. Where onnxruntime is installed the network is compared with it on a few images. What was taken for
+    granted is said in the notes of the network.
 
     Args:
         path: the file.
@@ -203,9 +218,13 @@ class _Reader:
     def __init__(self, model: onnx.ModelProto, entry: onnx.ValueInfoProto, form: InputForm, reading: Reading) -> None:
         self.graph, self.form, self.reading, self.ending = model.graph, form, reading, Ending()
         self.output = _chosen_output(self.graph, reading.output)
-        self.nodes = _nodes_before(self.graph, self.output)
+        nodes = _nodes_before(self.graph.node, self.output)
+        self.nodes = _nodes_before(rewritten(nodes, _constants(self.graph)), self.output)
         self.tail = _tail(self.nodes, self.output)
-        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        usual = any(node.domain in ("", "ai.onnx") for node in nodes)
+        self.opset = next(
+            (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0 if usual else _NEWEST
+        )
         if not _OLDEST <= self.opset <= _NEWEST:
             raise UnsupportedOperationError(f"operator set {self.opset}: expected {_OLDEST}..{_NEWEST}")
         self.known: dict[str, Any] = {"": None}
@@ -225,11 +244,17 @@ class _Reader:
                 raise type(error)(f"operator {node.op_type} (node {self._label(node)!r}): {error}") from None
             for name, result in zip(node.output, results, strict=False):
                 self.known[name] = result
-            missing = [name for name in node.output[len(results) :] if name]
+            absent = len(node.output) - len(results)
+            made = [*results, *[None] * absent]
+            missing = [name for name, result in zip(node.output, made, strict=False) if name and result is None]
             if any(name in self._needed() for name in missing):
                 where = f"operator {node.op_type} (node {self._label(node)!r})"
                 raise UnsupportedOperationError(f"{where}: output {missing[0]!r} is not supported")
         output = self.known.get(self.output)
+        if isinstance(output, Value):
+            output = with_batch_first(self.builder, output, "output")
+        if isinstance(output, Value) and output.merged:
+            raise UnsupportedOperationError("an output with the batch in one dimension with others is not supported")
         if not isinstance(output, Value) or output.batch:
             raise UnsupportedOperationError("an output that does not depend on the input is not supported")
         return self.builder.finish(self.ending.logits(self.builder, output))
@@ -243,7 +268,8 @@ class _Reader:
     def _lower(self, node: onnx.NodeProto) -> list[Any]:
         if node.op_type == _NAMED and self._label(node) in self.tail:
             return [self.known[node.input[0]]]
-        if node.domain not in ("", "ai.onnx"):
+        handlers = LEARNING_HANDLERS if node.domain == DOMAIN else HANDLERS
+        if node.domain not in ("", "ai.onnx", DOMAIN):
             raise UnsupportedOperationError(f"the operator domain {node.domain!r} is not supported")
         inputs = [self.known[name] for name in node.input]
         attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
@@ -255,28 +281,62 @@ class _Reader:
             return self._fold(node, inputs)
         if node.op_type == "Cast":
             return [self._cast(inputs[0], attributes)]
-        if node.op_type in ORDER_KEPT and self._label(node) in self.tail and self._keeps_order(node, inputs[0]):
-            self.ending.drop(node.op_type)
-            return [inputs[0]]
-        if node.op_type not in HANDLERS:
+        ending = _ending(node) if self._label(node) in self.tail else None
+        if node.op_type == _CLASSIFIER and ending is not None:
+            self.ending.drop(ending)
+            attributes[LOGITS] = True
+        elif ending is not None:
+            value = with_batch_first(self.builder, inputs[0], self._label(node))
+            if self._keeps_order(node, value):
+                self.ending.drop(ending)
+                return [value]
+        if node.op_type not in handlers:
             raise UnsupportedOperationError("is not supported")
         if node.op_type not in _CONSTANT_FIRST:
             check_value_first(inputs)
-        if node.op_type not in ANY_PLACE and any(isinstance(one, Value) and one.batch for one in inputs):
-            raise UnsupportedOperationError("the batch has been moved, expected the batch first")
+        inputs = self._arranged(node.op_type, inputs, self._label(node))
         if node.op_type in ("Softmax", "LogSoftmax"):
             attributes[OPSET] = self.opset
         if node.op_type == "Split":
             attributes["num_outputs"] = len(node.output)
-        result = HANDLERS[node.op_type](self.builder, inputs, attributes, self._label(node))
+        result = handlers[node.op_type](self.builder, inputs, attributes, self._label(node))
         if attributes:
             raise UnsupportedOperationError(f"attribute {min(attributes)!r} is not supported")
-        return result if isinstance(result, list) else [result]
+        results = result if isinstance(result, list) else [result]
+        if any(isinstance(one, Value) and one.merged for one in inputs):
+            results = [replace(one, merged=True) if isinstance(one, Value) else one for one in results]
+        return results
+
+    def _arranged(self, kind: str, inputs: list[Any], label: str) -> list[Any]:
+        """The same inputs, with the batch where an operator takes it.
+
+        Raises:
+            UnsupportedOperationError: it takes the batch first alone, and it is elsewhere.
+        """
+
+        def elsewhere(inputs: list[Any]) -> bool:
+            values = [one for one in inputs if isinstance(one, Value)]
+            return any(one.merged or (one.batch > 0 and kind not in ANY_PLACE) for one in values)
+
+        if not elsewhere(inputs):
+            return inputs
+        if kind not in ANY_DIMENSION:
+            inputs = [with_batch_first(self.builder, one, label) if isinstance(one, Value) else one for one in inputs]
+            if elsewhere(inputs):
+                raise UnsupportedOperationError("the batch has been moved, expected the batch first")
+            return inputs
+        inputs = [merged(self.builder, one, label) if isinstance(one, Value) else one for one in inputs]
+        rank = max(one.rank for one in inputs if isinstance(one, Value))
+        constants = [one for one in inputs if isinstance(one, Tensor) and one.is_floating_point()]
+        if any(one.ndim > rank for one in constants):
+            raise UnsupportedOperationError(f"a constant of more dimensions than the value's {rank}")
+        return inputs
 
     def _keeps_order(self, node: onnx.NodeProto, value: Value) -> bool:
         if node.op_type == "Sigmoid":
             return True
-        axis = next((int(one.i) for one in node.attribute if one.name == "axis"), -1 if self.opset >= 13 else 1)
+        default = 1 if node.op_type in ("Softmax", "LogSoftmax") and self.opset < 13 else -1
+        axis = next((int(one.i) for one in node.attribute if one.name == "axis"), default)
         return softmax_over_classes(axis, value.shape)
 
     def _cast(self, value: Value, attributes: dict[str, Any]) -> Value:
@@ -338,16 +398,27 @@ def _is_class(entry: onnx.ValueInfoProto) -> bool:
     return kind in (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.STRING)
 
 
-def _nodes_before(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
+def _constants(graph: onnx.GraphProto) -> dict[str, Any]:
+    """Arrays by name, of no more than a few entries."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            stored.update((node.output[0], entry.t) for entry in node.attribute if entry.name == "value")
+    small = {name: tensor for name, tensor in stored.items() if math.prod(tensor.dims) <= 1}
+    return {name: onnx.numpy_helper.to_array(tensor) for name, tensor in small.items()}
+
+
+def _nodes_before(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
     """The nodes that an output depends on, in the order of the file."""
     needed, found = {output}, []
-    for node in reversed(graph.node):
+    for node in reversed(nodes):
         if needed.intersection(node.output):
             needed.update(node.input)
             found.append(node)
     return found[::-1]
 
 
+_CLASSIFIER = "LinearClassifier"
 _NAMED = "ZipMap"  # a dictionary from the names of classes to an array's entries, in its order
 
 
@@ -357,12 +428,29 @@ def _tail(nodes: Sequence[onnx.NodeProto], output: str) -> set[str]:
     made_by = {name: node for node in nodes for name in node.output}
     found: set[str] = set()
     name = output
-    while (node := made_by.get(name)) is not None and node.op_type in (*ORDER_KEPT, *_RESHAPES, _NAMED):
+    while (node := made_by.get(name)) is not None and (node.op_type in (*_RESHAPES, _NAMED) or _ending(node)):
         if readers[name] > (name != output):
             break
         found.add(node.name or node.output[0])
+        if node.op_type == _CLASSIFIER:
+            break
         name = node.input[0]
     return found
+
+
+def _ending(node: onnx.NodeProto) -> str | None:
+    """What of :data:`ORDER_KEPT` an operator is, or ends with."""
+    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+    match node.op_type:
+        case "Softmax" | "LogSoftmax" | "Sigmoid":
+            return node.op_type
+        case "LinearClassifier":
+            return TRANSFORMS.get(attributes.get(TRANSFORM, b"NONE"))
+        case "Normalizer" if attributes.get("norm", b"MAX") in (b"L1", b"L2"):
+            return f"division by the {attributes['norm'].decode()} norm"
+        case "LpNormalization":
+            return f"division by the L{attributes.get('p', 2)} norm"
+    return None
 
 
 def _cast_to(node: onnx.NodeProto) -> int:

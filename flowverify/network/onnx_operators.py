@@ -7,7 +7,9 @@ that a handler does not take is refused by the reader.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,19 +64,20 @@ def listed(inputs: list[Any], position: int, attributes: Attributes, name: str) 
 def _flatten(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     value: Value = inputs[0]
     axis = attributes.pop("axis", 1)
-    if axis % (value.rank + 1) != 1:
-        raise UnsupportedOperationError(f"Flatten with axis={axis} is not supported: expected 1")
-    return builder.reshape(value, (math.prod(value.shape),), label)
+    if axis % (value.rank + 1) not in (0, 1):
+        raise UnsupportedOperationError(f"Flatten with axis={axis} is not supported: expected 0 or 1")
+    flat = builder.reshape(value, (math.prod(value.shape),), label)
+    return merged(builder, flat, label) if axis % (value.rank + 1) == 0 else flat  # (1, all entries)
 
 
 def whole_shape(value: Value) -> list[int]:
     """The shape with the batch, of one, in its place."""
-    return [*value.shape[: value.batch], 1, *value.shape[value.batch :]]
+    return [*value.shape] if value.merged else [*value.shape[: value.batch], 1, *value.shape[value.batch :]]
 
 
 def _reshape(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     value: Value = inputs[0]
-    target = listed(inputs, 1, attributes, "shape") or []
+    target, place = list(listed(inputs, 1, attributes, "shape") or []), None
     whole = tuple(whole_shape(value))
     if not attributes.pop("allowzero", 0):
         if any(size == 0 and axis >= len(whole) for axis, size in enumerate(target)):
@@ -82,13 +85,29 @@ def _reshape(builder: Builder, inputs: list[Any], attributes: Attributes, label:
         target = [whole[axis] if size == 0 else size for axis, size in enumerate(target)]
     if target.count(-1) == 1:
         rest = -math.prod(target)
-        target = [math.prod(whole) // rest if rest > 0 and size == -1 else size for size in target]
+        place = target.index(-1)
+        target[place] = math.prod(whole) // rest if rest > 0 else -1
     if min(target, default=0) < 1 or math.prod(target) != math.prod(whole):
         raise InvalidInputError(f"Reshape to {target}: expected as many entries as {whole}")
+    if value.merged:
+        return builder.reshape(value, target, label)
     if target[: value.batch + 1] != list(whole[: value.batch + 1]):
-        raise UnsupportedOperationError(f"Reshape of {whole} to {target} mixes the batch dimension")
+        if not _takes_in(target, math.prod(whole[: value.batch]), place):
+            raise UnsupportedOperationError(f"Reshape of {whole} to {target} mixes the batch dimension")
+        return replace(builder.reshape(value, target, label), merged=True)
     sizes = [*target[: value.batch], *target[value.batch + 1 :]]
     return replace(builder.reshape(value, sizes, label), batch=value.batch)
+
+
+def _takes_in(shape: list[int], before: int, place: int | None) -> bool:
+    """Whether one dimension of a shape has the batch in it, with this many entries of an image before it.
+
+    The batch is in the dimension at ``place``, where the file leaves a size free.
+    """
+    ends = [1, *itertools.accumulate(shape, operator.mul)]
+    around = itertools.pairwise(ends)
+    fitting = [axis for axis, (start, end) in enumerate(around) if before % start == 0 and end % before == 0]
+    return bool(fitting) if place is None else place in fitting
 
 
 def _squeeze(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
@@ -106,11 +125,14 @@ def _squeeze(builder: Builder, inputs: list[Any], attributes: Attributes, label:
 def _unsqueeze(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     value: Value = inputs[0]
     axes = listed(inputs, 1, attributes, "axes") or []
-    rank = value.rank + 1 + len(axes)
+    rank = len(whole_shape(value)) + len(axes)
     places = {axis + rank if axis < 0 else axis for axis in axes}
     if len(places) != len(axes) or min(places, default=-1) < 0 or max(places) >= rank:
         raise UnsupportedOperationError(f"Unsqueeze with axes {axes} is not supported: expected 0..{rank - 1}")
     kept = [place for place in range(rank) if place not in places]
+    if value.merged:
+        sizes = iter(value.shape)
+        return builder.reshape(value, [1 if place in places else next(sizes) for place in range(rank)], label)
     batch, sizes = kept[value.batch], iter(value.shape)
     if batch != value.batch and not value.batch:
         raise UnsupportedOperationError(f"Unsqueeze with axes {axes} is not supported: expected 1..{rank - 1}")
@@ -120,9 +142,10 @@ def _unsqueeze(builder: Builder, inputs: list[Any], attributes: Attributes, labe
 
 def _transpose(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     value: Value = inputs[0]
-    order = attributes.pop("perm", list(range(value.rank, -1, -1)))
-    if sorted(order) != list(range(value.rank + 1)):
-        raise InvalidInputError(f"Transpose with perm={order}: expected an order of {value.rank + 1} dimensions")
+    rank = len(whole_shape(value))
+    order = attributes.pop("perm", list(range(rank - 1, -1, -1)))
+    if sorted(order) != list(range(rank)):
+        raise InvalidInputError(f"Transpose with perm={order}: expected an order of {rank} dimensions")
     return permuted(builder, value, order, label)
 
 
@@ -138,10 +161,16 @@ def _slice(builder: Builder, inputs: list[Any], attributes: Attributes, label: s
     axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if axis in (batch, batch - value.rank - 1) and start == 0 and end >= 2**31 - 1 and step == 1:
+        if (
+            not value.merged
+            and axis in (batch, batch - value.rank - 1)
+            and start == 0
+            and end >= 2**31 - 1
+            and step == 1
+        ):
             continue
         picked = builder.index(value, sample_dim(axis, value), slice(start, end, step), label)
-        value = replace(picked, batch=batch)
+        value = replace(picked, batch=batch, merged=value.merged)
     return value
 
 
@@ -161,7 +190,8 @@ def _gather(builder: Builder, inputs: list[Any], attributes: Attributes, label: 
 
 def _concatenate(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
     dim = sample_dim(attributes.pop("axis", 1), next(value for value in inputs if isinstance(value, Value)))
-    parts = [value if isinstance(value, Value) else value[0].double() for value in inputs]
+    whole = any(isinstance(value, Value) and value.merged for value in inputs)
+    parts = [value if isinstance(value, Value) else (value if whole else value[0]).double() for value in inputs]
     return compose.with_constant(builder, parts, dim, label)
 
 
@@ -728,7 +758,7 @@ def _average_of(builder: Builder, inputs: list[Any], attributes: Attributes, lab
     return builder.divide(_total(builder, inputs, attributes, label), float(len(inputs)), label)
 
 
-def _refused(instead: str) -> Handler:
+def refused(instead: str) -> Handler:
     """What cannot be bounded, and the nearest thing that can."""
 
     def refuse(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:
@@ -741,10 +771,18 @@ def _activation(make: Callable[[Attributes], nn.Module]) -> Handler:
     return lambda builder, inputs, attributes, label: builder.add(make(attributes), [inputs[0]], label)
 
 
-# These take values with the batch in another place than the first.
-ANY_PLACE = (
+_REARRANGING = (
     "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Identity", "Dropout", "Cast",
-    "LSTM", "GRU", "RNN",
+)  # fmt: skip
+# These take values with the batch in another place than the first.
+ANY_PLACE = (*_REARRANGING, "LSTM", "GRU", "RNN")
+# These take all dimensions of a value as they are for one image: along any of them, or entry by entry.
+ANY_DIMENSION = (
+    *_REARRANGING, "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Neg", "Sum", "Max", "Min", "Mean", "Concat",
+    "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2",
+    "ReduceSumSquare", "ReduceLogSumExp", "LayerNormalization", "RMSNormalization", "Relu", "LeakyRelu", "Sigmoid",
+    "Tanh", "Gelu", "Erf", "Exp", "Log", "Softplus", "Swish", "Mish", "HardSwish", "Softsign", "Elu", "Selu",
+    "Celu", "HardSigmoid", "Shrink", "Clip", "Abs", "Sqrt", "Pow", "Reciprocal",
 )  # fmt: skip
 
 HANDLERS: dict[str, Handler] = {
@@ -776,29 +814,42 @@ HANDLERS: dict[str, Handler] = {
     "Mish": _activation(lambda attributes: nn.Mish()), "HardSwish": _activation(lambda attributes: nn.Hardswish()),
     "Softsign": _activation(lambda attributes: nn.Softsign()), "Erf": _activation(lambda attributes: Erf()),
     "Exp": _activation(lambda attributes: Exp()), "Log": _activation(lambda attributes: Log()),
-    "If": _refused("a branch; export the branch that is taken, or fold its condition into a constant"),
-    "Loop": _refused("a loop; write its steps out, as LSTM, GRU and RNN are here"),
-    "Scan": _refused("a loop; write its steps out, or use LSTM, GRU or RNN"),
-    "NonZero": _refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
-    "Compress": _refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
-    "Unique": _refused("its shape depends on the data; nothing in place of it is"),
-    "NonMaxSuppression": _refused("its shape depends on the data; end the file with what it reads"),
-    "TopK": _refused("sorting; ReduceMax and MaxPool are the nearest operations"),
-    "ArgMax": _refused("the class is read off the logits; end the file with these"),
-    "ArgMin": _refused("the class is read off the logits; end the file with these"),
-    "Sign": _refused("it jumps; Clip of a steep line is the nearest function"),
-    "Floor": _refused("it jumps; leave rounding out of the file"),
-    "Ceil": _refused("it jumps; leave rounding out of the file"),
-    "Round": _refused("it jumps; leave rounding out of the file"),
-    "ThresholdedRelu": _refused("it jumps; Relu of a shifted input is the nearest function"),
-    "QuantizeLinear": _refused("it jumps; export the network before quantisation"),
-    "DequantizeLinear": _refused("export the network before quantisation"),
-    "Einsum": _refused("write it with MatMul and Transpose"),
+    "If": refused("a branch; export the branch that is taken, or fold its condition into a constant"),
+    "Loop": refused("a loop; write its steps out, as LSTM, GRU and RNN are here"),
+    "Scan": refused("a loop; write its steps out, or use LSTM, GRU or RNN"),
+    "NonZero": refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
+    "Compress": refused("its shape depends on the data; Gather with a constant index is the nearest operation"),
+    "Unique": refused("its shape depends on the data; nothing in place of it is"),
+    "NonMaxSuppression": refused("its shape depends on the data; end the file with what it reads"),
+    "TopK": refused("sorting; ReduceMax and MaxPool are the nearest operations"),
+    "ArgMax": refused("the class is read off the logits; end the file with these"),
+    "ArgMin": refused("the class is read off the logits; end the file with these"),
+    "Sign": refused("it jumps; Clip of a steep line is the nearest function"),
+    "Floor": refused("it jumps; leave rounding out of the file"),
+    "Ceil": refused("it jumps; leave rounding out of the file"),
+    "Round": refused("it jumps; leave rounding out of the file"),
+    "ThresholdedRelu": refused("it jumps; Relu of a shifted input is the nearest function"),
+    "QuantizeLinear": refused("it jumps; export the network before quantisation"),
+    "DequantizeLinear": refused("export the network before quantisation"),
+    "LpNormalization": refused("it divides by a norm; at the very end, over all classes, it is dropped"),
+    "Einsum": refused("write it with MatMul and Transpose"),
     "Relu": _activation(lambda attributes: nn.ReLU()),
     "LeakyRelu": _activation(lambda attributes: nn.LeakyReLU(attributes.pop("alpha", 0.01))),
     "Sigmoid": _activation(lambda attributes: nn.Sigmoid()),
     "Tanh": _activation(lambda attributes: nn.Tanh()),
 }  # fmt: skip
+
+
+def merged(builder: Builder, value: Value, label: str) -> Value:
+    """A value with all of its dimensions, as they are for one image."""
+    return value if value.merged else replace(builder.reshape(value, whole_shape(value), label), merged=True)
+
+
+def with_batch_first(builder: Builder, value: Value, label: str) -> Value:
+    """The inverse of :func:`merged`, where the first dimension has size 1: for one image it is the batch."""
+    if not value.merged or value.shape[0] != 1 or value.rank == 1:
+        return value
+    return builder.reshape(value, value.shape[1:], label)
 
 
 def check_value_first(inputs: Sequence[Argument]) -> None:

@@ -273,6 +273,8 @@ ORDER_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "Softmax": lambda logits: logits.softmax(1),
     "LogSoftmax": lambda logits: logits.log_softmax(1),
     "Sigmoid": torch.sigmoid,
+    "division by the L1 norm": lambda logits: torch.nn.functional.normalize(logits, 1.0),
+    "division by the L2 norm": lambda logits: torch.nn.functional.normalize(logits, 2.0),
 }
 """What may be taken off the end: the order of two entries is the same before and after."""
 

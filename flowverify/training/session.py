@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowverify.data import HELD_OUT, Dataset, is_npz, load_dataset
+from flowverify.data import HELD_OUT, Dataset, is_whole, load_dataset
 from flowverify.errors import DataError, InvalidInputError
 from flowverify.network import Network
 from flowverify.training.losses import BatchContext, BatchLoss, StatefulLoss
@@ -177,19 +177,19 @@ SHARE = 5  # one image in so many of every class is held out
 def load_splits(name: str | Path, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset]:
     """The images to train on, and those to measure the accuracy on, whose ``split`` says what they are.
 
-    An ``.npz`` of one's own has no test split: the last fifth of every class is held out (one image at least, of the
-    classes that have two), and its ``split`` is ``held-out``.
+    An ``.npz`` of one's own, or a name that says which split, has no test split: the last fifth of every class is held
+    out (one image at least, of the classes that have two), and its ``split`` is ``held-out``.
 
     Raises:
         DataError: a split is empty, or no class of an ``.npz`` has two images; or see
             :func:`flowverify.data.load_dataset`.
     """
     training = load_dataset(name, "train", data_dir)
-    test = training if is_npz(name) else load_dataset(name, "test", data_dir)
+    test = training if is_whole(name) else load_dataset(name, "test", data_dir)
     for data in (training, test):
         if not len(data):
             raise DataError(f"{data.name}: no images in the {data.split} split, expected at least one")
-    return _hold_out(training) if is_npz(name) else (training, test)
+    return _hold_out(training) if is_whole(name) else (training, test)
 
 
 def _hold_out(data: Dataset) -> tuple[Dataset, Dataset]:

@@ -107,6 +107,25 @@ CASES = {
     "Sigmoid": (flattened(node("Sigmoid", ["x"], "s"), node("Neg", ["s"])), {}, 13),
     "Tanh": chain("Tanh"),
     "Flatten": chain("Flatten", axis=-3),
+    "Reshape of rows": (
+        [
+            node("Reshape", ["x", "rows"], "r"),
+            node("Gemm", ["r", "w", "b"], "g"),
+            node("Softmax", ["g"], "s", axis=1),
+            node("Concat", ["s", "r"], "c", axis=1),
+            node("Reshape", ["c", "back"], "a"),
+            node("Conv", ["a", "k"]),
+            helper.make_node("Flatten", ["y"], ["out"], name="last"),
+        ],
+        {
+            "rows": numbers(-1, 8),
+            "w": constant(8, 4),
+            "b": constant(4),
+            "back": numbers(-1, 2, 6, 12),
+            "k": constant(1, 2, 3, 3),
+        },
+        13,
+    ),
     "Reshape": chain("Reshape", {"s": numbers(0, -1, 4)}),
     "Reshape batch free": chain("Reshape", {"s": numbers(-1, 4, 24)}),
     "Transpose": chain("Transpose", perm=[0, 2, 3, 1]),
@@ -330,6 +349,15 @@ def test_every_operator_agrees_with_onnxruntime(name, batch, tmp_path):
     torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_flatten_of_everything(tmp_path):
+    """For one image the row of all entries is the batch of one."""
+    weight = constant(PIXELS, 3)
+    nodes = [node("Flatten", ["x"], "f", axis=0), node("Gemm", ["f", "w"], "out")]
+    images = torch.rand(2, *SHAPE)
+    network = read_onnx(write(tmp_path, model_of(nodes, {"w": weight}, shape=(1, *SHAPE))))
+    torch.testing.assert_close(network(images), images.flatten(1) @ torch.from_numpy(weight))
+
+
 def test_reshape_by_computed_shape(tmp_path):
     nodes = [
         node("Shape", ["x"], "s"),
@@ -420,6 +448,19 @@ REFUSED = {
     "batch transposed": (chain("Transpose", perm=[1, 0, 2, 3]), "operator Flatten .*batch first"),
     "transpose default": (chain("Transpose"), "operator Flatten .*batch first"),
     "batch reshaped": (chain("Reshape", {"s": numbers(2, -1)}), "operator Reshape .*mixes the batch"),
+    "batch in one row": (chain("Reshape", {"s": numbers(-1)}), "operator Flatten .*batch first"),
+    "a constant of more dimensions": (
+        (
+            flattened(node("Reshape", ["x", "s"], "r"), node("Add", ["r", "c"])),
+            {"s": numbers(-1, 8), "c": constant(1, 1, 8)},
+            13,
+        ),
+        "operator Add .*more dimensions than the value's 2",
+    ),
+    "an answer in pieces": (
+        ([node("Reshape", ["x", "s"], "out")], {"s": numbers(-1, 48)}, 13),
+        "batch in one dimension with others",
+    ),
     "batch gathered": (chain("Gather", {"i": numbers(0)}, axis=0), "operator Gather .*batch dimension"),
     "batch sliced": (
         chain("Slice", {"s": numbers(0), "e": numbers(1), "a": numbers(0)}),
