@@ -246,7 +246,8 @@ class TestCifar10Sample:
 
 def test_unknown_names_list_the_valid_ones() -> None:
     with pytest.raises(
-        UnknownNameError, match="unknown data set 'minst': expected one of .*digits, fashion-mnist, hf:OWNER/NAME, kmnist"
+        UnknownNameError,
+        match="unknown data set 'minst': .*digits, fashion-mnist, hf:OWNER/NAME, kmnist",
     ):
         load_dataset("minst")
     with pytest.raises(UnknownNameError, match="unknown split 'validation': expected one of test, train"):

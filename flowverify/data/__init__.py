@@ -98,7 +98,7 @@ class Dataset:
 
 def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | None = None) -> Dataset:
     """Loads a data set by name (``digits``, ``mnist``, ``cifar10``, ...), by the path of an ``.npz`` or of a folder of
-    images by class, from Hugging Face (:func:`flowverify.data.hub.read_hub`), or MODULE:NAME.
+    images by class, from Hugging Face (:func:`flowverify.data.files.read_hub`), or MODULE:NAME.
 
     Somebody else's ``MODULE:NAME`` is called with the split and the folder, and returns a :class:`Dataset`.
 
@@ -121,7 +121,7 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
     if is_hub(name):
-        from flowverify.data.hub import read_hub
+        from flowverify.data.files import read_hub
 
         return read_hub(str(name), split)
     if is_folder(name):

@@ -23,7 +23,7 @@ from torch import Tensor
 from flowverify.errors import FlowverifyError, InvalidInputError, ModelFileError, UnsupportedOperationError
 from flowverify.network.builder import Builder, Value
 from flowverify.network.graph import Network
-from flowverify.network.onnx_ml import DOMAIN, LOGITS, TRANSFORM, TRANSFORMS
+from flowverify.network.onnx_ml import DOMAIN, LOGITS, TRANSFORM, TRANSFORMS, rewritten
 from flowverify.network.onnx_ml import HANDLERS as LEARNING_HANDLERS
 from flowverify.network.onnx_operators import (
     ANY_DIMENSION,
@@ -35,7 +35,6 @@ from flowverify.network.onnx_operators import (
     whole_shape,
     with_batch_first,
 )
-from flowverify.network.onnx_patterns import rewritten
 from flowverify.network.operations import first_line
 from flowverify.network.reading import Ending, InputForm, Reading, input_form, softmax_over_classes
 from flowverify.network.rounding import rounding_of_value
