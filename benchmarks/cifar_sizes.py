@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import flowverify as fv
 from benchmarks.common import header, stopwatch
 from flowverify.attack.base import make_attack
+from flowverify.data import Dataset
 
 HELD_OUT = 10
 
@@ -51,16 +52,20 @@ def untrained(name: str) -> nn.Module:
     )  # fmt: skip
 
 
-def trained(name: str, epochs: int) -> nn.Module:
-    """The network after so many epochs on the sample, by Adam."""
-    model, data = untrained(name), fv.load_dataset("cifar10-sample")[HELD_OUT:]
+def fitted(model: nn.Module, data: Dataset, epochs: int, batch: int) -> nn.Module:
+    """The network after so many epochs on a data set, by Adam."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(epochs):
-        for rows in torch.randperm(len(data)).split(30):
+        for rows in torch.randperm(len(data)).split(batch):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(data.images[rows]), data.labels[rows]).backward()
             optimizer.step()
     return model.eval()
+
+
+def trained(name: str, epochs: int) -> nn.Module:
+    """The network after so many epochs on the sample."""
+    return fitted(untrained(name), fv.load_dataset("cifar10-sample")[HELD_OUT:], epochs, 30)
 
 
 def row(question: tuple[str, str, int, int]) -> dict[str, Any]:

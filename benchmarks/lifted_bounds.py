@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import flowverify as fv
-from benchmarks.cifar_sizes import Block
+from benchmarks.cifar_sizes import Block, fitted
 from benchmarks.common import header, quartiles
 from flowverify.attack.base import make_attack
 
@@ -30,14 +30,7 @@ def residual(epochs: int = 3) -> nn.Module:
         nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), Block(8, 16, 2), Block(16, 16, 1), nn.Flatten(),
         nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
-    data = fv.load_dataset("mnist", split="train")[:10_000]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(data)).split(100):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(data.images[rows]), data.labels[rows]).backward()
-            optimizer.step()
-    return model.eval()
+    return fitted(model, fv.load_dataset("mnist", split="train")[:10_000], epochs, 100)
 
 
 def radii_by(bound: str, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
