@@ -197,7 +197,10 @@ class Certifier(BaseCertifier):
             first, others = others[0], [first, *others[1:]]
         warm, refines = WarmStart(count), self.engine(first, torch.float32).refines
         searched, rough = (at(torch.float32, first, warm, effort) for effort in (search.searching, search.rough))
-        brackets = bracket(searched, zero, clean, clean, limit, tolerance, search, rough=rough if refines else None)
+        begin = search.first_share * self._linear_budgets(ball.within(first), labels, clean)
+        brackets = bracket(
+            searched, zero, clean, clean, limit, tolerance, search, rough=rough if refines else None, first=begin
+        )
         found, margin = prove(at(torch.float64, first, None, search.confirming), brackets, clean, tolerance, search)
         for cover in others:
             floor = (found * (1 + tolerance)).clamp(min=search.smallest, max=limit)
@@ -221,6 +224,29 @@ class Certifier(BaseCertifier):
             found[better[kept]], margin[better[kept]] = raised[kept], proven[kept]
         return found, margin
 
+    def _linear_budgets(self, ball: Ball, labels: Tensor, clean: Tensor) -> Tensor:
+        """For each unit of mass, (B,): what it costs to end the margin to the runner-up as linearised at the image.
+
+        To begin a search with, by fixed-point steps on the concave support function; NaN where that leads nowhere.
+        """
+        ball = ball.to(dtype=torch.float64)
+        _, gradient = self._linearised(ball.images, labels)
+        budget = torch.full_like(clean, self.search_settings.first)
+        for _ in range(self.search_settings.linear_steps):
+            own = ball.with_budget(budget.to(ball.mass) * ball.mass)
+            gain = own.support(gradient[:, None]).excess[:, 0].double().cpu()
+            budget = budget * clean / gain
+            budget = torch.where(torch.isfinite(budget) & (budget > 0), budget, self.search_settings.first)
+        return budget
+
+    def _linearised(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much another class is above the label at points (B, C, H, W), and the gradient of it."""
+        with torch.enable_grad():
+            points = points.detach().requires_grad_(True)
+            above = surplus(self.precise(points), labels)
+            (gradient,) = torch.autograd.grad(above.sum(), points)
+        return above.detach(), gradient
+
     def _refuted(self, ball: Ball, labels: Tensor) -> Tensor:
         """Balls (B,) that hold an image of another class, so that no bound has a positive margin: a short search.
 
@@ -231,11 +257,8 @@ class Certifier(BaseCertifier):
             return refuted  # what maximises a bound need not lie in the ball
         points = ball.images.double()
         for _ in range(self.search_settings.refuting_steps + 1):
-            with torch.enable_grad():
-                points = points.detach().requires_grad_(True)
-                above = surplus(self.precise(points), labels)
-                (gradient,) = torch.autograd.grad(above.sum(), points)
-            refuted = refuted | (above.detach() > 0)
+            above, gradient = self._linearised(points, labels)
+            refuted = refuted | (above > 0)
             if bool(refuted.all()):
                 break
             found = ball.support(gradient.nan_to_num()[:, None], maximiser=True).maximiser

@@ -24,7 +24,8 @@ class RadiusSettings:
     """How radii are searched: for speed alone, as what is found is confirmed.
 
     Attributes:
-        first: the first trial, of the order of what is found on plainly trained networks (theory, section 20).
+        first_share: the first trial, as a share of the budget at which the margin's linear part ends it.
+        first: the first trial where there is no such budget.
         smallest: radii below it count as 0.
         growth: from trial to trial, at most, until one has no positive margin.
         least_growth: from trial to trial, at least, where margins are so large that they were left as they are.
@@ -35,10 +36,12 @@ class RadiusSettings:
         inside: how many tolerances below the predicted zero what is to be confirmed lies.
         raised_growth: from trial to trial, above a budget that a looser bound has certified.
         raising_steps: above what is confirmed, where its margin says that much more is to be had.
+        linear_steps: towards the budget that the first trial is a share of.
         refuting_steps: towards an image that shows a looser bound to be of no use.
         rough, searching, confirming: what margins are asked for.
     """
 
+    first_share: float = 0.6
     first: float = 0.05
     smallest: float = 1e-7
     growth: float = 2.0
@@ -50,6 +53,7 @@ class RadiusSettings:
     inside: float = 0.45
     raised_growth: float = 1.25
     raising_steps: int = 2
+    linear_steps: int = 3
     refuting_steps: int = 3
     rough: Effort = field(default_factory=lambda: Effort(rough=True, enough=0.2))
     searching: Effort = field(default_factory=lambda: Effort(enough=0.2))
@@ -251,20 +255,26 @@ def bracket(
     settings: RadiusSettings,
     growth: float | None = None,
     rough: MarginFunction | None = None,
+    first: Tensor | None = None,
 ) -> list[Bracket]:
     """Searches the largest budgets with a positive margin, to ``tolerance``, from ``start`` with these margins.
 
     Args:
         clean: margins at a budget of 0.
+        first: trials where ``start`` is 0; NaN for none.
         rough: margins that are never larger than those of ``evaluate``, and cheaper: they lead to near the radius.
     """
     sure = settings.sure * tolerance
+    trials = torch.full_like(start, settings.first) if first is None else first.nan_to_num(nan=settings.first)
+    trials = trials.clamp(min=settings.smallest, max=max(limit, settings.smallest))
     brackets = [
-        Bracket(low, margin, limit, tolerance, settings.first, settings.smallest, growth or settings.growth, at_zero,
+        Bracket(low, margin, limit, tolerance, trial, settings.smallest, growth or settings.growth, at_zero,
                 settings.exponent, sure if rough is None else settings.rough_share,
                 enough=math.inf if settings.searching.enough is None else settings.searching.enough,
                 least_growth=settings.least_growth)
-        for low, margin, at_zero in zip(start.tolist(), at_start.tolist(), clean.tolist(), strict=True)
+        for low, margin, at_zero, trial in zip(
+            start.tolist(), at_start.tolist(), clean.tolist(), trials.tolist(), strict=True
+        )
     ]  # fmt: skip
     if rough is not None:
         _close(rough, brackets)

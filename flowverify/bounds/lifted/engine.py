@@ -39,7 +39,7 @@ from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
 from flowverify.network.operations import is_affine, is_elementwise_activation, operation_name
 
-CHUNK_ENTRIES = 1 << 24  # of rows of moves at a time
+CHUNK_ENTRIES = 1 << 22  # of rows of moves at a time: about what a cache holds
 
 
 @dataclass(frozen=True, eq=False)

@@ -224,18 +224,11 @@ class WindowRows:
         return self._combine_whole(outer.data) if outer.origins is None else self._combine_patches(outer)
 
     def _combine_whole(self, data: Tensor) -> MoveRows:
-        """Of (B, 1, R, channels, H, W): one product at each place, and windows that overlap are added up."""
-        batch, height, width = self.gains.shape[:3]
-        planes, (h, w) = self.gains.shape[4:6], self.gains.shape[6:]
+        """Of (B, 1, R, channels, H, W): the windows of all places, added up where they overlap."""
         own = data[:, 0].flatten(3).permute(0, 3, 1, 2)  # (B, places, R, channels)
-        parts = own @ self.gains.flatten(4).flatten(1, 2)  # (B, places, R, entries)
-        batch, places, rows = parts.shape[:3]
-        stride = tuple(max(1, step) for step in self.stride)
-        size = ((height - 1) * self.stride[0] + h, (width - 1) * self.stride[1] + w)
-        windows = parts.permute(0, 2, 3, 1).reshape(batch * rows, -1, places)
-        total = torch.nn.functional.fold(windows, size, (h, w), stride=stride)
-        origins = torch.tensor([self.offset], device=data.device)
-        return MoveRows(total.reshape(batch, 1, rows, *planes, *size), origins)
+        own = own.expand(max(len(own), len(self.gains)), -1, -1, -1).contiguous()
+        total: Tensor = _SumOfWindows.apply(own, self.gains, self.stride)  # type: ignore[no-untyped-call]
+        return MoveRows(total[:, None], torch.tensor([self.offset], device=data.device))
 
     def _combine_patches(self, outer: Coefficients) -> MoveRows:
         gains = self.gains
@@ -268,6 +261,42 @@ class WindowRows:
                     total[..., top : top + h, left : left + w].index_add_(1, chosen, part)
         moved = origins * torch.tensor(self.stride, device=origins.device)
         return MoveRows(total, moved + torch.tensor(self.offset, device=origins.device))
+
+
+class _SumOfWindows(torch.autograd.Function):
+    """Coefficients (B, places, R, channels) times windows (B, H, W, channels, ways, C, h, w), each where it stands.
+
+    One place after another: windows of all places at once would be many times what they add up to.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, gains: Tensor, stride: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(gains)
+        ctx.stride = stride
+        height, width = gains.shape[1:3]
+        planes, (h, w) = gains.shape[4:6], gains.shape[6:]
+        batch, rows = len(own), own.shape[2]
+        size = ((height - 1) * stride[0] + h, (width - 1) * stride[1] + w)
+        total = own.new_zeros(batch, rows, *planes, *size)
+        for place in range(height * width):
+            i, j = divmod(place, width)
+            part = own[:, place] @ gains[:, i, j].flatten(2)
+            top, left = i * stride[0], j * stride[1]
+            total[..., top : top + h, left : left + w] += part.reshape(batch, rows, *planes, h, w)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (gains,) = ctx.saved_tensors
+        height, width = gains.shape[1:3]
+        h, w = gains.shape[6:]
+        parts = []
+        for place in range(height * width):
+            i, j = divmod(place, width)
+            top, left = i * ctx.stride[0], j * ctx.stride[1]
+            window = gradient[..., top : top + h, left : left + w].flatten(2)
+            parts.append(window @ gains[:, i, j].flatten(2).transpose(1, 2))
+        return torch.stack(parts, 1), None, None
 
 
 @dataclass(frozen=True, eq=False)
