@@ -11,8 +11,9 @@ The tail is a program of linear equations, inequalities and ReLUs over numbered 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat
 from flowverify.bounds.intervals import Interval, intersect, propagate
+from flowverify.bounds.margins import MarginBounds
 from flowverify.bounds.relaxations import crosses_zero, pull_back, relax
 from flowverify.errors import SolverError
 from flowverify.export.encodings import FloatArray, Parts, append_rows, margin_rows
-from flowverify.network import INPUT, Add, Graph
+from flowverify.network import INPUT, Add, Graph, Network, Node, Reshape
 from flowverify.network.affine import operation_matrices
 
 SLACK = 1e-7  # relative: every bound and limit is this much wider
@@ -198,7 +200,7 @@ class ReducedQuestion:
         self.middle = self.weight @ self.image.flatten() + self.bias
         self._intervals: dict[str, Interval] = {}
         self._directions = [torch.zeros(0, len(self.bias), dtype=torch.float64)]
-        self._bound_values()
+        self._bound_values(self._of_images(parts))
         identity = torch.eye(parts.classes - 1, dtype=torch.float64)
         rows, least = self._below(self.graph.output, -identity, self._intervals)
         reach = self.reach(rows)
@@ -236,14 +238,35 @@ class ReducedQuestion:
         """The maximum of c . (nu - image) over the ball for rows c over pixels, (S, pixels) -> (S,)."""
         return self.ball.support(rows.reshape(-1, *self.image.shape)).excess[0]
 
-    def _bound_values(self) -> None:
-        """Intervals of all that ReLUs read: exact for the input, the tighter of two methods behind it."""
+    def _of_images(self, parts: Parts) -> dict[str, Interval]:
+        """Lifted bounds, over the ball, of what ReLUs behind the first layer read: they know that its budget is shared."""
+        first = nn.Linear(parts.weight.shape[1], len(parts.bias), dtype=torch.float64)
+        first.weight.data, first.bias.data = parts.weight, parts.bias
+        size = (len(parts.bias),)
+        nodes = [
+            Node(f"{INPUT}-pixels", nn.Flatten(), (INPUT,), (parts.weight.shape[1],)),
+            Node(f"{INPUT}-flat", first, (f"{INPUT}-pixels",), size),
+            Node(f"{INPUT}-values", Reshape(self.graph.input_shape), (f"{INPUT}-flat",), self.graph.input_shape),
+        ]
+        behind = [
+            replace(node, inputs=tuple(f"{INPUT}-values" if name == INPUT else name for name in node.inputs))
+            for node in copy.deepcopy(parts.tail).nodes
+        ]
+        network = Network(self.image.shape, [*nodes, *behind])
+        bounds = MarginBounds(network, self.ball.threat, "lifted", dtype=torch.float64)
+        found = zip(network.activations, bounds.neurons(self.ball), strict=True)
+        return {activation.inputs[0]: interval for activation, interval in found}
+
+    def _bound_values(self, known: Mapping[str, Interval]) -> None:
+        """Intervals of all that ReLUs read: exact for the input, behind it the tighter of these and of two methods."""
         up, down = self._excess(self.weight), self._excess(-self.weight)
         shape = (1, *self.graph.input_shape)
         values: dict[str, Interval] = {INPUT: ((self.middle - down).reshape(shape), (self.middle + up).reshape(shape))}
         for node in self.graph.nodes:
             values[node.name] = propagate(node.operation, [values[name] for name in node.inputs])
             if any(isinstance(reader.operation, nn.ReLU) for reader in self.graph.consumers(node.name)):
+                if node.name in known:
+                    values[node.name] = intersect(values[node.name], known[node.name])
                 values[node.name] = self._tighten(node.name, values)
         read = {node.inputs[0] for node in self.graph.nodes if isinstance(node.operation, nn.ReLU)}
         self._intervals = {name: values[name] for name in (INPUT, *sorted(read - {INPUT}))}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from flowverify.ball import Threat
+from flowverify.bounds.margins import MarginBounds
 from flowverify.export.cuts import ReducedQuestion, write_program
 from flowverify.export.encodings import take_apart
 from flowverify.network import Add, Graph, Network, Node
@@ -57,6 +58,22 @@ def test_every_image_of_the_ball_is_in_the_program(make, positivity):
         np.testing.assert_allclose(values[:, program.relus[:, 1]], values[:, program.relus[:, 0]].clip(0), atol=1e-12)
         assert (values[:, program.outputs[target]] >= float(asked.margins[target]) - 1e-9).all()
     assert tight  # a sample reaches some of the cuts
+
+
+@pytest.mark.parametrize("positivity", [True, False])
+def test_hidden_neurons_share_the_budget(positivity):
+    """Their intervals are within lifted ones, and narrower than without these."""
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)]
+    network, image = Network.sequential((1, 4, 4), layers).double(), small_image(2)
+    asked, _ = question(network, image, positivity)
+    (name,) = set(asked._intervals) - {"input"}
+    low, high = asked._intervals[name]
+    lifted = MarginBounds(network, asked.ball.threat, "lifted", dtype=torch.float64).neurons(asked.ball)[-1]
+    assert (low >= lifted[0] - 1e-9).all() and (high <= lifted[1] + 1e-9).all()
+    asked._bound_values({})
+    before = asked._intervals[name]
+    assert float((high - low).sum()) < 0.99 * float((before[1] - before[0]).sum())
 
 
 def test_the_program_of_a_branching_graph_holds_for_its_values():
