@@ -239,7 +239,7 @@ class ReducedQuestion:
         return self.ball.support(rows.reshape(-1, *self.image.shape)).excess[0]
 
     def _of_images(self, parts: Parts) -> dict[str, Interval]:
-        """Lifted bounds, over the ball, of what ReLUs behind the first layer read: they know that its budget is shared."""
+        """Lifted bounds over the ball of what ReLUs behind the first layer read: its budget is shared there."""
         first = nn.Linear(parts.weight.shape[1], len(parts.bias), dtype=torch.float64)
         first.weight.data, first.bias.data = parts.weight, parts.bias
         size = (len(parts.bias),)
