@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from flowverify.data import HELD_OUT
+from flowverify.data import HELD_OUT, VALIDATION
 from flowverify.errors import InvalidInputError, ModelFileError, UnknownNameError
 from flowverify.network import Network, load_network, write_onnx
 from flowverify.network.load import FORMS, is_source
@@ -41,7 +41,7 @@ class Card:
         parameters: how many weights and biases there are.
         clean_accuracy: the share of ``clean_images`` images of ``dataset`` that are classified right, in [0, 1]; none
             of them was trained on.
-        clean_split: ``test`` for those of the test split, ``held-out`` for those that
+        clean_split: ``test`` or ``validation`` for those of this split, ``held-out`` for those that
             :func:`flowverify.training.session.load_splits` kept back of data without one.
         file: the ONNX file, beside the card; ``sha256`` is the hexadecimal digest of its bytes.
         command: the command that trains it.
@@ -249,8 +249,9 @@ def _parse_card(values: Mapping[str, Any]) -> Card:
         raise InvalidInputError(f"card field input_shape is {shape}, expected three integers >= 1")
     if isinstance(values["clean_images"], bool) or values["clean_images"] < 1:
         raise InvalidInputError(f"card field clean_images is {values['clean_images']}, expected an integer >= 1")
-    if values["clean_split"] not in ("test", HELD_OUT):
-        raise InvalidInputError(f"card field clean_split is {values['clean_split']!r}, expected test or {HELD_OUT}")
+    if values["clean_split"] not in ("test", VALIDATION, HELD_OUT):
+        expected_splits = f"test, {VALIDATION} or {HELD_OUT}"
+        raise InvalidInputError(f"card field clean_split is {values['clean_split']!r}, expected {expected_splits}")
     _check_certified(values.get("certified", {}))
     if Path(values["file"]).name != values["file"]:
         raise InvalidInputError(f"card field file is {values['file']!r}, expected a file beside the card")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowverify.data import Dataset, as_dataset, load_dataset, parse_index
+from flowverify.data import Dataset, as_dataset, is_whole, load_dataset, parse_index, without_validation
 from flowverify.errors import DataError, InvalidInputError, UnknownNameError
 
 
@@ -90,6 +90,13 @@ class TestDigits:
         assert bool(((share - 0.3).abs() < 0.005).all())
         everything = torch.cat([train.images, test.images]).flatten(1)
         assert len(np.unique(everything.numpy(), axis=0)) == 1797
+
+    def test_validation_is_the_end_of_train(self) -> None:
+        train, validation = load_dataset("digits", "train"), load_dataset("digits", "validation")
+        assert (validation.split, len(validation)) == ("validation", len(train) // 10)
+        assert torch.equal(torch.cat([without_validation(train).images, validation.images]), train.images)
+        many = Dataset(torch.zeros(60_000, 1, 1, 1), torch.zeros(60_000, dtype=torch.int64), "m", "train")
+        assert len(without_validation(many)) == 55_000
 
     def test_split_never_changes(self) -> None:
         test = load_dataset("digits", "test")
@@ -250,8 +257,8 @@ def test_unknown_names_list_the_valid_ones() -> None:
         match="unknown data set 'minst': .*digits, fashion-mnist, hf:OWNER/NAME, kmnist",
     ):
         load_dataset("minst")
-    with pytest.raises(UnknownNameError, match="unknown split 'validation': expected one of test, train"):
-        load_dataset("digits", split="validation")
+    with pytest.raises(UnknownNameError, match="unknown split 'dev': expected one of test, train, validation"):
+        load_dataset("digits", split="dev")
 
 
 class TestParseIndex:
@@ -359,6 +366,11 @@ class TestFolders:
             self.write(tmp_path / split, "L", (5, 4) if split == "test" else (3, 4))
         assert load_dataset(tmp_path / "test").input_shape == load_dataset(tmp_path).input_shape == (1, 4, 5)
         assert load_dataset(tmp_path, "train").input_shape == (1, 4, 3)
+        with pytest.raises(DataError, match="has the splits train, test, given validation"):
+            load_dataset(tmp_path, "validation")
+        self.write(tmp_path / "validation", "L", (6, 4))
+        assert load_dataset(tmp_path, "validation").input_shape == (1, 4, 6)
+        assert not is_whole(tmp_path) and is_whole(tmp_path / "train")
 
     def test_what_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no images, expected at least one"):

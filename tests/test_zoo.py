@@ -124,7 +124,7 @@ class TestChecks:
             ({"name": "other"}, "card name is 'other', expected 'digits-fc3'"),
             ({"clean_images": 0}, "clean_images is 0, expected an integer >= 1"),
             ({"clean_images": True}, "clean_images is True, expected an integer >= 1"),
-            ({"clean_split": "train"}, "clean_split is 'train', expected test or held-out"),
+            ({"clean_split": "train"}, "clean_split is 'train', expected test, validation or held-out"),
             ({"certified": {"clean_accuracy": 0.9}}, "certified has images None, expected how many"),
         ],
     )

@@ -45,7 +45,7 @@ class Data(Settings):
     name: Annotated[str, AfterValidator(_data_name), expected("a name")] = Field(
         description=f"{', '.join(DATASETS)}, hf:OWNER/NAME, or an .npz file relative to the suite."
     )
-    split: Annotated[str, OneOf(SPLITS)] = Field("test", description="train or test.")
+    split: Annotated[str, OneOf(SPLITS)] = Field("test", description="train, validation (the last of train) or test.")
     index: Annotated[
         str, expected("text such as 0:100, :50 or 3,7,9"), BeforeValidator(_index, json_schema_input_type=str | int)
     ] = Field(":", description="Which images: 0:100, :50, 5 or 3,7,9.")

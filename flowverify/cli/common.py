@@ -54,7 +54,7 @@ Weights = Annotated[
 ]
 DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
-Split = Annotated[str, typer.Option(help="test or train.")]
+Split = Annotated[str, typer.Option(help="test, train, or validation (the last of train).")]
 INCOMPLETE = "flowverify.certifiers.options:IncompleteOptions"
 Bound = Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"))]
 Ground = Annotated[

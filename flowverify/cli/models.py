@@ -198,6 +198,9 @@ def train(
     recipe: Annotated[str, typer.Option(help="The name of a recipe, or a file: .yaml, .yml or .json.")],
     out: Annotated[Path, typer.Option(help="Folder for the ONNX file, the card and the metrics.")] = Path("."),
     seed: Annotated[int | None, typer.Option(min=0, help="Replaces the recipe's seed.")] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Train without the validation split, and measure the accuracy on it.")
+    ] = False,
     data_dir: DataDir = None,
     device: Device = "cpu",
     schema: Annotated[bool, schema_option(_schema)] = False,
@@ -228,7 +231,9 @@ def train(
                 f"{epoch.test_split} accuracy {epoch.test_accuracy:.2%}",
             )
 
-        card = train_and_save(recipe, out, data_dir, seed, on_epoch=report, on_step=step, device=target)
+        card = train_and_save(
+            recipe, out, data_dir, seed, on_epoch=report, on_step=step, device=target, validation=validation
+        )
     typer.echo(f"wrote {out / card.file} and {out / card.name}.json: clean accuracy {card.accuracy_text}")
     if card.clean_split == HELD_OUT:
         typer.echo(f"{card.dataset} has no test split: the last fifth of every class was held out, not trained on")

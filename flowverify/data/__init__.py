@@ -11,7 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +24,9 @@ from flowverify.conventions import check_channels_first, check_labels, has_chann
 from flowverify.errors import DataError, InvalidInputError, UnknownNameError
 from flowverify.registry import DATASETS
 
-SPLITS = ("train", "test")
+VALIDATION = "validation"
+SPLITS = ("train", VALIDATION, "test")
+VALIDATION_IMAGES, VALIDATION_SHARE = 5000, 10  # at most so many, and at most one in so many
 HELD_OUT = "held-out"  # what training keeps back of data without splits
 
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -107,7 +109,9 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
             255) or float >= 0, and integer ``labels`` (N,); it is taken whole, whatever the split. Channels come
             last where :func:`flowverify.conventions.has_channels_last` says so. A folder holds a folder a class, in
             the order of their names, of PNG or JPEG images of one size.
-        split: ``train`` or ``test``.
+        split: ``train``, ``validation`` or ``test``. The last 5,000 training images (a tenth of them, where these are
+            fewer than 50,000) are the validation split of a data set that has none of its own: settings are chosen on
+            it (:func:`without_validation`). ``train`` holds them too.
         data_dir: the folder of the files, or of the subfolder that is called as the data set (``-`` as ``_``). Without
             it, that subfolder of ``$FLOWVERIFY_DATA`` is used if it exists. Otherwise the files are downloaded once
             from their authors, checked by their sums, into the user's cache.
@@ -130,10 +134,25 @@ def load_dataset(name: str | Path, split: str = "test", data_dir: str | Path | N
         return read_folder(Path(name), split)
     if is_npz(name):
         return read_npz(Path(name), Path(name).stem, split)
-    found = DATASETS.find(str(name))(split, data_dir)
+    divided = split == VALIDATION and name in DATASETS
+    found = DATASETS.find(str(name))("train" if divided else split, data_dir)
     if not isinstance(found, Dataset):
         raise DataError(f"data set {name!r}: returned {type(found).__name__}, expected a Dataset")
-    return found
+    return _validation(found) if divided else found
+
+
+def without_validation(training: Dataset) -> Dataset:
+    """The training images of a data set but for its validation split, as :func:`load_dataset` has it."""
+    return training[: len(training) - _validation_size(training)]
+
+
+def _validation(training: Dataset) -> Dataset:
+    part = training[len(training) - _validation_size(training) :]
+    return replace(part, split=VALIDATION)
+
+
+def _validation_size(training: Dataset) -> int:
+    return min(VALIDATION_IMAGES, len(training) // VALIDATION_SHARE)
 
 
 def is_npz(name: str | Path) -> bool:
@@ -147,7 +166,11 @@ def is_hub(name: str | Path) -> bool:
 
 
 def is_whole(name: str | Path) -> bool:
-    """Whether :func:`load_dataset` gives the same images for every split: of a file, or where the name says which."""
+    """Whether :func:`load_dataset` gives the same images for every split: of a file, say, or a name that says it."""
+    if is_folder(name):
+        from flowverify.data.files import splits_of
+
+        return not splits_of(Path(name))
     return is_npz(name) or (is_hub(name) and str(name).count(":") > 1)
 
 

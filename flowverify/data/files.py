@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flowverify.data import UNREADABLE, Dataset, as_dataset, data_folder, levels, read_npz
+from flowverify.data import SPLITS, UNREADABLE, Dataset, as_dataset, data_folder, levels, read_npz
 from flowverify.errors import DataError, DependencyError, InvalidInputError
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg")
@@ -253,20 +253,28 @@ def _downloaded_records(name: str, form: BinaryRecords, names: Sequence[str]) ->
     return [by_name[file] for file in names]
 
 
+def splits_of(folder: Path) -> list[str]:
+    """The splits that a folder of images is divided into; none where it is taken whole."""
+    return [split for split in SPLITS if (folder / split).is_dir()]
+
+
 def read_folder(folder: Path, split: str) -> Dataset:
     """PNG and JPEG images in one folder a class, the classes in the order of their names.
 
-    Folders ``train`` and ``test`` inside are the splits; without them the folder is taken whole.
+    Folders ``train``, ``validation`` and ``test`` inside are the splits; without any of them the folder is taken whole.
 
     Raises:
-        DataError: no image, one that cannot be read, or images of several sizes.
+        DataError: there are splits, but not this one; no image, one that cannot be read, or images of several sizes.
         DependencyError: Pillow is not installed.
     """
     try:
         from PIL import Image
     except ImportError as error:
         raise DependencyError(f"images in {folder} need Pillow: pip install pillow") from error
-    inside = folder / split if (folder / split).is_dir() else folder
+    splits = splits_of(folder)
+    if splits and split not in splits:
+        raise DataError(f"{folder}: has the splits {', '.join(splits)}, given {split}")
+    inside = folder / split if splits else folder
     classes = sorted(path for path in inside.iterdir() if path.is_dir())
     found = [
         (path, label)

@@ -80,7 +80,7 @@ def train(
     """
     target = _check_device(device)
     loss = batch_loss if batch_loss is not None else build_loss(recipe.loss, recipe.loss_options)
-    training, test = load_splits(recipe.dataset, data_dir)
+    training, test = load_splits(recipe.dataset, data_dir, validation=recipe.validation)
     classes = int(max(training.labels.max(), test.labels.max())) + 1
     digest = training_digest(training) if checkpoint is not None else ""
     saved = None if checkpoint is None else load_checkpoint(Path(checkpoint), recipe, digest)
@@ -221,6 +221,7 @@ def train_and_save(
     on_epoch: Callable[[EpochReport], None] | None = None,
     on_step: Callable[[int, int, int], None] | None = None,
     device: str | torch.device = "cpu",
+    validation: bool = False,
 ) -> Card:
     """Trains a model and writes ``NAME.onnx``, ``NAME.json`` and, as it goes, ``NAME.metrics.jsonl``.
 
@@ -233,6 +234,7 @@ def train_and_save(
         out_dir: created if need be; files of the same name in it are replaced.
         data_dir: see :func:`flowverify.training.session.load_splits`.
         seed: replaces the recipe's.
+        validation: as the recipe's field, where that does not say so already.
         on_epoch, on_step: see :func:`flowverify.training.train`.
 
     Raises:
@@ -242,7 +244,7 @@ def train_and_save(
         ModelFileError: ``out_dir`` cannot be written to, or the checkpoint in it cannot be read.
     """
     shipped = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    chosen = shipped if seed is None else replace(shipped, seed=seed)
+    chosen = replace(shipped, seed=shipped.seed if seed is None else seed, validation=validation or shipped.validation)
     check_model_name(chosen.name)
     _check_writable(out_dir)
     checkpoint = Path(out_dir) / f"{chosen.name}.checkpoint.pt"
@@ -255,7 +257,7 @@ def train_and_save(
         metrics=Path(out_dir) / f"{chosen.name}.metrics.jsonl",
         on_step=on_step,
     ).network
-    training, test = load_splits(chosen.dataset, data_dir)
+    training, test = load_splits(chosen.dataset, data_dir, validation=chosen.validation)
     card = save_model(
         network,
         out_dir,
@@ -292,7 +294,8 @@ def _check_writable(out_dir: str | Path) -> None:
 def _command(chosen: Recipe, given: str | Path | Recipe, shipped: Recipe) -> str:
     seed = "" if chosen.seed == shipped.seed else f" --seed {chosen.seed}"
     source = chosen.name if RECIPES.get(shipped.name) == shipped or isinstance(given, Recipe) else Path(given).name
-    return f"flowverify train --recipe {source}{seed}"
+    validation = " --validation" if chosen.validation and not shipped.validation else ""
+    return f"flowverify train --recipe {source}{seed}{validation}"
 
 
 def _describe(recipe: Recipe) -> str:

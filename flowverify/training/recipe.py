@@ -203,6 +203,10 @@ class Recipe(Settings):
         description="Each image is moved, anew in each epoch, by up to so many pixels along each axis; what leaves the "
         "image is lost.",
     )
+    validation: bool = Field(
+        default=False,
+        description="Train without the validation split and measure the accuracy on it: for choosing settings.",
+    )
 
     def __post_init__(self) -> None:
         if self.momentum >= 1 or (self.optimizer == "adam" and self.momentum):

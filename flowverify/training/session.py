@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowverify.data import HELD_OUT, Dataset, is_whole, load_dataset
+from flowverify.data import HELD_OUT, VALIDATION, Dataset, is_whole, load_dataset, without_validation
 from flowverify.errors import DataError, InvalidInputError
 from flowverify.network import Network
+from flowverify.registry import DATASETS
 from flowverify.training.losses import BatchContext, BatchLoss, StatefulLoss
 from flowverify.training.recipe import Recipe
 
@@ -174,18 +175,27 @@ def _build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 SHARE = 5  # one image in so many of every class is held out
 
 
-def load_splits(name: str | Path, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset]:
+def load_splits(
+    name: str | Path, data_dir: str | Path | None = None, *, validation: bool = False
+) -> tuple[Dataset, Dataset]:
     """The images to train on, and those to measure the accuracy on, whose ``split`` says what they are.
 
-    An ``.npz`` of one's own, or a name that says which split, has no test split: the last fifth of every class is held
-    out (one image at least, of the classes that have two), and its ``split`` is ``held-out``.
+    An ``.npz`` of one's own, a folder without splits, or a name that says which split, has no test split: the last
+    fifth of every class is held out (one image at least, of the classes that have two), and its ``split`` is
+    ``held-out``.
+
+    Args:
+        validation: train without the validation split, and measure the accuracy on it; the test split is not looked at.
 
     Raises:
         DataError: a split is empty, or no class of an ``.npz`` has two images; or see
             :func:`flowverify.data.load_dataset`.
     """
     training = load_dataset(name, "train", data_dir)
-    test = training if is_whole(name) else load_dataset(name, "test", data_dir)
+    other = VALIDATION if validation else "test"
+    test = training if is_whole(name) else load_dataset(name, other, data_dir)
+    if validation and name in DATASETS:
+        training = without_validation(training)
     for data in (training, test):
         if not len(data):
             raise DataError(f"{data.name}: no images in the {data.split} split, expected at least one")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import flowverify as fv
-from flowverify.data import load_dataset
+from flowverify.data import Dataset, load_dataset
 from flowverify.errors import DataError
-from flowverify.training import Recipe, accuracy, train_and_save
+from flowverify.training import Recipe, accuracy, session, train_and_save
 from flowverify.training.session import load_splits
 
 
@@ -36,6 +36,35 @@ def test_data_with_splits_keep_them() -> None:
     training, test = load_splits("digits")
     assert torch.equal(test.images, load_dataset("digits", "test").images) and test.split == "test"
     assert torch.equal(training.images, load_dataset("digits", "train").images)
+
+
+def test_settings_are_chosen_without_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(name: str, split: str = "test", data_dir: Path | None = None) -> Dataset:
+        asked.append(split)
+        return load_dataset(name, split, data_dir)
+
+    monkeypatch.setattr(session, "load_dataset", load)
+    training, validation = load_splits("digits", validation=True)
+    assert asked == ["train", "validation"]
+    whole = load_dataset("digits", "train")
+    assert torch.equal(torch.cat([training.images, validation.images]), whole.images)
+    recipe = Recipe("own", "digits", "mlp", epochs=1, hidden=(8,))
+    card = train_and_save(recipe, tmp_path, validation=True)
+    assert (card.clean_split, card.clean_images) == ("validation", len(validation))
+    assert card.recipe["validation"] and card.command == "flowverify train --recipe own --validation"
+    assert "test" not in asked
+
+
+def test_a_folder_without_splits_is_held_out_from(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for number in range(5):
+            image.new("L", (4, 4), 20 * number + 1).save(tmp_path / label / f"{number}.png")
+    training, test = load_splits(tmp_path)
+    assert (len(training), len(test), test.split) == (8, 2, "held-out")
 
 
 def test_nothing_to_hold_out(tmp_path: Path) -> None:
