@@ -298,17 +298,24 @@ class Certified:
         radii = torch.full_like(chosen[:, 0, 0, 0], limit)
         if self.own_radii:
             radii = self._radii_of(context)[:count].to(chosen).clamp(max=limit)
-        logits, worst = bounds.bound(chosen, own_labels, Threat().budget(radii, chosen))
+        logits, worst, loss = self._scored(bounds, model, chosen, own_labels, radii)
         certified = worst.detach().scatter(1, own_labels[:, None], -torch.inf).amax(1) < 0
         if self.own_radii:
             self._adapt(context, radii, certified, logits.argmax(1) == own_labels)
         if count < len(images):
             logits = torch.cat([logits, model(images[count:])])
-        clean = nn.functional.cross_entropy(logits, labels)
-        robust = nn.functional.cross_entropy(worst, own_labels)
-        loss = self.clean_weight * clean + (1 - self.clean_weight) * robust
+        if self.clean_weight:
+            clean = nn.functional.cross_entropy(logits, labels)
+            loss = self.clean_weight * clean + (1 - self.clean_weight) * loss
         metrics = {"certified": float(certified.float().mean()), "radius": float(radii.mean())}
         return BatchOutcome(loss, logits, metrics)
+
+    def _scored(
+        self, bounds: TrainableBounds, model: nn.Module, images: Tensor, labels: Tensor, radii: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, upper bounds of f_t - f_y over what is bounded of each ball, and the loss of the worst case."""
+        logits, worst = bounds.bound(images, labels, Threat().budget(radii, images))
+        return logits, worst, nn.functional.cross_entropy(worst, labels)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Radii of the images and multipliers of the rows: what a resumed training needs."""
@@ -348,6 +355,107 @@ class Certified:
         if context.positions is None:
             raise InvalidInputError("loss certified with own_radii: expected a context with positions of the images")
         return context.positions
+
+
+class Expressive(Certified):
+    """Worst cases mixed with adversarial ones, so that weights are not bent to what intervals can prove alone.
+
+    De Palma et al. 2024 (arXiv:2305.13991): MTL-IBP takes (1 - ``worst_weight``) of the cross-entropy at the
+    adversarial image and ``worst_weight`` of that of the worst case; CC-IBP the cross-entropy of the scores mixed so.
+    What is trained less tightly is left for tighter bounds to certify.
+
+    Args:
+        worst_weight: in [0, 1].
+        mix: ``losses`` (MTL-IBP) or ``scores`` (CC-IBP).
+        attack_steps: of Frank-Wolfe within the ball, from the image.
+        options: of :class:`Certified`; ``clean_weight`` is 0 by default.
+
+    Raises:
+        UnknownNameError: another ``mix``.
+        InvalidInputError: a value out of range.
+    """
+
+    def __init__(
+        self, worst_weight: float = 0.1, mix: str = "losses", attack_steps: int = 2, clean_weight: float = 0.0,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(clean_weight=clean_weight, **options)
+        if mix not in MIXES:
+            raise UnknownNameError("mix of expressive losses", mix, MIXES)
+        _check_share("expressive", "worst_weight", worst_weight)
+        _check_steps("expressive", attack_steps)
+        self.worst_weight, self.mix, self.attack_steps = float(worst_weight), mix, attack_steps
+
+    def _scored(
+        self, bounds: TrainableBounds, model: nn.Module, images: Tensor, labels: Tensor, radii: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, worst, robust = super()._scored(bounds, model, images, labels, radii)
+        found = model(adversarial_images(model, images, labels, radii, self.attack_steps))
+        if self.mix == "losses":
+            attacked = nn.functional.cross_entropy(found, labels)
+            return logits, worst, self.worst_weight * robust + (1 - self.worst_weight) * attacked
+        differences = found - found.gather(1, labels[:, None])
+        mixed = self.worst_weight * worst + (1 - self.worst_weight) * differences
+        return logits, worst, nn.functional.cross_entropy(mixed, labels)
+
+
+class SmallBalls(Certified):
+    """The worst case over a small ball around an adversarial image, which lies in the ball of the image.
+
+    SABR (Mueller et al. 2023, arXiv:2210.04871): the adversarial image is within (1 - ``small``) times the radius, and
+    intervals are of a ball of ``small`` times the radius around it. By the triangle inequality that lies in the ball;
+    with ``small`` 1 it is the ball. ``certified`` in the metrics, and what adapts an image's own radius, are of the
+    small ball.
+
+    Args:
+        small: in [0, 1].
+        attack_steps: of Frank-Wolfe.
+        options: of :class:`Certified`.
+
+    Raises:
+        InvalidInputError: a value out of range.
+    """
+
+    def __init__(self, small: float = 0.4, attack_steps: int = 2, **options: Any) -> None:
+        super().__init__(**options)
+        _check_share("small-balls", "small", small)
+        _check_steps("small-balls", attack_steps)
+        self.small, self.attack_steps = float(small), attack_steps
+
+    def _scored(
+        self, bounds: TrainableBounds, model: nn.Module, images: Tensor, labels: Tensor, radii: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        middle = adversarial_images(model, images, labels, (1 - self.small) * radii, self.attack_steps)
+        _, worst, robust = super()._scored(bounds, model, middle, labels, self.small * radii)
+        return model(images), worst, robust
+
+
+MIXES = ("losses", "scores")
+
+
+def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, radii: Tensor, steps: int) -> Tensor:
+    """Images (B, C, H, W) within ``radii`` (B,) pixels (l1) of the given ones, by so many steps of Frank-Wolfe.
+
+    Up the margin of the class that is nearest to overtaking the label.
+    """
+    budget, current = Threat().budget(radii, images), images
+    for step in range(steps):
+        with torch.enable_grad():
+            variable = current.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(surplus(model(variable), labels).sum(), variable)
+        goal = best_moves(gradient.nan_to_num(), images, budget=budget, ground="l1", cap=None).image.to(images)
+        current = current + 2 / (step + 2) * (goal - current)
+    return current.detach()
+
+
+def _check_share(loss: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InvalidInputError(f"loss {loss}: given {name} {value!r}, expected a number between 0 and 1")
+
+
+def _check_steps(loss: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInputError(f"loss {loss}: given attack_steps {value!r}, expected an integer >= 1")
 
 
 class NoisyCrossEntropy:
@@ -400,6 +508,8 @@ LOSSES: dict[str, Callable[..., BatchLoss]] = {
     "cross-entropy": CrossEntropy,
     "adversarial": Adversarial,
     "certified": Certified,
+    "expressive": Expressive,
+    "small-balls": SmallBalls,
     "wasserstein-noise": NoisyCrossEntropy,
     "laplace-noise": partial(NoisyCrossEntropy, domain="pixels"),
     "uniform-noise": partial(NoisyCrossEntropy, distribution="uniform"),
@@ -418,7 +528,7 @@ def build_loss(name: str, options: Mapping[str, Any]) -> BatchLoss:
     if name not in LOSSES and not is_outside(name):
         raise UnknownNameError("loss", name, [*LOSSES, OUTSIDE])
     loss: Callable[..., BatchLoss] = LOSSES[name] if name in LOSSES else find_outside("loss", name)
-    valid = list(signature(loss).parameters)
+    valid = _options_of(loss)
     for option in options:
         if option not in valid:
             raise UnknownNameError(f"option of the loss {name}", option, valid or ["none"])
@@ -426,3 +536,14 @@ def build_loss(name: str, options: Mapping[str, Any]) -> BatchLoss:
         return loss(**options)
     except TypeError as error:
         raise InvalidInputError(f"loss {name}: given options {dict(options)}: {error}") from error
+
+
+def _options_of(loss: Callable[..., BatchLoss]) -> list[str]:
+    """Its own, and where it hands others on, those of the class that it is derived from."""
+    names: list[str] = []
+    for kind in getattr(loss, "__mro__", (loss,)):
+        parameters = signature(kind).parameters.values()
+        names += [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name not in names]
+        if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+            break
+    return names
