@@ -1,4 +1,4 @@
-"""The command line: ``flowverify verify | attack | smooth | export | bench | report | models | doctor | train | demo``.
+"""The command line, ``flowverify COMMAND``: one file for each command, or for a few that belong together.
 
 Every command imports what it needs when it runs, so that ``--help`` answers at once and a missing package is
 an error of one line.
@@ -13,6 +13,7 @@ import typer
 from flowverify import __version__
 from flowverify.cli.attack import attack
 from flowverify.cli.bench import bench, report
+from flowverify.cli.check import check
 from flowverify.cli.export import export
 from flowverify.cli.models import demo, doctor, models, train
 from flowverify.cli.smooth import smooth
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (verify, attack, export, bench, report, models, doctor, train, demo):
+for command in (verify, check, attack, export, bench, report, models, doctor, train, demo):
     app.command()(command)
 app.add_typer(smooth, name="smooth")
 

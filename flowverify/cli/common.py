@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -183,6 +184,7 @@ def check_writable(path: Path, what: str) -> Path:
 P = ParamSpec("P")
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 130, 1  # exit codes
+REFUTED, UNDECIDED = 1, 3  # of a question about one image
 UNBROKEN = 240  # columns; the widest table has less
 
 
@@ -238,6 +240,19 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
+
+
+@contextmanager
+def working(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """What takes a call to say what is being done, shown on standard error with the time, on terminals only."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda text: shown.update(task, description=text)
 
 
 def schema_option(load: Callable[[], dict[str, Any]]) -> Any:

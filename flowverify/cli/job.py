@@ -36,6 +36,7 @@ from flowverify.results import Interrupted, Verdict
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from torch import Tensor
 
     from flowverify.data import Dataset
     from flowverify.network import Network
@@ -220,13 +221,7 @@ class Job:
         )
         if target is not None:
             self.positions = self._without(target)
-        brightest = float(self.data.images.max()) if len(self.data) else 0.0
-        if brightest > LEVELS:
-            typer.echo(
-                f"{self.data.name}: pixels go up to {brightest:g}; radii do not depend on that, but the network has to "
-                "take such images",
-                err=True,
-            )
+        say_brightness(self.data.name, self.data.images)
         self.title, self.json = f"{source.model} on {self.data.name}", json
         self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
         self.settings["target"] = target
@@ -345,6 +340,17 @@ class Job:
         if self.interrupted:
             print_error(f"interrupted after {self.known + self.fresh} of {len(self.positions)} images")
             raise typer.Exit(INTERRUPTED)
+
+
+def say_brightness(name: str, images: Tensor) -> None:
+    """Says so on standard error where images are brighter than pixels usually are."""
+    brightest = float(images.max()) if images.numel() else 0.0
+    if brightest > LEVELS:
+        typer.echo(
+            f"{name}: pixels go up to {brightest:g}; radii do not depend on that, but the network has to take such "
+            "images",
+            err=True,
+        )
 
 
 def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:

@@ -40,6 +40,7 @@ from flowverify.cli.common import (
     user_errors,
 )
 from flowverify.cli.job import Job, Radii
+from flowverify.errors import UnknownNameError
 from flowverify.registry import ENGINES, METHODS, OWN_ENGINE, help_of, parsed
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -105,13 +106,21 @@ def verify(
     picture: Annotated[
         Path | None, typer.Option(help="Draw the first images and their worst cases, to first order, as this .png.")
     ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VERDICT",
+            help=f"Exit with code 1 if any image has this verdict: {', '.join(Verdict)}. Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
     all_rows: Annotated[bool, typer.Option("--all", help="Print every row, not 20 at most.")] = False,
 ) -> None:
     """Certify images against Wasserstein perturbations.
 
     Radii are W1 of normalised images for the ground cost, in pixels: 0.1 moves a tenth of the mass by one pixel (for
-    a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
-    2: bad input.
+    a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error", or
+    one that --fail-on names; 2: bad input; 130: interrupted.
     """
     from flowverify.ball import Threat, WassersteinBall
     from flowverify.bounds.recipes import check_bound
@@ -119,6 +128,9 @@ def verify(
     check_bound(bound)
     METHODS.check(method)
     ENGINES.check(engine)
+    for verdict in fail_on or ():
+        if verdict not in list(Verdict):
+            raise UnknownNameError("verdict", verdict, [str(one) for one in Verdict])
     radii, threat = Radii(radius), Threat(ground, cap)
     given = {"domain": domain, "encoding": encoding, "timeout": timeout}
     options = {**{name: value for name, value in given.items() if value is not None}, **parsed(option)}
@@ -188,7 +200,10 @@ def verify(
     if picture is not None and not job.interrupted:
         _draw(job, results, picture)
     job.end()
-    if any(certificate.verdict is Verdict.ERROR for _, certificate in results):
+    counts = Counter(str(certificate.verdict) for _, certificate in results)
+    if failures := [verdict for verdict in dict.fromkeys(fail_on or ()) if counts[verdict]]:
+        print_error(f"--fail-on: {', '.join(f'{counts[one]} of {len(results)} images {one}' for one in failures)}")
+    if failures or counts[Verdict.ERROR]:
         raise typer.Exit(FAILED)
 
 
