@@ -16,6 +16,7 @@ from flowverify.cli.bench import bench, report
 from flowverify.cli.check import check
 from flowverify.cli.export import export
 from flowverify.cli.models import demo, doctor, models, train
+from flowverify.cli.plot import plot
 from flowverify.cli.smooth import smooth
 from flowverify.cli.verify import verify
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (verify, check, attack, export, bench, report, models, doctor, train, demo):
+for command in (verify, check, attack, export, bench, report, plot, models, doctor, train, demo):
     app.command()(command)
 app.add_typer(smooth, name="smooth")
 
