@@ -15,6 +15,8 @@ from flowverify.cli.attack import attack
 from flowverify.cli.bench import bench, report
 from flowverify.cli.check import check
 from flowverify.cli.export import export
+from flowverify.cli.lists import add_lists
+from flowverify.cli.manners import Command, Group
 from flowverify.cli.models import demo, doctor, models, train
 from flowverify.cli.plot import plot
 from flowverify.cli.smooth import smooth
@@ -22,15 +24,17 @@ from flowverify.cli.verify import verify
 
 app = typer.Typer(
     name="flowverify",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Certifies image classifiers against 1-Wasserstein (earth mover's) perturbations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for command in (verify, check, attack, export, bench, report, plot, models, doctor, train, demo):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(smooth, name="smooth")
+add_lists(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -50,7 +54,7 @@ def _options(
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="flowverify")
 
 
 __all__ = ["app", "main"]

@@ -39,7 +39,9 @@ from flowverify.cli.common import (
     check_picture,
     json_line,
     one_line,
+    say,
     user_errors,
+    versions,
     working,
 )
 from flowverify.cli.job import check_radius, load_inputs, say_brightness
@@ -130,6 +132,7 @@ def check(
     """
     from flowverify.ball import Threat, WassersteinBall
     from flowverify.bounds.recipes import check_bound
+    from flowverify.zoo import source_digest
 
     check_bound(bound)
     ATTACKS.check(attack)
@@ -151,21 +154,22 @@ def check(
     else:
         chosen = _of_dataset(source, dataset, index, split, data_dir)
     network = chosen.network.to(place)
-    with working(quiet=json) as say:
+    with working(quiet=json) as show:
         ask = Question(network, chosen.pixels[None], label if label is not None else chosen.label, target)
         ball = WassersteinBall(radius, ground, cap)
-        answer = ask.decide(ball, attack, tuple(method or ()), bound, timeout, say)
+        answer = ask.decide(ball, attack, tuple(method or ()), bound, timeout, show)
     answer = replace(answer, label_from="given" if label is not None else chosen.label_from)
     seconds = perf_counter() - begin
     if json:
-        about = {"model": model, "image": chosen.name, "index": index, **answer.to_json()}
-        typer.echo(json_line(about | {"seconds": round(seconds, 6)}))
+        about = {"model": model, "sha256": source_digest(model, weights), "image": chosen.name, "index": index}
+        more = {"seconds": round(seconds, 6), "versions": versions()}
+        typer.echo(json_line(about | answer.to_json() | more))
     else:
         for line in answer.words(chosen.name, ball, seconds):
             typer.echo(line)
     if picture is not None:
         _draw(network, ask.image, answer, picture)
-        typer.echo(f"wrote {picture}", err=True)
+        say(f"wrote {picture}")
     raise typer.Exit(EXIT_CODES[answer.certificate.verdict])
 
 
@@ -193,7 +197,7 @@ def _of_file(source: Source, path: Path, index: int | None) -> Chosen:
     if path.suffix.lower() in PICTURES and network.input_shape[0] in COLOURS:
         found = read_image(path, index, network.input_shape[0])
     if found.note:
-        typer.echo(f"{path}: {found.note}", err=True)
+        say(f"{path}: {found.note}")
     say_brightness(str(path), found.pixels)
     where = "the file" if found.label is not None else "the network's own prediction"
     return Chosen(str(path), network, found.pixels, found.label, where)
@@ -336,7 +340,7 @@ class Question:
         methods: Sequence[str],
         bound: str,
         timeout: float,
-        say: Any,
+        show: Any,
     ) -> Answer:
         """The answer of whatever decides first.
 
@@ -344,7 +348,7 @@ class Question:
             methods: in the order in which they are tried; by default :data:`BY_DEFAULT`, the complete one where the
                 network allows it.
             timeout: seconds for the attack and complete methods together.
-            say: is told what is going on.
+            show: is told what is going on.
         """
         steps: list[Step] = []
         self.subject.check(self.image, self.label, ball.threat)
@@ -356,15 +360,15 @@ class Question:
         if not bool(right):
             return Answer(here, "the network's answer for the image itself", ())
         here = replace(here, verdict=Verdict.UNKNOWN)
-        say(f"attack {attack}")
+        show(f"attack {attack}")
         step, found = self._attack(ball, attack, timeout)
         steps.append(step)
         if found is not None:
             return Answer(found, step.name, tuple(steps))
         left = timeout - step.seconds
         for method in methods or BY_DEFAULT:
-            say(method)
-            step, one = self._certify(ball, method, bound, left, optional=not methods, say=say)
+            show(method)
+            step, one = self._certify(ball, method, bound, left, optional=not methods, show=show)
             steps.append(step)
             if one is None:
                 continue
@@ -398,7 +402,7 @@ class Question:
         return Step(name, Verdict.FALSIFIED, seconds), certificate
 
     def _certify(
-        self, ball: WassersteinBall, method: str, bound: str, left: float, *, optional: bool, say: Any
+        self, ball: WassersteinBall, method: str, bound: str, left: float, *, optional: bool, show: Any
     ) -> tuple[Step, Certificate | None]:
         """What a method says; None where it was not tried."""
         from flowverify.api import make_certifier
@@ -408,7 +412,7 @@ class Question:
             return Step(method, None, 0.0, "no time is left"), self._undecided(ball, method, Verdict.TIMEOUT)
         options: dict[str, Any] = {"timeout": left} if limited else {}
         if _takes(METHODS, method, "progress"):
-            options["progress"] = lambda state: say(f"{method}, {state.open_nodes} open nodes")
+            options["progress"] = lambda state: show(f"{method}, {state.open_nodes} open nodes")
         name = f"{method} with bound {bound}" if _takes(METHODS, method, "bound") else method
         try:
             certifier = make_certifier(self.network, method, bound, target=self.target, **options)

@@ -36,7 +36,9 @@ from flowverify.cli.common import (
     Weights,
     check_picture,
     check_writable,
+    completing,
     print_error,
+    say,
     user_errors,
 )
 from flowverify.cli.job import Job, Radii
@@ -67,7 +69,9 @@ def verify(
             metavar="RADIUS|FILE",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"{METHODS.listing()}.")] = "fine-tuned",
+    method: Annotated[
+        str, typer.Option(help=f"{METHODS.listing()}.", autocompletion=completing(METHODS))
+    ] = "fine-tuned",
     bound: Bound = "best",
     ground: Ground = "l1",
     cap: Cap = None,
@@ -285,4 +289,4 @@ def _draw(job: Job, results: Sequence[Result], picture: Path) -> None:
         return
     images = job.data[[position for position, _ in chosen]].images
     draw_worst_cases(job.network, images, [certificate for _, certificate in chosen], picture)
-    typer.echo(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}", err=True)
+    say(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}")
