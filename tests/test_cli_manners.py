@@ -52,7 +52,8 @@ class TestHelp:
         assert "Write networks and properties that a verifier which knows nothing of Wasserstein can decide." in text
 
     def test_no_command_shows_the_help(self) -> None:
-        assert "Commands:" in run(code=2).output
+        result = CliRunner().invoke(app, [])
+        assert "Commands:" in result.output and result.exit_code in (0, 2)  # of typer's click, older and newer
 
 
 class TestCalls:

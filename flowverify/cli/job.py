@@ -235,17 +235,10 @@ class Job:
         self.title, self.json = f"{source.model} on {self.data.name}", json
         self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
         self.settings |= {"target": target, "sha256": source_digest(source.model, source.weights)}
-        self._explain(device)
+        explain_model(source, self.network, device)
+        explain(f"data {self.data.name} {self.data.split}: {len(self.positions)} of {len(self.data)} images")
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
-
-    def _explain(self, device: str) -> None:
-        shape = " x ".join(map(str, self.network.input_shape))
-        explain(
-            f"model {self.settings['model']}: {shape} images, {self.network.num_classes} classes, on {device}; SHA-256 "
-            f"{self.settings['sha256'] or 'of no file'}"
-        )
-        explain(f"data {self.data.name} {self.data.split}: {len(self.positions)} of {len(self.data)} images")
 
     def _without(self, target: int) -> list[int]:
         """The positions of images whose label is not the target."""
@@ -360,6 +353,15 @@ class Job:
         if self.interrupted:
             print_error(f"interrupted after {self.known + self.fresh} of {len(self.positions)} images")
             raise typer.Exit(INTERRUPTED)
+
+
+def explain_model(source: Source, network: Network, device: str) -> None:
+    """Says which network was read, from which file, where the user wants to know more."""
+    from flowverify.zoo import source_digest
+
+    shape, digest = " x ".join(map(str, network.input_shape)), source_digest(source.model, source.weights)
+    where = f"{network.num_classes} classes, on {device}; SHA-256 {digest or 'of no file'}"
+    explain(f"model {source.model}: {shape} images, {where}")
 
 
 def say_brightness(name: str, images: Tensor) -> None:
