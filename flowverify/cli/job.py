@@ -20,6 +20,7 @@ import typer
 
 from flowverify.cli.common import (
     INTERRUPTED,
+    Log,
     Source,
     check_device,
     check_writable,
@@ -295,6 +296,16 @@ class Job:
                     typer.echo(line)
             sys.stdout.flush()
 
+        log, done, start = Log(), 0, perf_counter()
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.advance(task, count)
+            total = cost * len(missing)
+            left = (perf_counter() - start) * max(0, total - done) / max(1, done)
+            log.tell(lambda: f"{self.title}: {done // cost} of {len(missing)} images, {left:.0f} s left")
+
         with closing(records), progress_bar(quiet=self.json and output().is_terminal) as bar:
             task = bar.add_task(self.title, total=cost * len(missing))
             self._bar = bar, task
@@ -302,7 +313,7 @@ class Job:
                 for first in range(0, len(missing), at_once):
                     part, begin = missing[first : first + at_once], perf_counter()
                     try:
-                        keep(part, work(self.data[part], part, lambda count: bar.advance(task, count)))
+                        keep(part, work(self.data[part], part, advance))
                     except Interrupted as stopped:
                         keep(part, [certificate.to_json() for certificate in stopped.certificates])
                         raise
@@ -312,7 +323,7 @@ class Job:
                         reason = f"{type(error).__name__}: {one_line(error)}"
                         print_error(f"images {part[0]} to {part[-1]}: {reason}")
                         keep(part, failed(part, (perf_counter() - begin) / len(part), reason))
-                        bar.advance(task, cost * len(part))
+                        advance(cost * len(part))
             except KeyboardInterrupt:
                 self.interrupted = True
         self.seconds = perf_counter() - self.start
