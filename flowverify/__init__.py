@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowverify.api import certified_radius, certify, certify_batch, find_adversarial, make_certifier, smooth
     from flowverify.certifiers.incomplete import Certifier, search_radius
+    from flowverify.curves import plot_curve
     from flowverify.data import Dataset, as_dataset, load_dataset
     from flowverify.errors import FlowverifyError
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
@@ -46,6 +47,7 @@ _MODULES = {
     "load_dataset": "data",
     "load_model": "zoo",
     "make_certifier": "api",
+    "plot_curve": "curves",
     "read_onnx": "network",
     "search_radius": "certifiers.incomplete",
     "smooth": "api",
@@ -71,6 +73,7 @@ __all__ = [
     "load_dataset",
     "load_model",
     "make_certifier",
+    "plot_curve",
     "read_onnx",
     "search_radius",
     "smooth",
