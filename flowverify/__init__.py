@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flowverify.certifiers.incomplete import Certifier, search_radius
     from flowverify.data import Dataset, as_dataset, load_dataset
     from flowverify.errors import FlowverifyError
+    from flowverify.figures import plot_certificate
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
     from flowverify.results import Certificate, Verdict
     from flowverify.zoo import load_model
@@ -46,6 +47,7 @@ _MODULES = {
     "load_dataset": "data",
     "load_model": "zoo",
     "make_certifier": "api",
+    "plot_certificate": "figures",
     "read_onnx": "network",
     "search_radius": "certifiers.incomplete",
     "smooth": "api",
@@ -71,6 +73,7 @@ __all__ = [
     "load_dataset",
     "load_model",
     "make_certifier",
+    "plot_certificate",
     "read_onnx",
     "search_radius",
     "smooth",

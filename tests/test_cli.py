@@ -210,7 +210,7 @@ BAD_INPUT = {
     "nan pixel": ((*VERIFY, "--dataset", "{files}/nan.npz"), "NaN"),
     "zero mass": (("verify", "digits-fc3", "--dataset", "{files}/black.npz"), "mass"),
     "picture without folder": ((*VERIFY, "--picture", "{files}/none/a.png"), "is not a folder"),
-    "picture of another kind": ((*VERIFY, "--picture", "{files}/a.pdf"), "ends in .png"),
+    "picture of another kind": ((*VERIFY, "--picture", "{files}/a.pdf"), "ends in .png or .gif"),
     "lines into a folder": ((*VERIFY, "--save", "{files}"), "is a folder"),
     "not affine": ((*VERIFY, "--method", "linear"), "affine"),
     "unknown recipe": (("train", "--recipe", "nonsense"), "unknown recipe 'nonsense'"),
