@@ -18,7 +18,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowverify.api import certified_radius, certify, certify_batch, find_adversarial, make_certifier, smooth
+    from flowverify.api import (
+        certified_radius,
+        certify,
+        certify_batch,
+        find_adversarial,
+        make_certifier,
+        smooth,
+        to_frame,
+        to_records,
+    )
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.incomplete import Certifier, search_radius
     from flowverify.data import Dataset, as_dataset, load_dataset
     from flowverify.errors import FlowverifyError
@@ -51,6 +61,8 @@ _MODULES = {
     "read_onnx": "network",
     "search_radius": "certifiers.incomplete",
     "smooth": "api",
+    "to_frame": "api",
+    "to_records": "api",
     "write_onnx": "network",
 }
 
@@ -77,6 +89,8 @@ __all__ = [
     "read_onnx",
     "search_radius",
     "smooth",
+    "to_frame",
+    "to_records",
     "write_onnx",
 ]
 

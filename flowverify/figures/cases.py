@@ -15,10 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flowverify.ball import Threat, between
+from flowverify.ball import Threat, between, distance_name
 from flowverify.errors import InvalidInputError
 from flowverify.grid import Grid
 from flowverify.network import Network
+from flowverify.notebook import by
 from flowverify.results import Certificate, Verdict
 from flowverify.transport.distance import EXACT_MASS_TOLERANCE
 from flowverify.transport.references import minimal_flow
@@ -47,7 +48,7 @@ class Path:
     pixels: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Change:
     """An image, another of the same mass in every channel, and a shortest flow between the two; float64.
 
@@ -59,6 +60,9 @@ class Change:
     image: Tensor
     other: Tensor
     flow: Tensor
+
+    def __repr__(self) -> str:
+        return f"Change(image of {by(self.image.shape)}, flow of length {self.flow_length:.4g} pixels)"
 
     @property
     def flow_length(self) -> float:
@@ -145,7 +149,7 @@ def _moved(image: Tensor, paths: Sequence[Path], share: float) -> Tensor:
     return torch.from_numpy(result).clamp(min=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WorstCase:
     """nu* of one image, or the counterexample of its certificate; float64.
 
@@ -176,6 +180,15 @@ class WorstCase:
     predicted: int
     cap: float | None = None
     counterexample: bool = False
+
+    def __repr__(self) -> str:
+        kind = "counterexample" if self.counterexample else "worst case to first order"
+        before, behind = self.margins
+        return (
+            f"WorstCase({kind} of an image of {by(self.image.shape)}: label {self.label}, predicted {self.predicted}, "
+            f"distance {self.distance:.4g} pixels ({distance_name(self.ground, self.cap)}), "
+            f"f{self.label} - f{self.rival} from {before:.4g} to {behind:.4g})"
+        )
 
     @property
     def change(self) -> Change:
