@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from flowverify.ball import WassersteinBall
     from flowverify.certifiers.incomplete import Certifier, search_radius
+    from flowverify.curves import plot_curve
     from flowverify.data import Dataset, as_dataset, load_dataset
     from flowverify.errors import FlowverifyError
     from flowverify.figures import plot_certificate
@@ -58,6 +59,7 @@ _MODULES = {
     "load_model": "zoo",
     "make_certifier": "api",
     "plot_certificate": "figures",
+    "plot_curve": "curves",
     "read_onnx": "network",
     "search_radius": "certifiers.incomplete",
     "smooth": "api",
@@ -86,6 +88,7 @@ __all__ = [
     "load_model",
     "make_certifier",
     "plot_certificate",
+    "plot_curve",
     "read_onnx",
     "search_radius",
     "smooth",

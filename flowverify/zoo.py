@@ -273,5 +273,31 @@ def _checked_file(card: Card, folder: Path) -> Path:
     return path
 
 
+def source_digest(source: str | Path, weights: str | Path | None = None) -> str | None:
+    """SHA-256 of the files that a model is read from: of its own, or of a factory's and its weights.
+
+    Returns:
+        None for a factory of a module, MODULE:FACTORY, which names no file.
+
+    Raises:
+        UnknownNameError, ModelFileError: no shipped model has this name, or a file is not there.
+    """
+    text = str(source)
+    if not is_source(text):
+        return load_card(text).sha256
+    path = Path(text)
+    if ":" in text and not path.exists():
+        path = Path(text.rpartition(":")[0])
+        if path.suffix != ".py":
+            return None
+    digest = hashlib.sha256()
+    for one in [path] if weights is None else [path, Path(weights)]:
+        try:
+            digest.update(one.read_bytes())
+        except OSError as error:
+            raise ModelFileError(f"{one}: {error.strerror}, expected the file of a model") from error
+    return digest.hexdigest()
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -231,7 +231,8 @@ class TestBadInput:
 
     @pytest.mark.parametrize("arguments", [("--references", "wide"), ("--nonsense",), ("--batch-size", "0")])
     def test_options_that_cannot_be_read(self, arguments):
-        assert "Error" in run(*VERIFY, *arguments, code=2).stderr
+        result = run(*VERIFY, *arguments, code=2)
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
     def test_unknown_command(self):
         assert "No such command" in run("nonsense", code=2).stderr

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "flowverify"
 LAYERS = (
     "errors", "registry", "quiet", "conventions", "png", "notebook", "deadline", "records", "settings", "data", "grid",
     "transport", "ball", "network", "zoo", "results", "witness", "attack", "bounds", "lirpa", "certifiers",
-    "smoothing", "training", "export", "targeted", "api", "figures", "bench", "doctor", "cli", "__main__",
+    "smoothing", "training", "export", "targeted", "api", "figures", "curves", "bench", "doctor", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -90,7 +90,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 HEAVY = ("torch", "numpy", "scipy", "numba", "sklearn", "onnx", "matplotlib", "auto_LiRPA")
 
 
-@pytest.mark.parametrize("arguments", ["", "--help", "verify --help", "smooth certify --help", "bench --help"])
+@pytest.mark.parametrize(
+    "arguments", ["", "--help", "verify --help", "smooth certify --help", "bench --help", "check --help", "plot -h"]
+)
 def test_import_and_help_load_nothing_heavy(arguments):
     """They answer at once: a module of these takes longer to load than all that help needs."""
     code = "import sys, flowverify\n"

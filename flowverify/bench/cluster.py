@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from flowverify.bench.pool import Backend, Worker, WorkerDiedError
 from flowverify.bench.session import Reply, Session, Setup, thread_environment
@@ -19,6 +21,28 @@ from flowverify.bench.tasks import Context, Job
 from flowverify.errors import BoundError, DependencyError
 
 PASSED_ON = ("FLOWVERIFY_DATA",)
+KNOCKING = 10.0  # seconds in which whoever is behind an address must answer; Ray itself tries for minutes
+
+
+def check_reachable(address: str | None) -> None:
+    """Refuses an address [SCHEME://]HOST:PORT at which nobody listens; what has another form is left to Ray.
+
+    Raises:
+        BoundError: nobody answers, with the reason.
+    """
+    given = address or ""
+    where = urlsplit(given if "://" in given else f"//{given}")
+    try:
+        host, port = where.hostname, where.port
+    except ValueError as error:
+        raise BoundError(f"Ray cluster {address}: {error}, expected HOST:PORT or ray://HOST:PORT") from error
+    if host is None or port is None:
+        return
+    try:
+        socket.create_connection((host, port), KNOCKING).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BoundError(f"Ray cluster {address}: nobody answers ({reason}), expected a running cluster") from error
 
 
 class RayBackend(Backend):
@@ -50,6 +74,7 @@ class RayBackend(Backend):
         self._owner = not ray.is_initialized()
         on_gpu = context.device != "cpu"
         if self._owner:
+            check_reachable(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
             # Without an address Ray would look for one in the environment, and for a cluster left running here.
             where = {"address": address} if address else {"address": "local", "num_cpus": None if on_gpu else workers}
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leaves CUDA_VISIBLE_DEVICES alone

@@ -172,7 +172,9 @@ class Certify(Kind[CertifyRun]):
                 own = {"method": method, "bound": bound, "references": run.references, "domain": run.domain, **limit}
                 own |= {"options": run.options} if run.options else {}
                 ways.append(([method, bound], own, after))
-        return list(run.tasks(ways, defaults))
+        tasks = list(run.tasks(ways, defaults))
+        _check_networks(tasks)
+        return tasks
 
     def prepare(self, task: Task, context: Context) -> Prepared:
         from flowverify.api import make_certifier
@@ -195,6 +197,26 @@ class Certify(Kind[CertifyRun]):
         ball = WassersteinBall(0.0 if radius is None else radius, settings["ground"], settings.get("cap"))
         certifier.prepare(ball.threat)
         return _Certification(certifier, data, ball, searching=radius is None)
+
+
+def _check_networks(tasks: Sequence[Task]) -> None:
+    """Finds networks that a method does not take before anything starts; bounds take all, or say so image by image.
+
+    Raises:
+        SettingError: a method and a network that do not go together.
+    """
+    known: dict[tuple[str, str], Network] = {}
+    for task in tasks:
+        method, model, data = (task.settings[key] for key in ("method", "model", "data"))
+        if method in METHODS.family(INCOMPLETE):
+            continue
+        key = model, repr(data)
+        try:
+            if key not in known:
+                known[key] = sources.network(model, sources.dataset(data).input_shape)
+            METHODS.find(method).check_network(known[key])
+        except FlowverifyError as error:
+            raise SettingError("methods", f"{method} for {sources.short(model)}: {error}") from error
 
 
 def _decided_by(method: str, grounds: Sequence[str], cap: float | None) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from flowverify.bench import sources
 from flowverify.bench.statistics import FAILURES, TaskRecords, radius_of
-from flowverify.figures import draw_worst_cases, require_matplotlib
+from flowverify.curves import Curve, Run, curves_of, draw_curves, figure_of, style
+from flowverify.figures import draw_worst_cases
 from flowverify.results import Certificate, Verdict
 
 if TYPE_CHECKING:
@@ -24,67 +25,29 @@ if TYPE_CHECKING:
 
 PICTURED = 3  # worst cases of each model
 SHOWN_POINTS = 2000  # of a scatter plot, so that the page stays small
-COLOURS = 10
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
-MARKERS = ("o", "s", "^", "D", "v", "*")
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One line of a legend; its points are joined by steps, or by straight lines with a mark on each."""
+class Cloud:
+    """The points of one entry of a legend."""
 
     label: str
     points: Sequence[tuple[float, float]]
-    steps: bool = True
 
 
 def certified_accuracy(tasks: Sequence[TaskRecords]) -> bytes | None:
     """The share of all images with a certificate at each radius; upper ends give shares that cannot be passed."""
-    from matplotlib.ticker import PercentFormatter
-
-    def draw(axes: Axes, curves: Sequence[Curve]) -> None:
-        for number, curve in enumerate(curves):
-            x, y = zip(*curve.points, strict=True)
-            colour, dash, _ = style(number)
-            if curve.steps:
-                axes.step(x, y, where="post", color=colour, linestyle=dash, label=curve.label)
-            else:
-                axes.plot(x, y, marker="o", color=colour, linestyle=dash, label=curve.label)
-        axes.set(ylabel='images certified\n("at most": not refuted)', ylim=(0, 1.02))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.grid(alpha=0.3)
-
-    return _panels({title: accuracy_curves(group) for title, group in by_threat(tasks).items()}, draw)
+    return _panels(accuracy_curves(tasks), draw_curves)
 
 
-def accuracy_curves(tasks: Sequence[TaskRecords]) -> list[Curve]:
-    """The curves of tasks that share a threat: one for each searching task, two where it has upper ends as well."""
-    curves = []
-    decided: dict[tuple[Any, ...], list[tuple[float, float, str]]] = {}
-    for one in tasks:
-        if not one.records:
-            continue
-        images = f"{len(one.records)} images"
-        if one.searched:
-            if one.task.kind == "certify":
-                points = _shares([ends.certified for ends in one.ends()], len(one.records))
-                curves.append(Curve(f"{one.task.name} ({images})", points))
-            if one.task.kind == "attack" or one.bracketed:
-                points = _shares([ends.upper for ends in one.ends()], len(one.records))
-                curves.append(Curve(f"{one.task.name}: at most ({images})", points))
-        elif one.task.kind == "certify":
-            name = one.task.name.rpartition("/")[0]
-            point = (one.task.settings["radius"], one.share_certified(), f"{name} ({images})")
-            decided.setdefault((name, one.task.positions), []).append(point)
-    curves += [Curve(points[0][2], [(x, y) for x, y, _ in sorted(points)], steps=False) for points in decided.values()]
-    return curves
+def accuracy_curves(tasks: Sequence[TaskRecords]) -> dict[str, list[Curve]]:
+    """The curves of tasks (:func:`flowverify.curves.curves_of`) by the titles of their axes."""
+    return {title: curves_of(map(_run, group)) for title, group in by_threat(tasks).items()}
 
 
-def _shares(radii: Sequence[float], images: int) -> list[tuple[float, float]]:
-    """The share of all images whose radius is at least as large as each of them."""
-    known = sorted(radii)
-    shares = [len(known) / images, *[(len(known) - k - 1) / images for k in range(len(known))]]
-    return [(x, y) for x, y in zip([0.0, *known], shares, strict=True) if math.isfinite(x)]
+def _run(one: TaskRecords) -> Run:
+    name = one.task.name if one.searched else one.task.name.rpartition("/")[0]
+    return Run(name, one.records, one.task.settings["radius"], one.task.kind == "attack", one.task.positions)
 
 
 def radius_boxes(tasks: Sequence[TaskRecords]) -> bytes | None:
@@ -114,7 +77,7 @@ def radius_boxes(tasks: Sequence[TaskRecords]) -> bytes | None:
 def time_against_radius(tasks: Sequence[TaskRecords]) -> bytes | None:
     """Seconds of each image against its radius; images of one chunk share its time equally."""
 
-    def draw(axes: Axes, clouds: Sequence[Curve]) -> None:
+    def draw(axes: Axes, clouds: Sequence[Cloud]) -> None:
         for number, cloud in enumerate(clouds):
             colour, _, marker = style(number)
             axes.plot(
@@ -124,7 +87,7 @@ def time_against_radius(tasks: Sequence[TaskRecords]) -> bytes | None:
         axes.set(ylabel="seconds an image", yscale="log")
         axes.grid(alpha=0.3)
 
-    def clouds_of(group: Sequence[TaskRecords]) -> list[Curve]:
+    def clouds_of(group: Sequence[TaskRecords]) -> list[Cloud]:
         clouds = []
         for one in group:
             if not one.searched:
@@ -134,7 +97,7 @@ def time_against_radius(tasks: Sequence[TaskRecords]) -> bytes | None:
             pairs = pairs[:: max(1, math.ceil(len(pairs) * len(tasks) / SHOWN_POINTS))]
             if pairs:
                 kind = ": at most" if one.task.kind == "attack" else ""
-                clouds.append(Curve(f"{one.task.name}{kind}", pairs))
+                clouds.append(Cloud(f"{one.task.name}{kind}", pairs))
         return clouds
 
     return _panels({title: clouds_of(group) for title, group in by_threat(tasks).items()}, draw)
@@ -147,12 +110,6 @@ def by_threat(tasks: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
         if one.task.kind in ("certify", "attack"):
             found.setdefault((one.distance, sources.short_data(one.task.settings["data"])), []).append(one)
     return {f"{distance}; {data}": group for (distance, data), group in found.items()}
-
-
-def style(number: int) -> tuple[str, Any, str]:
-    """Colour, dash and marker of a curve; no two of the first 60 have the same, whether dashed or marked."""
-    turn = (number // COLOURS) % len(DASHES)
-    return f"C{number % COLOURS}", DASHES[turn], MARKERS[turn]
 
 
 def gallery(one: TaskRecords) -> bytes:
@@ -196,41 +153,10 @@ def pictured(one: TaskRecords) -> list[dict[str, Any]]:
     return [record for record in one.records if record["verdict"] == "certified" and record["radius"] > 0]
 
 
-def _panels(
-    drawn: Mapping[str, Sequence[Any]],
-    draw: Callable[[Axes, Any], None],
-    *,
-    below: str = "",
-    height: float = 4.2,
-    each: float = 0.16,
-    legend: bool = True,
-) -> bytes | None:
-    """Axes one above the other, for each title with anything to draw; None for none.
-
-    Args:
-        below: what the label of the radii says besides their distance.
-        height, each: of axes, and of each thing on them, in inches.
-    """
-    require_matplotlib()
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    shown = {title: things for title, things in drawn.items() if things}
-    if not shown:
-        return None
-    heights = [height + each * len(things) for things in shown.values()]
-    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
-    FigureCanvasSVG(figure)
-    parts = figure.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (title, things) in zip(parts, shown.items(), strict=True):
-        axes = part.subplots()
-        draw(axes, things)
-        distance = title.partition(";")[0]
-        axes.set(title=title, xlabel=f"radius (pixels; {distance}){below}")
-        axes.set_xlim(left=0)
-        if legend:
-            part.legend(loc="outside lower center", fontsize=8, frameon=False)
-    return _svg(figure)
+def _panels(drawn: Mapping[str, Sequence[Any]], draw: Callable[[Axes, Any], None], **layout: Any) -> bytes | None:
+    """A figure of :func:`flowverify.curves.figure_of` as SVG."""
+    figure = figure_of(drawn, draw, **layout)
+    return None if figure is None else _svg(figure)
 
 
 def _svg(figure: Figure) -> bytes:

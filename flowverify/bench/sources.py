@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from flowverify.data import SPLITS, is_hub, is_whole, load_dataset, parse_index
 from flowverify.errors import FlowverifyError, ModelFileError
 from flowverify.registry import DATASETS
 from flowverify.settings import OneOf, SettingError, Settings, expected, settings, several, unexpected
-from flowverify.zoo import list_models, load_card, load_model
+from flowverify.zoo import list_models, load_model, source_digest
 
 if TYPE_CHECKING:
     from flowverify.data import Dataset
@@ -102,9 +101,9 @@ def network(model: str, input_shape: tuple[int, int, int]) -> Network:
 
 def digest(model: str) -> str:
     """SHA-256 of the model's file."""
-    if model.endswith(".onnx"):
-        return hashlib.sha256(Path(model).read_bytes()).hexdigest()
-    return load_card(model).sha256
+    found = source_digest(model)
+    assert found is not None  # suites name files and shipped models alone
+    return found
 
 
 def short(model: str) -> str:

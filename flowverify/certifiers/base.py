@@ -60,6 +60,14 @@ class BaseCertifier(ABC):
     def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
         """The largest certified radius of each image of a batch (B, C, H, W); by default for l1, without a cap."""
 
+    @classmethod  # noqa: B027 # most methods take all
+    def check_network(cls, network: Network) -> None:
+        """Refuses a network by its layers alone, before anything is built for it; by default none.
+
+        Raises:
+            UnsupportedOperationError: a layer that the method does not know, named.
+        """
+
     def prepare(self, threat: Threat | None = None) -> None:
         """Builds what the first batch would build, so that it is not timed, and what is wrong comes out first."""
         image = torch.ones(1, 1, 2, 2, device=self.device)

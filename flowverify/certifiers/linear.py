@@ -82,18 +82,23 @@ class LinearRadius:
     nearest: Tensor | None
 
 
-def half_spaces(network: Network, images: Tensor, labels: Tensor) -> HalfSpaces:
-    """The half-spaces of an affine network, computed in float64.
-
-    Raises:
-        UnsupportedOperationError: the network is not affine; the message names the layer that is not.
-    """
+def check_affine(network: Network) -> None:
+    """Raises UnsupportedOperationError, naming the layer, unless a network is affine."""
     for node in network.nodes:
         if not is_affine(node.operation):
             raise UnsupportedOperationError(
                 f"linear certification: layer {node.name!r} ({operation_name(node.operation)}) is not affine; expected "
                 "a network of affine layers only"
             )
+
+
+def half_spaces(network: Network, images: Tensor, labels: Tensor) -> HalfSpaces:
+    """The half-spaces of an affine network, computed in float64.
+
+    Raises:
+        UnsupportedOperationError: the network is not affine; the message names the layer that is not.
+    """
+    check_affine(network)
     weights, bias = affine_rows(network, network.output)
     images = images.double()
     weights, bias = weights.to(images.device), bias.to(images.device)
@@ -353,6 +358,10 @@ class LinearCertifier(BaseCertifier):
         sample = torch.ones(1, *self.network.input_shape)
         half_spaces(self.network, sample, torch.zeros(1, dtype=torch.int64))
         self._program = LinearProgram(self.network.grid) if method == "linear-lp" else None
+
+    @classmethod
+    def check_network(cls, network: Network) -> None:
+        check_affine(network)
 
     def prepare(self, threat: Threat | None = None) -> None:
         super().prepare(threat)

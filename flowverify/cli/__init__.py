@@ -1,4 +1,4 @@
-"""The command line: ``flowverify verify | attack | smooth | export | bench | report | models | doctor | train | demo``.
+"""The command line, ``flowverify COMMAND``: one file for each command, or for a few that belong together.
 
 Every command imports what it needs when it runs, so that ``--help`` answers at once and a missing package is
 an error of one line.
@@ -13,22 +13,28 @@ import typer
 from flowverify import __version__
 from flowverify.cli.attack import attack
 from flowverify.cli.bench import bench, report
+from flowverify.cli.check import check
 from flowverify.cli.export import export
+from flowverify.cli.lists import add_lists
+from flowverify.cli.manners import Command, Group
 from flowverify.cli.models import demo, doctor, models, train
+from flowverify.cli.plot import plot
 from flowverify.cli.smooth import smooth
 from flowverify.cli.verify import verify
 
 app = typer.Typer(
     name="flowverify",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Certifies image classifiers against 1-Wasserstein (earth mover's) perturbations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (verify, attack, export, bench, report, models, doctor, train, demo):
-    app.command()(command)
+for command in (verify, check, attack, export, bench, report, plot, models, doctor, train, demo):
+    app.command(cls=Command)(command)
 app.add_typer(smooth, name="smooth")
+add_lists(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,7 +54,7 @@ def _options(
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="flowverify")
 
 
 __all__ = ["app", "main"]

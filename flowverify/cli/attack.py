@@ -31,6 +31,7 @@ from flowverify.cli.common import (
     Std,
     Target,
     Weights,
+    completing,
     user_errors,
 )
 from flowverify.cli.job import Job, Radii
@@ -45,7 +46,9 @@ if TYPE_CHECKING:
 @user_errors
 def attack(
     model: Model,
-    method: Annotated[str, typer.Option("--attack", help=f"{ATTACKS.listing()}.")] = "minimal",
+    method: Annotated[
+        str, typer.Option("--attack", help=f"{ATTACKS.listing()}.", autocompletion=completing(ATTACKS))
+    ] = "minimal",
     ground: Ground = "l1",
     radius: Annotated[
         str | None,

@@ -20,6 +20,7 @@ from flowverify.cli.common import (
     check_device,
     print_error,
     progress_bar,
+    say,
     schema_option,
     user_errors,
 )
@@ -77,7 +78,7 @@ def bench(
     if runner == "local":
         check_device(chosen.context.device)
     with Store(out, chosen) as store:
-        typer.echo(f"{chosen.name}: {chosen.size} records in {out}, {len(store.records)} of them there", err=True)
+        say(f"{chosen.name}: {chosen.size} records in {out}, {len(store.records)} of them there")
         with progress_bar() as bar:
             show = _Display(bar, chosen.size)
             try:
@@ -135,7 +136,7 @@ class _Display:
         if not sys.stderr.isatty() and now - self._last >= LOG_EVERY:
             self._last = now
             left = "" if progress.remaining is None else f", {progress.remaining:.0f} s left"
-            typer.echo(f"{progress.done} of {progress.total} records, {text}{left}", err=True)
+            say(f"{progress.done} of {progress.total} records, {text}{left}")
 
 
 def _summarise(suite: Suite, store: Store, done: RunReport) -> None:

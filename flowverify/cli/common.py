@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
+import platform
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from flowverify.bounds.recipes import BOUNDS
 from flowverify.errors import FlowverifyError, InvalidInputError, UnknownNameError
 from flowverify.records import json_line as json_line
 from flowverify.registry import DATASETS, help_of
@@ -52,11 +60,24 @@ Output = Annotated[str | None, typer.Option(help="Which of several outputs holds
 Weights = Annotated[
     str | None, typer.Option(help="State dict (torch.save) for what a factory returns.", show_default=False)
 ]
-DatasetName = Annotated[str | None, typer.Option(help=f"{DATASETS.listing()}; by default the shipped model's own.")]
+
+
+def completing(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for an option that takes one of these names."""
+    known = list(names)
+    return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+
+
+DatasetName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{DATASETS.listing()}; by default the shipped model's own.", autocompletion=completing(DATASETS)
+    ),
+]
 Index = Annotated[str | None, typer.Option(help="Which images: 0:100, :50, 5 or 3,7,9; by default the first 100.")]
 Split = Annotated[str, typer.Option(help="test or train.")]
 INCOMPLETE = "flowverify.certifiers.options:IncompleteOptions"
-Bound = Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"))]
+Bound = Annotated[str, typer.Option(help=help_of(INCOMPLETE, "bound"), autocompletion=completing(BOUNDS))]
 Ground = Annotated[
     str, typer.Option(help="The ground cost: l1, l2, local:5 (within 5 x 5 windows), or a power such as l2^2 (W_2).")
 ]
@@ -125,7 +146,7 @@ class Source:
         )
         if not self.is_shipped:
             for note in network.notes:
-                typer.echo(f"{self.model}: {note}", err=True)
+                say(f"{self.model}: {note}")
         return network
 
 
@@ -183,10 +204,11 @@ def check_writable(path: Path, what: str) -> Path:
 P = ParamSpec("P")
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 130, 1  # exit codes
+REFUTED, UNDECIDED = 1, 3  # of a question about one image
 UNBROKEN = 240  # columns; the widest table has less
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """The message of an error without line breaks, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -196,23 +218,114 @@ def print_error(message: str) -> None:
     typer.echo(f"error: {message}", err=True)
 
 
+class Talk(IntEnum):
+    """How much a command says on standard error besides errors."""
+
+    QUIET = -1
+    NORMAL = 0
+    VERBOSE = 1
+
+
+_talk = Talk.NORMAL
+
+
+def say(text: str) -> None:
+    """A line on standard error, unless the user wants quiet."""
+    if _talk > Talk.QUIET:
+        typer.echo(text, err=True)
+
+
+def explain(text: str) -> None:
+    """A line on standard error where the user wants to know more."""
+    if _talk >= Talk.VERBOSE:
+        typer.echo(text, err=True)
+
+
+def is_quiet() -> bool:
+    """Whether the user wants no more than results and errors."""
+    return _talk is Talk.QUIET
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say more on standard error: versions, files, settings, where errors arise."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on standard error but errors.")]
+
+
 def user_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turns what a user can mend into one line on standard error and exit code 2, and Ctrl-C into 130."""
+    """Turns what a user can mend into one line on standard error and exit code 2, and an interruption into 130.
+
+    The command gets the options ``--verbose`` and ``--quiet`` besides its own. SIGTERM interrupts it as Ctrl-C does.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        global _talk
+        verbose, quiet = kwargs.pop("verbose", False), kwargs.pop("quiet", False)
+        _talk = Talk.VERBOSE if verbose else Talk.QUIET if quiet else Talk.NORMAL
         try:
-            command(*args, **kwargs)
+            if verbose and quiet:
+                raise InvalidInputError("verbose and quiet: given both, expected one of them")
+            explain(versions_text())
+            with ended_by_termination():
+                command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of our output has gone; typer ends quietly
         except (FlowverifyError, OSError) as error:
+            explain("".join(traceback.format_exception(error)).rstrip())
             print_error(one_line(error))
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
             print_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
+        finally:
+            _talk = Talk.NORMAL
 
+    signature = inspect.signature(command, eval_str=True)
+    more = {"verbose": Verbose, "quiet": Quiet}
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in more.items()
+    ]
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {**command.__annotations__, **more}
     return wrapped
+
+
+@contextmanager
+def ended_by_termination() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, so that what is done is kept and files are closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+DESCRIBED = ("flowverify", "torch", "numpy", "auto_LiRPA")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what results may depend on; imports none of it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in DESCRIBED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def versions_text() -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:
@@ -236,8 +349,23 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=quiet or not console.is_terminal,
+        disable=quiet or is_quiet() or not console.is_terminal,
     )
+
+
+@contextmanager
+def working(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """What takes a call to say what is being done, shown on standard error with the time, on terminals only."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or is_quiet() or not console.is_terminal
+    ) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda text: shown.update(task, description=text)
 
 
 def schema_option(load: Callable[[], dict[str, Any]]) -> Any:

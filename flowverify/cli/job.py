@@ -23,12 +23,15 @@ from flowverify.cli.common import (
     Source,
     check_device,
     check_writable,
+    explain,
     json_line,
     one_line,
     output,
     print_error,
     progress_bar,
+    say,
     table,
+    versions,
 )
 from flowverify.errors import FlowverifyError, InvalidInputError
 from flowverify.records import RecordFile
@@ -36,9 +39,13 @@ from flowverify.results import Interrupted, Verdict
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from torch import Tensor
 
     from flowverify.data import Dataset
     from flowverify.network import Network
+
+
+LATER = ("sha256",)  # settings that records of earlier versions do not have
 
 
 class Records:
@@ -47,6 +54,7 @@ class Records:
     Args:
         path: of the file, or None; one that is there is gone on with.
         settings: what the results depend on; every record holds them.
+        noted: what else every record holds, such as versions; records with others are gone on with.
 
     Raises:
         InvalidInputError: the file cannot be written to, another process is writing to it, or it holds records of
@@ -54,8 +62,8 @@ class Records:
         DataError: it holds something else.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = path, dict(settings)
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], noted: Mapping[str, Any] | None = None) -> None:
+        self.path, self.settings, self.noted = path, dict(settings), dict(noted or {})
         self.done: dict[int, dict[str, Any]] = {}
         self._file: RecordFile[int] | None = None
         if path is None:
@@ -68,17 +76,19 @@ class Records:
             raise InvalidInputError(f"save {path}: {error.strerror or error}, expected a writable file") from error
         for number, (position, record) in enumerate(self._file.records.items(), 1):
             for key, value in self.settings.items():
-                if record.get(key) != value:
+                if record.get(key) != value and (key in record or key not in LATER):
                     self.close()
                     raise InvalidInputError(
                         f"save {path}: line {number} was computed with {key} {record.get(key)!r}, given {value!r}, "
                         "expected the same (or another file)"
                     )
             self.done[position] = record
+        if older := sum(not set(LATER) <= set(record) for record in self.done.values()):
+            say(f"save {path}: {older} records of an earlier version do not say of which model file; taken as of this")
 
     def add(self, position: int, record: Mapping[str, Any]) -> str:
         """Appends a record to the file at once, and returns its line."""
-        whole = {"index": position, **record, **self.settings}
+        whole = {"index": position, **record, **self.settings, **self.noted}
         if self._file is not None:
             self._file.append([whole])
         return json_line(whole)
@@ -210,6 +220,7 @@ class Job:
         target: int | None = None,
     ) -> None:
         from flowverify.data import parse_index
+        from flowverify.zoo import source_digest
 
         place = check_device(device)
         self.save = None if save is None else check_writable(save, "save")
@@ -220,18 +231,21 @@ class Job:
         )
         if target is not None:
             self.positions = self._without(target)
-        brightest = float(self.data.images.max()) if len(self.data) else 0.0
-        if brightest > LEVELS:
-            typer.echo(
-                f"{self.data.name}: pixels go up to {brightest:g}; radii do not depend on that, but the network has to "
-                "take such images",
-                err=True,
-            )
+        say_brightness(self.data.name, self.data.images)
         self.title, self.json = f"{source.model} on {self.data.name}", json
         self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
-        self.settings["target"] = target
+        self.settings |= {"target": target, "sha256": source_digest(source.model, source.weights)}
+        self._explain(device)
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
+
+    def _explain(self, device: str) -> None:
+        shape = " x ".join(map(str, self.network.input_shape))
+        explain(
+            f"model {self.settings['model']}: {shape} images, {self.network.num_classes} classes, on {device}; SHA-256 "
+            f"{self.settings['sha256'] or 'of no file'}"
+        )
+        explain(f"data {self.data.name} {self.data.split}: {len(self.positions)} of {len(self.data)} images")
 
     def _without(self, target: int) -> list[int]:
         """The positions of images whose label is not the target."""
@@ -239,7 +253,7 @@ class Job:
         if len(own) == len(self.positions):
             raise InvalidInputError(f"target {target}: is the label of every image chosen, expected another class")
         if own:
-            typer.echo(f"{len(own)} of {len(self.positions)} images have the label {target}: left out", err=True)
+            say(f"{len(own)} of {len(self.positions)} images have the label {target}: left out")
         return [place for place in self.positions if place not in set(own)]
 
     @cached_property
@@ -266,7 +280,8 @@ class Job:
             failed: the records of images for which ``work`` broke down after so many seconds, with the reason; the
                 next ones are tried. Without it, that ends the call.
         """
-        records = Records(self.save, {**settings, **self.settings})
+        explain(f"asked: {json_line(settings)}")
+        records = Records(self.save, {**settings, **self.settings}, {"versions": versions()})
         found = {
             place: record
             for place in self.positions
@@ -347,6 +362,16 @@ class Job:
             raise typer.Exit(INTERRUPTED)
 
 
+def say_brightness(name: str, images: Tensor) -> None:
+    """Says so on standard error where images are brighter than pixels usually are."""
+    brightest = float(images.max()) if images.numel() else 0.0
+    if brightest > LEVELS:
+        say(
+            f"{name}: pixels go up to {brightest:g}; radii do not depend on that, but the network has to take such "
+            "images"
+        )
+
+
 def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path | None) -> tuple[Network, Dataset]:
     """A model and its data set, by default the one of a shipped model's card."""
     from flowverify.data import load_dataset
@@ -358,5 +383,5 @@ def load_inputs(source: Source, dataset: str | None, split: str, data_dir: Path 
     data = load_dataset(dataset or load_card(source.model).dataset, split, data_dir)
     network = source.load(data.input_shape) if shipped is None else shipped
     if data.note:
-        typer.echo(f"{data.name}: {data.note}", err=True)
+        say(f"{data.name}: {data.note}")
     return network, data

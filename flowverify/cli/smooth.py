@@ -29,6 +29,7 @@ from flowverify.cli.common import (
     user_errors,
 )
 from flowverify.cli.job import Job
+from flowverify.cli.manners import Command, Group
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ TRAINED_WITH = {  # the noise for which a recipe's loss trains
 }
 
 smooth = typer.Typer(
+    cls=Group,
     help="Randomised smoothing (Levine & Feizi 2020): predictions that may abstain, and certified radii.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -68,7 +70,7 @@ Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Memory = Annotated[int, typer.Option(min=1, help="MiB for noisy images and what the network makes of them.")]
 
 
-@smooth.command()
+@smooth.command(cls=Command)
 @user_errors
 def predict(
     model: Model,
@@ -127,7 +129,7 @@ def predict(
     job.end()
 
 
-@smooth.command()
+@smooth.command(cls=Command)
 @user_errors
 def certify(
     model: Model,

@@ -36,10 +36,13 @@ from flowverify.cli.common import (
     Weights,
     check_picture,
     check_writable,
+    completing,
     print_error,
+    say,
     user_errors,
 )
 from flowverify.cli.job import Job, Radii
+from flowverify.errors import UnknownNameError
 from flowverify.registry import ENGINES, METHODS, OWN_ENGINE, help_of, parsed
 from flowverify.results import Certificate, Interrupted, Verdict
 
@@ -66,7 +69,9 @@ def verify(
             metavar="RADIUS|FILE",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"{METHODS.listing()}.")] = "fine-tuned",
+    method: Annotated[
+        str, typer.Option(help=f"{METHODS.listing()}.", autocompletion=completing(METHODS))
+    ] = "fine-tuned",
     bound: Bound = "best",
     ground: Ground = "l1",
     cap: Cap = None,
@@ -106,13 +111,21 @@ def verify(
         Path | None,
         typer.Option(help="Draw the first images and their worst cases, to first order, as this .png, or moving .gif."),
     ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VERDICT",
+            help=f"Exit with code 1 if any image has this verdict: {', '.join(Verdict)}. Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
     all_rows: Annotated[bool, typer.Option("--all", help="Print every row, not 20 at most.")] = False,
 ) -> None:
     """Certify images against Wasserstein perturbations.
 
     Radii are W1 of normalised images for the ground cost, in pixels: 0.1 moves a tenth of the mass by one pixel (for
-    a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error";
-    2: bad input.
+    a power P, W_P). Exit code 0: every image has a verdict, whatever it is; 1: the verdict of some image is "error", or
+    one that --fail-on names; 2: bad input; 130: interrupted.
     """
     from flowverify.ball import Threat, WassersteinBall
     from flowverify.bounds.recipes import check_bound
@@ -120,6 +133,9 @@ def verify(
     check_bound(bound)
     METHODS.check(method)
     ENGINES.check(engine)
+    for verdict in fail_on or ():
+        if verdict not in list(Verdict):
+            raise UnknownNameError("verdict", verdict, [str(one) for one in Verdict])
     radii, threat = Radii(radius), Threat(ground, cap)
     given = {"domain": domain, "encoding": encoding, "timeout": timeout}
     options = {**{name: value for name, value in given.items() if value is not None}, **parsed(option)}
@@ -189,7 +205,10 @@ def verify(
     if picture is not None and not job.interrupted:
         _draw(job, results, picture)
     job.end()
-    if any(certificate.verdict is Verdict.ERROR for _, certificate in results):
+    counts = Counter(str(certificate.verdict) for _, certificate in results)
+    if failures := [verdict for verdict in dict.fromkeys(fail_on or ()) if counts[verdict]]:
+        print_error(f"--fail-on: {', '.join(f'{counts[one]} of {len(results)} images {one}' for one in failures)}")
+    if failures or counts[Verdict.ERROR]:
         raise typer.Exit(FAILED)
 
 
@@ -273,4 +292,4 @@ def _draw(job: Job, results: Sequence[Result], picture: Path) -> None:
     images = job.data[[position for position, _ in chosen]].images
     names = [image_name(job.settings["model"], job.data.name, job.data.split, position) for position, _ in chosen]
     draw_worst_cases(job.network, images, [certificate for _, certificate in chosen], picture, names)
-    typer.echo(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}", err=True)
+    say(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}")

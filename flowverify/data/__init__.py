@@ -291,22 +291,34 @@ def read_npz(path: Path, name: str, split: str) -> Dataset:
     for key in ("images", "labels"):
         if key not in arrays:
             raise DataError(f"{path}: no array {key!r}, expected images and labels")
-    images, labels = arrays["images"], arrays["labels"]
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise DataError(f"{path}: images of type {images.dtype}, expected uint8 or float")
-    with np.errstate(over="ignore"):
-        pixels = levels(images) if images.dtype == np.uint8 else torch.from_numpy(images.astype(np.float32))
-    note = ""
-    if pixels.ndim == 3:
-        pixels = pixels[:, None]
-    elif pixels.ndim == 4 and has_channels_last(pixels.shape[1:]):
-        pixels = pixels.permute(0, 3, 1, 2).contiguous()
-        shape = " x ".join(map(str, pixels.shape[1:]))
-        note = f"images of shape {tuple(images.shape)}, taken with channels last: {shape} images"
+    labels = arrays["labels"]
+    try:
+        pixels, note = stacked(arrays["images"])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     try:
         return Dataset(pixels, check_labels(labels, labels.size).reshape(labels.shape), name, split, note)
     except (DataError, InvalidInputError) as error:
         raise DataError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
+
+
+def stacked(images: npt.NDArray[Any]) -> tuple[Tensor, str]:
+    """Images (N, H, W), (N, C, H, W) or (N, H, W, C) as float32 (N, C, H, W), and a note where a choice was made.
+
+    Raises:
+        DataError: neither uint8, which is divided by 255, nor float.
+    """
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"images of type {images.dtype}, expected uint8 or float")
+    with np.errstate(over="ignore"):
+        pixels = levels(images) if images.dtype == np.uint8 else torch.from_numpy(images.astype(np.float32))
+    if pixels.ndim == 3:
+        return pixels[:, None], ""
+    if pixels.ndim == 4 and has_channels_last(pixels.shape[1:]):
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
+        shape = " x ".join(map(str, pixels.shape[1:]))
+        return pixels, f"images of shape {tuple(images.shape)}, taken with channels last: {shape} images"
+    return pixels, ""
 
 
 def levels(stored: npt.NDArray[np.uint8]) -> Tensor:

@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 
 from flowverify.data import UNREADABLE, Dataset, as_dataset, data_folder, levels, read_npz
+from flowverify.data.pictures import PICTURES, read_picture
 from flowverify.errors import DataError, DependencyError, InvalidInputError
-
-IMAGE_FILES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -262,26 +261,15 @@ def read_folder(folder: Path, split: str) -> Dataset:
         DataError: no image, one that cannot be read, or images of several sizes.
         DependencyError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DependencyError(f"images in {folder} need Pillow: pip install pillow") from error
     inside = folder / split if (folder / split).is_dir() else folder
     classes = sorted(path for path in inside.iterdir() if path.is_dir())
     found = [
         (path, label)
         for label, one in enumerate(classes)
         for path in sorted(one.iterdir())
-        if path.suffix.lower() in IMAGE_FILES
+        if path.suffix.lower() in PICTURES
     ]
-    pairs = []
-    for path, label in found:
-        try:
-            with Image.open(path) as image:
-                mode = "L" if image.mode in ("1", "L", "LA", "I;16", "I") else "RGB"
-                pairs.append((image.convert(mode), label))
-        except UNREADABLE as error:
-            raise DataError(f"{path}: cannot be read as an image ({error})") from error
+    pairs = [(read_picture(path), label) for path, label in found]
     return as_dataset(pairs, str(folder), split)
 
 

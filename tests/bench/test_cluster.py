@@ -2,14 +2,20 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from suites import misbehaving, records, run_local, standing, write_suite
 
+from flowverify.bench.cluster import RayBackend, check_reachable
 from flowverify.bench.scheduler import run_suite
 from flowverify.bench.store import Store
 from flowverify.bench.suite import read_suite
+from flowverify.bench.tasks import Context
+from flowverify.errors import BoundError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'flowverify[ray]'")
 FIRST = 40
@@ -40,8 +46,6 @@ def cluster():
 
 
 def run_cluster(suite, folder, workers=2, clock=standing, on_progress=None):
-    from flowverify.bench.cluster import RayBackend
-
     with Store(folder, suite) as store:
         backend = RayBackend(suite.context, workers, suite.budget.memory)
         run_suite(suite, store, backend, clock=clock, on_progress=on_progress)
@@ -89,3 +93,45 @@ def test_failures_are_of_their_images(cluster, tmp_path, late):
     found = run_cluster(suite, tmp_path / "out", workers=1, clock=late)
     assert [found[position]["verdict"] for position in range(3)] == ["certified", "error", "timeout"]
     assert "image 1 is odd" in found[1]["note"] and "budget of 1 s" in found[2]["note"]
+
+
+@pytest.fixture
+def silent():
+    """A port at which nobody listens."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        yield one.getsockname()[1]
+
+
+class TestAddresses:
+    @pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+    def test_nobody_behind_one_is_one_line_at_once(self, form, silent, tmp_path):
+        address, suite = form.format(port=silent), write_suite(tmp_path, SUITE.format(pids=tmp_path))
+        options = ["--out", str(tmp_path / "out"), "--runner", "ray", "--address", address]
+        command = [sys.executable, "-m", "flowverify", "bench", str(suite), *options, "-q"]
+        paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 2 and done.stdout == ""
+        expected = f"error: Ray cluster {address}: nobody answers (Connection refused), expected a running cluster\n"
+        assert done.stderr == expected
+
+    def test_the_environment_says_where_auto_is(self, silent, monkeypatch):
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent}")
+        with pytest.raises(BoundError, match=f"127.0.0.1:{silent}: nobody answers"):
+            RayBackend(Context(), address="auto")
+
+    @pytest.mark.parametrize("address", [None, "auto", "local", "somewhere"])
+    def test_of_another_form_are_left_to_ray(self, address):
+        check_reachable(address)
+
+    def test_somebody_may_answer(self, silent):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            one.listen()
+            check_reachable(f"127.0.0.1:{one.getsockname()[1]}")
+
+    def test_ports_that_are_none(self):
+        with pytest.raises(BoundError, match="expected HOST:PORT or ray://HOST:PORT"):
+            check_reachable("ray://127.0.0.1:far")

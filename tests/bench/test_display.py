@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flowverify import curves
 from flowverify.bench import plots
 from flowverify.bench import report as tables
 from flowverify.bench.kinds import Certify, CertifyRun
@@ -102,7 +103,7 @@ class TestPictures:
 
 
 def test_styles_do_not_repeat() -> None:
-    styles = [plots.style(number) for number in range(60)]
+    styles = [curves.style(number) for number in range(60)]
     for first, second in itertools.combinations(styles, 2):
         assert first[:2] != second[:2] and first[::2] != second[::2]
 

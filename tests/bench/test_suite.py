@@ -5,15 +5,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from suites import write_suite
 
+import flowverify as fv
 from flowverify.attack.base import Schedule
 from flowverify.bench.kinds import Attack
 from flowverify.bench.store import read_folder
 from flowverify.bench.suite import Suite, read_suite
 from flowverify.bench.tasks import Context
 from flowverify.errors import FlowverifyError, InvalidInputError
+from flowverify.network import from_torch
 
 GOOD = {"name": "s", "data": {"name": "digits", "index": "0:7"}, "models": "digits-fc3", "runs": [{"bounds": "crown"}]}
 
@@ -38,8 +41,22 @@ class TestExpansion:
         assert len({key for job in jobs for key in job.keys}) == suite.size
 
     def test_linear_methods_take_no_bound(self, tmp_path):
-        suite = read(tmp_path, runs=[{"methods": ["linear"], "bounds": ["ibp", "crown"]}])
-        assert [task.name for task in suite.tasks] == ["certify/digits-fc3/linear/exact/l1/search"]
+        flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        fv.write_onnx(from_torch(flat, (1, 8, 8)), tmp_path / "flat.onnx")
+        suite = read(tmp_path, models="flat.onnx", runs=[{"methods": ["linear"], "bounds": ["ibp", "crown"]}])
+        assert [task.name for task in suite.tasks] == ["certify/flat/linear/exact/l1/search"]
+
+    @pytest.mark.parametrize(
+        ("method", "activation"),
+        [("linear", torch.nn.ReLU()), ("linear-lp", torch.nn.ReLU()), ("complete", torch.nn.Sigmoid()),
+         ("milp", torch.nn.Tanh())],
+    )  # fmt: skip
+    def test_networks_that_a_method_does_not_take_are_found_before_anything_starts(self, method, activation, tmp_path):
+        deep = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5), activation, torch.nn.Linear(5, 10))
+        fv.write_onnx(from_torch(deep, (1, 8, 8)), tmp_path / "deep.onnx")
+        expected = rf"runs\[1\]\.methods: {method} for deep: .*{type(activation).__name__}"
+        with pytest.raises(InvalidInputError, match=expected):
+            read(tmp_path, models="deep.onnx", runs=[{"bounds": "ibp"}, {"methods": ["fine-tuned", method]}])
 
     def test_attacks_with_options(self, tmp_path):
         suite = read(tmp_path, runs=[{"kind": "attack", "attacks": ["minimal"], "options": {"effort": "fast"}}])

@@ -18,6 +18,7 @@ from flowverify.certifiers.complete.radius_search import RadiusSearch
 from flowverify.certifiers.complete.tree import LeastMargin, least_margin
 from flowverify.certifiers.options import CompleteOptions
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.network import Network
 from flowverify.results import Certificate, Interrupted, Verdict
 from flowverify.witness import replay
 
@@ -61,6 +62,10 @@ class CompleteCertifier(BaseCertifier):
         searched = relus_only(self.precise)
         self.maps = affine_maps(searched, settings.maps)
         self.roots = Roots(searched, settings.bound, settings.neurons.tolerance)
+
+    @classmethod
+    def check_network(cls, network: Network) -> None:
+        relus_only(network)
 
     def prepare(self, threat: Threat | None = None) -> None:
         super().prepare(threat)

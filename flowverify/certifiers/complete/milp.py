@@ -496,6 +496,10 @@ class MilpCertifier(BaseCertifier):
         NetworkProgram(self._posed, torch.ones(self.network.input_shape), 1.0, empty)
         self._bounds = MarginBounds(self._posed, Threat(), NEURONS, dtype=torch.float64)
 
+    @classmethod
+    def check_network(cls, network: Network) -> None:
+        relus_only(network)
+
     def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
         """Decides each image at the radius of ``ball``: one program for each other class.
 
