@@ -94,7 +94,7 @@ def test_a_folder_of_bench_beside_a_file(drawn: dict[str, list[curves.Curve]], s
     run("plot", saved / "bench", saved / "verify.jsonl", "-o", tmp_path / "a.svg", "--confidence", "0")
     first, second, file = drawn["W1, l1; digits test"]
     assert first.label == "digits-fc3: fine-tuned, ibp (W1, l1) (4 images)"
-    assert second.at_most and second.label.startswith("attack/digits-fc3/frank-wolfe/l1")
+    assert second.at_most and second.label.startswith("digits-fc3: attack frank-wolfe (W1, l1)")
     assert file.radii[1:5] != first.radii[1:5] and file.images == 5
     (decided,) = drawn["W1, l2; digits test"]
     assert decided.radii == (0.005, 0.01) and not decided.steps

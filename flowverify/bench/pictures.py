@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flowverify.data import Dataset
     from flowverify.network import Network
 
-MOST_CASES = 300  # worst cases of a page
+MOST_CASES = 1000  # worst cases of a page
 MOST_BYTES = 2_500_000  # of its images, and as many of its worst cases
 ARROWS = 150  # of one worst case, the largest
 DIRECTIONS = {(1, 0): 0, (0, 1): 1, (-1, 0): 2, (0, -1): 3}

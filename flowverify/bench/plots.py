@@ -70,7 +70,7 @@ def _box(label: str, radii: Sequence[float]) -> list[Box]:
 
 def measured_alone(one: TaskRecords) -> bool:
     """Whether the images of a task were timed one by one: images that are computed together share their time."""
-    places = {record["index"]: record["seconds"] for record in one.records}
+    places = {record["index"]: record["seconds"] for record in one.correct if record["seconds"] > 0}
     for job in one.task.jobs():
         times = [places[position] for position in job.positions if position in places]
         if len(times) > 1 and len(set(times)) < len(times):

@@ -95,6 +95,8 @@ class TestPictures:
         shared = TaskRecords(replace(searched("b", RADII).task, chunk=2), searched("b", RADII).records)
         assert plots.measured_alone(alone) and not plots.measured_alone(shared)
         several = [{**record, "seconds": 0.1 + k} for k, record in enumerate(shared.records)]
+        nothing = {"verdict": "misclassified", "seconds": 0.0}  # of no time to speak of
+        several[2:] = [{**record, **nothing} for record in several[2:]]
         assert plots.measured_alone(TaskRecords(shared.task, several))
         ((cloud,),) = plots.times_against_radii([alone, shared]).values()
         assert cloud.label == "a" and list(cloud.points) == [(radius, 0.1) for radius in RADII]

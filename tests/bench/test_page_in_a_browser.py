@@ -90,7 +90,7 @@ def test_filters_by_task_status_margin_radius_and_time(look):
     page.select_option("select[name=status]", "misclassified")
     assert set(column(page, STATUS)) == {"misclassified"}
     page.get_by_role("button", name="Show all again").click()
-    page.wait_for_function("document.getElementById('count').textContent.startsWith('240')")
+    page.locator("#count", has_text="240 of 240 results").wait_for()
     page.select_option("select[name=task]", label="digits-fc3: fine-tuned, ibp (W1, l1), radius 0.01")
     assert set(column(page, TASK)) == {"digits-fc3: fine-tuned, ibp (W1, l1), radius 0.01"}
     page.fill("input[name=margin-from]", "0")
