@@ -10,8 +10,9 @@ itself), if they were drawn at random.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class Curve:
         radii: in pixels, ascending.
         counts: from each radius on until the next with ``steps``, else at each radius alone.
         images: of how many.
+        number: of its style; None for its place on its axes.
     """
 
     label: str
@@ -69,6 +71,7 @@ class Curve:
     images: int
     steps: bool = True
     at_most: bool = False
+    number: int | None = None
 
     @property
     def shares(self) -> Floats:
@@ -151,6 +154,19 @@ def curves_of(runs: Iterable[Run]) -> list[Curve]:
     return curves
 
 
+def alike(panels: Mapping[str, Sequence[Curve]]) -> dict[str, list[Curve]]:
+    """The curves of several axes, with one style for those that are called the same on each."""
+    styles: dict[tuple[str, int], int] = {}
+    found: dict[str, list[Curve]] = {}
+    for title, curves in panels.items():
+        seen: Counter[str] = Counter()
+        for curve in curves:
+            number = styles.setdefault((curve.label, seen[curve.label]), len(styles))
+            found.setdefault(title, []).append(replace(curve, number=number))
+            seen[curve.label] += 1
+    return found
+
+
 def _images(count: int) -> str:
     return f"({count} image{'s' * (count != 1)})"
 
@@ -164,12 +180,12 @@ def draw_curves(axes: Axes, curves: Sequence[Curve], confidence: float | None = 
     from matplotlib.ticker import PercentFormatter
 
     end = max((curve.radii[-1] for curve in curves), default=0.0)
-    for number, curve in enumerate(curves):
+    for place, curve in enumerate(curves):
         radii, counts = curve.radii, curve.counts
         if curve.steps and curve.at_most and counts[-1]:  # nothing is known against these, however far
             radii, counts = (*radii, max(end, radii[-1])), (*counts, counts[-1])
         whole = Curve(curve.label, radii, counts, curve.images)
-        colour, dash, _ = style(number)
+        colour, dash, _ = style(place if curve.number is None else curve.number)
         if curve.steps:
             axes.step(radii, whole.shares, where="post", color=colour, linestyle=dash, label=curve.label)
         else:

@@ -197,6 +197,13 @@ class TestWhatIsTried:
         assert "interrupted" in run("digits-fc3", "--index", 0, "--radius", 0.01, code=130).stderr
 
 
+def test_verbose_and_quiet(files, tmp_path):
+    options = (NETWORK, "--image", files / "colour.png", "--radius", 0.01, "--method", "fine-tuned", "--picture")
+    said = run(*options, tmp_path / "a.png", "-v").stderr
+    assert "1 x 8 x 8 images, 10 classes, on cpu; SHA-256 " in said and "colour.png: turned into grey values" in said
+    assert run(*options, tmp_path / "a.png", "-q").stderr == ""
+
+
 class TestImages:
     def test_where_the_label_comes_from(self, files):
         options = ("--radius", 0.001, "--bound", "ibp")

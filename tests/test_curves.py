@@ -13,7 +13,7 @@ import torch
 
 import flowverify as fv
 from flowverify.attack.base import AttackResult
-from flowverify.curves import Curve, Run, curves_of, draw_curves, grouped, plot_curve, steps_of
+from flowverify.curves import Curve, Run, alike, curves_of, draw_curves, grouped, plot_curve, steps_of
 from flowverify.errors import DataError, DependencyError, InvalidInputError
 from flowverify.results import Certificate, Verdict
 
@@ -160,6 +160,14 @@ class TestDrawing:
     def test_what_nothing_is_known_against_goes_on_to_the_end(self, axes: Any) -> None:
         draw_curves(axes, [steps_of("a", [0.5], 1), steps_of("b", [0.1, float("inf")], 2, at_most=True)])
         assert list(axes.get_lines()[1].get_xdata()) == [0.0, 0.1, 0.5]
+
+    def test_curves_of_one_name_look_alike_on_all_axes_and_on_none_like_another(self, axes: Any) -> None:
+        a, b, c = (steps_of(name, [0.1], 1) for name in "abc")
+        found = alike({"first": [a, b, b], "second": [c, b, a]})
+        assert [one.number for one in found["first"]] == [0, 1, 2]
+        assert [one.number for one in found["second"]] == [3, 1, 0]
+        draw_curves(axes, found["second"])
+        assert [line.get_color() for line in axes.get_lines()] == ["C3", "C1", "C0"]
 
     def test_bands_are_left_out_on_demand(self, axes: Any) -> None:
         draw_curves(axes, [steps_of("a", [0.5], 1)], None)

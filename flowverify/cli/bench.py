@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,7 @@ from flowverify.cli.common import (
     FAILED,
     INTERRUPTED,
     DataDir,
+    Log,
     check_device,
     print_error,
     progress_bar,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 RUNNERS = ("local", "ray")
 DATA_FOLDERS = ("mnist", "cifar10_sample")
-LOG_EVERY = 30.0  # seconds, where standard error is no terminal
 
 
 def _schema() -> dict[str, Any]:
@@ -126,17 +124,14 @@ class _Display:
 
         assert isinstance(bar, Bar)
         self._bar, self._task = bar, bar.add_task("records", total=total)
-        self._last = time.monotonic()
+        self._log = Log()
 
     def __call__(self, progress: Progress) -> None:
         failures = f", {progress.failed} failed" if progress.failed else ""
         text = f"{progress.rate:.1f} records/s{failures}"
         self._bar.update(self._task, completed=progress.done, description=text)
-        now = time.monotonic()
-        if not sys.stderr.isatty() and now - self._last >= LOG_EVERY:
-            self._last = now
-            left = "" if progress.remaining is None else f", {progress.remaining:.0f} s left"
-            say(f"{progress.done} of {progress.total} records, {text}{left}")
+        left = "" if progress.remaining is None else f", {progress.remaining:.0f} s left"
+        self._log.tell(lambda: f"{progress.done} of {progress.total} records, {text}{left}")
 
 
 def _summarise(suite: Suite, store: Store, done: RunReport) -> None:

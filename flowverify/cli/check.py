@@ -37,6 +37,7 @@ from flowverify.cli.common import (
     Weights,
     check_device,
     check_picture,
+    explain,
     json_line,
     one_line,
     say,
@@ -44,7 +45,7 @@ from flowverify.cli.common import (
     versions,
     working,
 )
-from flowverify.cli.job import check_radius, load_inputs, say_brightness
+from flowverify.cli.job import check_radius, explain_model, load_inputs, say_brightness
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, SolverError, UnsupportedOperationError
 from flowverify.registry import ATTACKS, METHODS, Registry
 from flowverify.results import Certificate, Verdict
@@ -154,6 +155,8 @@ def check(
     else:
         chosen = _of_dataset(source, dataset, index, split, data_dir)
     network = chosen.network.to(place)
+    explain_model(source, network, device)
+    explain(f"image {chosen.name}: {' x '.join(map(str, chosen.pixels.shape))}, label from {chosen.label_from}")
     with working(quiet=json) as show:
         ask = Question(network, chosen.pixels[None], label if label is not None else chosen.label, target)
         ball = WassersteinBall(radius, ground, cap)
@@ -412,7 +415,7 @@ class Question:
             return Step(method, None, 0.0, "no time is left"), self._undecided(ball, method, Verdict.TIMEOUT)
         options: dict[str, Any] = {"timeout": left} if limited else {}
         if _takes(METHODS, method, "progress"):
-            options["progress"] = lambda state: show(f"{method}, {state.open_nodes} open nodes")
+            options["progress"] = lambda state: show(f"{method}, at most {left:.0f} s: {state.open_nodes} open nodes")
         name = f"{method} with bound {bound}" if _takes(METHODS, method, "bound") else method
         try:
             certifier = make_certifier(self.network, method, bound, target=self.target, **options)

@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -351,6 +352,23 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or is_quiet() or not console.is_terminal,
     )
+
+
+LOG_EVERY = 30.0  # seconds between lines, where standard error shows no bar
+
+
+class Log:
+    """Where standard error is no terminal, a line on it now and then in place of a progress bar."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def tell(self, text: Callable[[], str]) -> None:
+        """Says how far things are, unless it was said a moment ago."""
+        now = time.monotonic()
+        if not sys.stderr.isatty() and now - self._last >= LOG_EVERY:
+            self._last = now
+            say(text())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import typer
 
 from flowverify.cli.common import (
     INTERRUPTED,
+    Log,
     Source,
     check_device,
     check_writable,
@@ -235,17 +236,10 @@ class Job:
         self.title, self.json = f"{source.model} on {self.data.name}", json
         self.settings: dict[str, Any] = {**source.settings, "dataset": self.data.name, "split": split}
         self.settings |= {"target": target, "sha256": source_digest(source.model, source.weights)}
-        self._explain(device)
+        explain_model(source, self.network, device)
+        explain(f"data {self.data.name} {self.data.split}: {len(self.positions)} of {len(self.data)} images")
         self.interrupted, self.start, self.seconds, self.fresh, self.known = False, perf_counter(), 0.0, 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
-
-    def _explain(self, device: str) -> None:
-        shape = " x ".join(map(str, self.network.input_shape))
-        explain(
-            f"model {self.settings['model']}: {shape} images, {self.network.num_classes} classes, on {device}; SHA-256 "
-            f"{self.settings['sha256'] or 'of no file'}"
-        )
-        explain(f"data {self.data.name} {self.data.split}: {len(self.positions)} of {len(self.data)} images")
 
     def _without(self, target: int) -> list[int]:
         """The positions of images whose label is not the target."""
@@ -302,6 +296,16 @@ class Job:
                     typer.echo(line)
             sys.stdout.flush()
 
+        log, done, start = Log(), 0, perf_counter()
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.advance(task, count)
+            total = cost * len(missing)
+            left = (perf_counter() - start) * max(0, total - done) / max(1, done)
+            log.tell(lambda: f"{self.title}: {done // cost} of {len(missing)} images, {left:.0f} s left")
+
         with closing(records), progress_bar(quiet=self.json and output().is_terminal) as bar:
             task = bar.add_task(self.title, total=cost * len(missing))
             self._bar = bar, task
@@ -309,7 +313,7 @@ class Job:
                 for first in range(0, len(missing), at_once):
                     part, begin = missing[first : first + at_once], perf_counter()
                     try:
-                        keep(part, work(self.data[part], part, lambda count: bar.advance(task, count)))
+                        keep(part, work(self.data[part], part, advance))
                     except Interrupted as stopped:
                         keep(part, [certificate.to_json() for certificate in stopped.certificates])
                         raise
@@ -319,7 +323,7 @@ class Job:
                         reason = f"{type(error).__name__}: {one_line(error)}"
                         print_error(f"images {part[0]} to {part[-1]}: {reason}")
                         keep(part, failed(part, (perf_counter() - begin) / len(part), reason))
-                        bar.advance(task, cost * len(part))
+                        advance(cost * len(part))
             except KeyboardInterrupt:
                 self.interrupted = True
         self.seconds = perf_counter() - self.start
@@ -360,6 +364,15 @@ class Job:
         if self.interrupted:
             print_error(f"interrupted after {self.known + self.fresh} of {len(self.positions)} images")
             raise typer.Exit(INTERRUPTED)
+
+
+def explain_model(source: Source, network: Network, device: str) -> None:
+    """Says which network was read, from which file, where the user wants to know more."""
+    from flowverify.zoo import source_digest
+
+    shape, digest = " x ".join(map(str, network.input_shape)), source_digest(source.model, source.weights)
+    where = f"{network.num_classes} classes, on {device}; SHA-256 {digest or 'of no file'}"
+    explain(f"model {source.model}: {shape} images, {where}")
 
 
 def say_brightness(name: str, images: Tensor) -> None:

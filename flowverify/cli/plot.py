@@ -40,9 +40,9 @@ def plot(
     check_writable(out, "out")
     if not 0 <= confidence < 1:
         raise InvalidInputError(f"confidence {confidence:g}: expected a number from 0 to 1, 1 excluded")
-    from flowverify.curves import draw_curves, figure_of
+    from flowverify.curves import alike, draw_curves, figure_of
 
-    drawn = _read(files)
+    drawn = alike(_read(files))
     figure = figure_of(drawn, lambda axes, curves: draw_curves(axes, curves, confidence or None))
     if figure is None:
         given = ", ".join(map(str, files))

@@ -91,10 +91,14 @@ def test_goes_on_with_a_file(tmp_path):
     ],
 )
 def test_a_file_of_other_settings_is_refused(tmp_path, change, message):
-    options = ("certify", "digits-fc3", "--sigma", "0.002", *FEW, "--save", tmp_path / "records.jsonl")
-    assert run(*options).exit_code == 0
+    options = {"--sigma": "0.002", **dict(zip(FEW[::2], FEW[1::2], strict=True)), "--save": tmp_path / "records.jsonl"}
+
+    def certify(**changed):
+        return run("certify", "digits-fc3", *(part for pair in {**options, **changed}.items() for part in pair))
+
+    assert certify().exit_code == 0
     before = (tmp_path / "records.jsonl").read_text()
-    result = run(*options, *change)
+    result = certify(**dict([change]))
     assert result.exit_code == 2 and message in result.output
     assert (tmp_path / "records.jsonl").read_text() == before
 

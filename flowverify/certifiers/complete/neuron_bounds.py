@@ -160,7 +160,7 @@ def neuron_bounds(
     Args:
         problem: whose maps and ball they are for.
         known: bounds over the ball from elsewhere; neurons that they settle are not looked at.
-        iterations: fewer than the settings say; 1 for those of CROWN's first slopes.
+        iterations: fewer than the settings say; 1 for those of CROWN's first slopes, 0 for those known alone.
         deadline: asked between chunks; once it is over, bounds are those.
     """
     settings, maps, workers = problem.settings.neurons, problem.maps, problem.workers
@@ -179,7 +179,7 @@ def neuron_bounds(
             values = torch.cat([lower, -upper])
             # The first layer's are exact.
             rows = ((lower < 0) & (upper > 0) & (stage > 0)).repeat(2).nonzero().flatten()
-        if len(rows):
+        if len(rows) and (steps > 0 or known is None):
             every = workers.parts(rows, settings.chunk)
             crown = torch.cat(workers.each(lambda part: _crown(both.rows(part), found, 1), every))  # noqa: B023
             values[rows] = torch.fmax(values[rows], crown) if known is not None else crown

@@ -196,6 +196,9 @@ class RadiusSearch:
             return None
         with self._workers:
             if self._tree is None or self._trial != budget:
+                if own.stop():  # bounds at the root of a large network take longer than some budgets
+                    self._tree = None
+                    return None
                 self._plant(budget, own)
             assert self._tree is not None
             self._tree.grow(self._watched(own))
@@ -325,7 +328,7 @@ class RadiusSearch:
         self._begun, self._before = self._deadline.left, self.counts.nodes
         problem = self.problem(budget)
         known = self._roots.over(problem.ball.ball, self.specification)
-        bounds = neuron_bounds(problem, known=known.neurons, iterations=1)
+        bounds = neuron_bounds(problem, known=known.neurons, iterations=0 if deadline.stop() else 1)
         tree = Tree(problem, bounds, self.nearest, known=known.margins, counts=self.counts)
         if len(tree.open):
             self._tree, self._trial, upper = tree, budget, self.nearest.budget

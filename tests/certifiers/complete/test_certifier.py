@@ -22,9 +22,11 @@ from flowverify.api import make_certifier
 from flowverify.attack import make_attack
 from flowverify.ball import Threat
 from flowverify.certifiers.complete import certifier as certifier_module
+from flowverify.certifiers.complete import neuron_bounds as neuron_bounds_module
 from flowverify.certifiers.complete import radius_search as search_module
 from flowverify.certifiers.complete import tree as tree_module
 from flowverify.certifiers.complete.certifier import CompleteCertifier
+from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.complete.milp import MilpCertifier
 from flowverify.certifiers.options import CompleteOptions, ScheduleSettings, SearchSettings
 from flowverify.certifiers.references import ReferenceCompleteCertifier
@@ -126,6 +128,32 @@ class TestBracket:
             images[:1], labels[:1], fv.WassersteinBall(found.upper_radius * 0.99)
         )[0]
         assert tried.verdict == "timeout"
+
+    @pytest.mark.parametrize("slow", ["ask", "over"])
+    def test_a_decision_begins_nothing_when_its_time_is_over(self, slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The adversary, or the bounds at the root, take longer than there is."""
+        now, begun = [0.0], list[str]()
+
+        def watch(owner: type, name: str) -> None:
+            real = getattr(owner, name)
+
+            def watched(self, *given, **options):  # type: ignore[no-untyped-def]
+                begun.append(name)
+                now[0] += 10.0 if name == slow else 0.0
+                return real(self, *given, **options)
+
+            monkeypatch.setattr(owner, name, watched)
+
+        watch(NearestCounterexample, "ask")
+        watch(neuron_bounds_module.Roots, "over")
+        monkeypatch.setattr(neuron_bounds_module, "_crown", lambda *_: begun.append("crown"))
+        network, images, labels = digits()
+        options = CompleteOptions(timeout=5.0, clock=lambda: now[0], adversary=make_attack("minimal", network))
+        (found,) = CompleteCertifier(network, options=options).certify(
+            images[:1], labels[:1], fv.WassersteinBall(0.0525)
+        )
+        assert found.verdict == "timeout" and found.seconds == 10.0
+        assert begun == ["ask", "over"][: 1 if slow == "ask" else 2]
 
     def test_every_tree_of_a_failing_search_stays_sound(self) -> None:
         # Deep trees: near the true radius, with few nodes in a batch.
