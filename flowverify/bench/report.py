@@ -322,6 +322,7 @@ def _task_data(one: TaskRecords, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "data": sources.short_data(data),
+        "called": Path(data["name"]).name if data["name"].endswith(".npz") else sources.short_data(data),
         "distance": one.distance,
         "attack": one.task.kind == "attack",
         "command": " ".join(command),

@@ -23,7 +23,7 @@
   }
 
   const short = (value, digits = 4) => (value === null || value === undefined ? "" : String(Number(value.toPrecision(digits))));
-  const name = (row) => `image ${row[IMAGE]} of ${tasks[row[TASK]].data}`;
+  const name = (row) => `image ${row[IMAGE]} of ${tasks[row[TASK]].called}`;
   const address = (row) => (images[tasks[row[TASK]].data] || {})[row[IMAGE]];
   const status = (word) => make("span", { class: `status-${word.includes(" ") ? "word" : word}` }, word);
 
