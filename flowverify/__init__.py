@@ -18,11 +18,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowverify.api import certified_radius, certify, certify_batch, find_adversarial, make_certifier, smooth
+    from flowverify.api import (
+        certified_radius,
+        certify,
+        certify_batch,
+        find_adversarial,
+        make_certifier,
+        smooth,
+        to_frame,
+        to_records,
+    )
+    from flowverify.ball import WassersteinBall
     from flowverify.certifiers.incomplete import Certifier, search_radius
     from flowverify.curves import plot_curve
     from flowverify.data import Dataset, as_dataset, load_dataset
     from flowverify.errors import FlowverifyError
+    from flowverify.figures import plot_certificate
     from flowverify.network import FoldedNetwork, Network, fold, read_onnx, write_onnx
     from flowverify.results import Certificate, Verdict
     from flowverify.zoo import load_model
@@ -47,10 +58,13 @@ _MODULES = {
     "load_dataset": "data",
     "load_model": "zoo",
     "make_certifier": "api",
+    "plot_certificate": "figures",
     "plot_curve": "curves",
     "read_onnx": "network",
     "search_radius": "certifiers.incomplete",
     "smooth": "api",
+    "to_frame": "api",
+    "to_records": "api",
     "write_onnx": "network",
 }
 
@@ -73,10 +87,13 @@ __all__ = [
     "load_dataset",
     "load_model",
     "make_certifier",
+    "plot_certificate",
     "plot_curve",
     "read_onnx",
     "search_radius",
     "smooth",
+    "to_frame",
+    "to_records",
     "write_onnx",
 ]
 

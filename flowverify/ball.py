@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ REFILLS = 50
 INSIDE = 1 - 1e-9  # of a budget: what is pulled back costs no more than it, whatever the exact solver rounds
 
 
-def check_images(images: Tensor, grid: Grid | None = None) -> Tensor:
+def check_images(images: Any, grid: Grid | None = None) -> Tensor:
     """Returns a batch of images as (B, C, H, W), with its own dtype; (C, H, W) becomes a batch of one.
 
     Raises:
-        InvalidInputError: not a floating-point tensor of such a shape (of the grid's, if one is given), a
-            pixel that is NaN, infinite or negative, or an image of mass 0. The message names the first one.
+        InvalidInputError: not a floating-point tensor (or numpy array) of such a shape (of the grid's, if one is
+            given), a pixel that is NaN, infinite or negative, or an image of mass 0. The message names the first one.
     """
     batch = check_measures(images, "images")
     return batch if grid is None else grid.check_image(batch)

@@ -40,6 +40,24 @@ def check_channels_first(sizes: Sequence[int], what: str) -> None:
         )
 
 
+def as_tensor(images: Any, what: str = "images") -> Tensor:
+    """Images as a tensor: a tensor as it is, a numpy array as one of its type.
+
+    Raises:
+        InvalidInputError: neither, or an array of a type that torch does not know.
+    """
+    if isinstance(images, Tensor):
+        return images
+    if not isinstance(images, np.ndarray):
+        raise InvalidInputError(f"{what}: given {type(images).__name__}, expected a torch.Tensor or a numpy array")
+    try:
+        # torch takes neither other byte orders nor negative strides, and warns about arrays that are read-only.
+        native = images.astype(images.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.require(native, requirements=["C", "W"]))
+    except TypeError:
+        raise InvalidInputError(f"{what} of dtype {images.dtype}: expected a floating-point dtype of torch") from None
+
+
 def check_labels(labels: Any, count: int, classes: int | None = None, device: torch.device | None = None) -> Tensor:
     """Labels as int64 (count,).
 

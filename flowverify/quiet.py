@@ -1,10 +1,11 @@
-"""Silence for solvers that print from native code, past ``sys.stdout``."""
+"""Silence for solvers that print from native code, past ``sys.stdout``, and for libraries that warn of themselves."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
@@ -27,6 +28,17 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _leave()
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Warnings go nowhere inside: those that a library gives about the use that is made of it here.
+
+    The filter belongs to the process: for calls of a library only.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _enter() -> None:

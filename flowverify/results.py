@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from flowverify.errors import InvalidInputError, UnknownNameError
+from flowverify.notebook import html_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ class Verdict(StrEnum):
     ERROR = "error"  # the computation broke down; the note says how
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """What was shown about one image.
 
@@ -55,7 +56,35 @@ class Certificate:
     upper_radius: float | None = None
     note: str = ""
     cap: float | None = None
-    witness: Tensor | None = field(default=None, repr=False, compare=False)
+    witness: Tensor | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        shown = [f"{name} {value}" for name, value in self._shown() if name != "verdict"]
+        return f"{type(self).__name__}({self.verdict}: {', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(type(self).__name__, self._shown())
+
+    def _shown(self) -> list[tuple[str, object]]:
+        """What a reader wants to know, by name."""
+        from flowverify.ball import distance_name  # needs torch, without which commands are listed sooner
+
+        distance = distance_name(self.ground, self.cap)
+        margin = None if self.margin is None else f"{self.margin:.4g}"
+        upper = None if self.upper_radius is None else f"{self.upper_radius:.4g} pixels ({distance})"
+        shown = [
+            ("verdict", self.verdict),
+            ("label", self.label),
+            ("predicted", self.prediction),
+            ("radius", f"{self.radius:.4g} pixels ({distance})"),
+            ("at most", upper),
+            ("margin", margin),
+            ("method", self.method),
+            ("bound", self.bound),
+            ("seconds", f"{self.seconds:.3g}"),
+            ("note", self.note or None),
+        ]
+        return [(name, value) for name, value in shown if value is not None]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values; ``upper_radius`` and ``note`` only where there is one. No witness."""

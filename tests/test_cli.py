@@ -96,6 +96,22 @@ class TestVerify:
         assert picture.read_bytes()[:4] == b"\x89PNG"
         assert len(records(result)) == 3 and "wrote" in result.stderr
 
+    def test_a_picture_that_moves_names_the_network_and_the_image(self, tmp_path, monkeypatch):
+        from flowverify.figures import files
+
+        named = []
+        monkeypatch.setattr(files.panels, "head_lines", lambda certificate, name="": named.append(name) or name)
+        picture = tmp_path / "worst.gif"
+        run("verify", "digits-fc3", "--index", "3", "--bound", "ibp", "--picture", picture, "--json")
+        assert picture.read_bytes()[:6] == b"GIF89a"
+        assert named == ["digits-fc3, digits test, image 3"]
+
+    def test_a_falsified_image_is_drawn_with_its_counterexample(self, tmp_path):
+        picture = tmp_path / "worst.png"
+        options = ("--method", "complete", "--radius", "0.3", "--index", "1")
+        result = run("verify", "digits-fc3", *options, "--picture", picture, "--json")
+        assert records(result)[0]["verdict"] == "falsified" and picture.read_bytes()[:4] == b"\x89PNG"
+
     def test_linear_method(self):
         options = ("--index", "0", "--dataset", "mnist", "--method", "linear", "--json")
         if not os.environ.get("FLOWVERIFY_DATA"):
@@ -210,7 +226,7 @@ BAD_INPUT = {
     "nan pixel": ((*VERIFY, "--dataset", "{files}/nan.npz"), "NaN"),
     "zero mass": (("verify", "digits-fc3", "--dataset", "{files}/black.npz"), "mass"),
     "picture without folder": ((*VERIFY, "--picture", "{files}/none/a.png"), "is not a folder"),
-    "picture of another kind": ((*VERIFY, "--picture", "{files}/a.pdf"), "ends in .png"),
+    "picture of another kind": ((*VERIFY, "--picture", "{files}/a.pdf"), "ends in .png or .gif"),
     "lines into a folder": ((*VERIFY, "--save", "{files}"), "is a folder"),
     "not affine": ((*VERIFY, "--method", "linear"), "affine"),
     "unknown recipe": (("train", "--recipe", "nonsense"), "unknown recipe 'nonsense'"),

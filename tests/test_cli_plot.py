@@ -93,8 +93,8 @@ def test_every_kind_of_file_on_axes_of_its_ground_cost(
 def test_a_folder_of_bench_beside_a_file(drawn: dict[str, list[curves.Curve]], saved: Path, tmp_path: Path) -> None:
     run("plot", saved / "bench", saved / "verify.jsonl", "-o", tmp_path / "a.svg", "--confidence", "0")
     first, second, file = drawn["W1, l1; digits test"]
-    assert "ibp" in first.label and first.label.endswith(" (4 images)") and not first.at_most
-    assert second.at_most and "frank-wolfe" in second.label
+    assert first.label == "digits-fc3: fine-tuned, ibp (W1, l1) (4 images)"
+    assert second.at_most and second.label.startswith("digits-fc3: attack frank-wolfe (W1, l1)")
     assert file.radii[1:5] != first.radii[1:5] and file.images == 5
     (decided,) = drawn["W1, l2; digits test"]
     assert decided.radii == (0.005, 0.01) and not decided.steps

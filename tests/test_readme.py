@@ -68,3 +68,15 @@ def test_the_picture_is_said_to_be_first_order_with_its_distance():
     assert "first order" in before.splitlines()[-1]
     caption = " ".join(after.strip().split("\n\n")[0].split())
     assert "to first order; the worst of the ball may be another" in caption and "W1 with l1 ground cost" in caption
+
+
+def test_an_own_network_gets_its_curve_in_a_dozen_lines(tmp_path):
+    """Imports, data, network, three lines of training, certification, and the curve."""
+    (block,) = [text for text in blocks("python") if "pyplot" in text]
+    lines = [line for line in block.splitlines() if line]
+    assert len(lines) <= 12
+    assert len([line for line in lines if "optimiser" not in line and "loss" not in line and "for " not in line]) <= 10
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "50/50" in done.stderr and done.stdout == ""
+    assert (tmp_path / "certified-accuracy.png").read_bytes()[:4] == b"\x89PNG"

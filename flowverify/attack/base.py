@@ -12,6 +12,7 @@ the first at which an attack succeeds is its answer (Wong et al. 2019, Section 5
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flowverify.ball import Ball, Threat, WassersteinBall, between
+from flowverify.ball import Ball, Threat, WassersteinBall, between, distance_name
 from flowverify.deadline import Deadline
 from flowverify.errors import InvalidInputError
 from flowverify.network.subject import Subject, surplus
+from flowverify.notebook import counted, html_table
 from flowverify.registry import ATTACKS
 from flowverify.results import Verdict
 from flowverify.witness import replay
@@ -121,7 +123,7 @@ FOUND, NOT_FOUND, MISCLASSIFIED = "found", "not found", "misclassified"
 VERDICTS = {FOUND: Verdict.FALSIFIED, NOT_FOUND: Verdict.UNKNOWN, MISCLASSIFIED: Verdict.MISCLASSIFIED}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttackResult:
     """Adversarial images that passed every check, and what the others failed on.
 
@@ -156,6 +158,22 @@ class AttackResult:
     def found(self) -> Tensor:
         """Whether an adversarial image was found (or the clean one is misclassified); bool (B,)."""
         return torch.isfinite(self.radius)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(self.outcome).items()))
+        parts = [f"{counted(len(self), 'image')}: {counts}"]
+        if radii := [r for r, outcome in zip(self.radius.tolist(), self.outcome, strict=True) if outcome == FOUND]:
+            span = f"{min(radii):.4g} to {max(radii):.4g}"
+            parts.append(f"radii {span} pixels ({distance_name(self.ground, self.cap)})")
+        return f"AttackResult({self.attack}, {'; '.join([*parts, f'{self.seconds:.3g} s'])})"
+
+    def _repr_html_(self) -> str:
+        columns = ("image", "label", "predicted", "outcome", "radius")
+        rows = [
+            (k, int(self.label[k]), int(self.prediction[k]), outcome, f"{float(self.radius[k]):.4f}")
+            for k, outcome in enumerate(self.outcome)
+        ]
+        return html_table(repr(self), rows, columns)
 
     def __len__(self) -> int:
         return len(self.outcome)

@@ -1,43 +1,37 @@
-"""The pictures of a report, as SVG: certified accuracy, radii, time against radius; and worst cases, as PNG.
+"""What the pictures of a report show: curves, boxes and times of tasks, on axes that may be shared.
 
 Radii for different ground costs, caps or data sets are different numbers: each such threat has axes of its own.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from flowverify.bench import sources
-from flowverify.bench.statistics import FAILURES, TaskRecords, radius_of
-from flowverify.curves import Curve, Run, curves_of, draw_curves, figure_of, style
-from flowverify.figures import draw_worst_cases
-from flowverify.results import Certificate, Verdict
+from flowverify.bench.names import title_of
+from flowverify.bench.statistics import FAILURES, TaskRecords, quantiles, radius_of
+from flowverify.curves import Curve, Run, curves_of
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-PICTURED = 3  # worst cases of each model
 SHOWN_POINTS = 2000  # of a scatter plot, so that the page stays small
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """The points of one entry of a legend."""
+    """The points of one entry of a legend: radius and seconds of images."""
 
     label: str
     points: Sequence[tuple[float, float]]
 
 
-def certified_accuracy(tasks: Sequence[TaskRecords]) -> bytes | None:
-    """The share of all images with a certificate at each radius; upper ends give shares that cannot be passed."""
-    return _panels(accuracy_curves(tasks), draw_curves)
+@dataclass(frozen=True)
+class Box:
+    """Of some radii the quantiles at 5%, 25%, 50%, 75% and 95%; ``missing`` images have none."""
+
+    label: str
+    quantiles: tuple[float, float, float, float, float]
+    missing: int = 0
 
 
 def accuracy_curves(tasks: Sequence[TaskRecords]) -> dict[str, list[Curve]]:
@@ -46,61 +40,61 @@ def accuracy_curves(tasks: Sequence[TaskRecords]) -> dict[str, list[Curve]]:
 
 
 def _run(one: TaskRecords) -> Run:
-    name = one.task.name if one.searched else one.task.name.rpartition("/")[0]
+    name = title_of(one.task, radius=False)
     return Run(name, one.records, one.task.settings["radius"], one.task.kind == "attack", one.task.positions)
 
 
-def radius_boxes(tasks: Sequence[TaskRecords]) -> bytes | None:
-    """Median, quartiles, and 5% to 95% of the radii of each searching task, and of its upper ends."""
+def radius_boxes(tasks: Sequence[TaskRecords]) -> dict[str, list[Box]]:
+    """Where the radii of each searching task lie, and its upper ends, by the titles of their axes."""
 
-    def draw(axes: Axes, boxes: Sequence[tuple[str, list[float]]]) -> None:
-        names, radii = zip(*reversed(boxes), strict=True)
-        axes.boxplot(radii, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
-        axes.set_yticks(range(1, len(names) + 1), names)
-        axes.grid(axis="x", alpha=0.3)
-
-    def boxes_of(group: Sequence[TaskRecords]) -> list[tuple[str, list[float]]]:
+    def boxes_of(group: Sequence[TaskRecords]) -> list[Box]:
         boxes = []
         for one in group:
+            name = title_of(one.task, radius=False)
             if one.searched and one.task.kind == "certify":
-                boxes.append((one.task.name, [ends.certified for ends in one.ends()]))
+                boxes += _box(name, [ends.certified for ends in one.ends()])
             if one.searched and (one.task.kind == "attack" or one.bracketed):
-                upper = [ends.upper for ends in one.ends() if math.isfinite(ends.upper)]
-                unknown = len(one.ends()) - len(upper)
-                boxes.append((f"{one.task.name}: at most" + (f"\n(none for {unknown})" if unknown else ""), upper))
-        return [(name, radii) for name, radii in boxes if radii]
+                boxes += _box(f"{name}: at most", [ends.upper for ends in one.ends()])
+        return boxes
 
-    boxes = {title: boxes_of(group) for title, group in by_threat(tasks).items()}
-    return _panels(boxes, draw, below="; box: quartiles, whiskers: 5% to 95%", height=0.9, each=0.42, legend=False)
+    return {title: boxes_of(group) for title, group in by_threat(tasks).items()}
 
 
-def time_against_radius(tasks: Sequence[TaskRecords]) -> bytes | None:
-    """Seconds of each image against its radius; images of one chunk share its time equally."""
+def _box(label: str, radii: Sequence[float]) -> list[Box]:
+    known = [radius for radius in radii if math.isfinite(radius)]
+    if not known:
+        return []
+    low, first, middle, third, high = quantiles(known, (0.05, 0.25, 0.5, 0.75, 0.95))
+    return [Box(label, (low, first, middle, third, high), len(radii) - len(known))]
 
-    def draw(axes: Axes, clouds: Sequence[Cloud]) -> None:
-        for number, cloud in enumerate(clouds):
-            colour, _, marker = style(number)
-            axes.plot(
-                *zip(*cloud.points, strict=True), linestyle="", marker=marker, color=colour, markersize=3.5, alpha=0.6,
-                label=cloud.label, rasterized=True,
-            )  # fmt: skip
-        axes.set(ylabel="seconds an image", yscale="log")
-        axes.grid(alpha=0.3)
+
+def measured_alone(one: TaskRecords) -> bool:
+    """Whether the images of a task were timed one by one: images that are computed together share their time."""
+    places = {record["index"]: record["seconds"] for record in one.correct if record["seconds"] > 0}
+    for job in one.task.jobs():
+        times = [places[position] for position in job.positions if position in places]
+        if len(times) > 1 and len(set(times)) < len(times):
+            return False
+    return True
+
+
+def times_against_radii(tasks: Sequence[TaskRecords]) -> dict[str, list[Cloud]]:
+    """Seconds of each image against its radius, of tasks whose images were timed one by one."""
 
     def clouds_of(group: Sequence[TaskRecords]) -> list[Cloud]:
         clouds = []
         for one in group:
-            if not one.searched:
+            if not one.searched or not measured_alone(one):
                 continue
             pairs = [(radius_of(one.task, r), r["seconds"]) for r in one.correct if r["verdict"] not in FAILURES]
             pairs = [(radius, seconds) for radius, seconds in pairs if math.isfinite(radius) and seconds > 0]
             pairs = pairs[:: max(1, math.ceil(len(pairs) * len(tasks) / SHOWN_POINTS))]
             if pairs:
                 kind = ": at most" if one.task.kind == "attack" else ""
-                clouds.append(Cloud(f"{one.task.name}{kind}", pairs))
+                clouds.append(Cloud(f"{title_of(one.task, radius=False)}{kind}", pairs))
         return clouds
 
-    return _panels({title: clouds_of(group) for title, group in by_threat(tasks).items()}, draw)
+    return {title: clouds_of(group) for title, group in by_threat(tasks).items()}
 
 
 def by_threat(tasks: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
@@ -110,59 +104,3 @@ def by_threat(tasks: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
         if one.task.kind in ("certify", "attack"):
             found.setdefault((one.distance, sources.short_data(one.task.settings["data"])), []).append(one)
     return {f"{distance}; {data}": group for (distance, data), group in found.items()}
-
-
-def gallery(one: TaskRecords) -> bytes:
-    """Worst cases with flow arrows for the images of the smallest, median and largest radius; PNG.
-
-    Raises:
-        FlowverifyError: the model or the data set of the records is not there any more.
-    """
-    ordered = sorted(pictured(one), key=lambda record: (record["radius"], record["index"]))
-    chosen = [ordered[round(k * (len(ordered) - 1) / (PICTURED - 1))] for k in range(PICTURED)]
-    chosen = list({record["index"]: record for record in chosen}.values())
-    sources.check_digest(one.task.settings)
-    data = sources.dataset(one.task.settings["data"])
-    certificates = [
-        Certificate(
-            verdict=Verdict(record["verdict"]),
-            label=record["label"],
-            prediction=record["prediction"],
-            method=record["method"],
-            bound=record["bound"],
-            ground=record["ground"],
-            radius=record["radius"],
-            margin=record["margin"],
-            seconds=record["seconds"],
-            cap=record.get("cap"),
-        )
-        for record in chosen
-    ]
-    images = data.images[[record["index"] for record in chosen]]
-    network = sources.network(one.task.settings["model"], data.input_shape)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "gallery.png"
-        draw_worst_cases(network, images, certificates, path)
-        return path.read_bytes()
-
-
-def pictured(one: TaskRecords) -> list[dict[str, Any]]:
-    """The records of a task that a gallery can show."""
-    if one.task.kind != "certify":
-        return []
-    return [record for record in one.records if record["verdict"] == "certified" and record["radius"] > 0]
-
-
-def _panels(drawn: Mapping[str, Sequence[Any]], draw: Callable[[Axes, Any], None], **layout: Any) -> bytes | None:
-    """A figure of :func:`flowverify.curves.figure_of` as SVG."""
-    figure = figure_of(drawn, draw, **layout)
-    return None if figure is None else _svg(figure)
-
-
-def _svg(figure: Figure) -> bytes:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "flowverify"}):  # the same records give the same page
-        figure.savefig(buffer, format="svg", dpi=100, metadata={"Date": None})
-    return buffer.getvalue()

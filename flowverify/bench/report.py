@@ -1,21 +1,27 @@
-"""A folder of results as one HTML page that needs nothing else, as CSV, and as LaTeX tables."""
+"""A folder of results as one HTML page that needs nothing else, as CSV, and as LaTeX tables. Without matplotlib."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from flowverify.bench import plots, sources
+from flowverify.bench import drawing, plots, sources
+from flowverify.bench.names import titles
+from flowverify.bench.pictures import Pictures, pictures, radius_shown
 from flowverify.bench.statistics import (
     CERTIFIED_ON_WORD,
+    ON_WORD,
     Comparison,
     TaskRecords,
     by_task,
@@ -25,10 +31,11 @@ from flowverify.bench.statistics import (
 )
 from flowverify.bench.store import read_folder
 from flowverify.bench.tasks import Record
-from flowverify.certifiers.base import CLOSED, count_closed, median_upper
-from flowverify.errors import DataError, FlowverifyError, InvalidInputError
-from flowverify.figures import require_matplotlib
+from flowverify.bounds.recipes import BOUNDS
+from flowverify.certifiers.base import CLOSED, count_closed, ends_of, median_upper
+from flowverify.errors import DataError, InvalidInputError
 
+MOST_ROWS = 20_000  # of the page's table of images; records.csv has all
 VERDICTS = ("certified", CERTIFIED_ON_WORD, "falsified", "unknown", "misclassified", "timeout", "error")
 
 
@@ -173,13 +180,11 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
     Raises:
         InvalidInputError: the folder does not hold results, or no record yet.
         DataError: a file in it is damaged, or ``out`` cannot be made.
-        DependencyError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
     suite, records, log = read_folder(folder)
     if not records:
         raise InvalidInputError(f"{folder}: holds no record yet, expected at least one")
-    require_matplotlib()
     tasks = by_task(suite.tasks, records)
     listed = [summary(tasks)]
     if suite.comparisons:
@@ -187,26 +192,35 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
     failed = failures(tasks)
     if failed.rows:
         listed.append(failed)
-    drawn = (
-        ("Certified accuracy", plots.certified_accuracy(tasks)),
-        ("Radii", plots.radius_boxes(tasks)),
-        ("Time against radius", plots.time_against_radius(tasks)),
-    )
-    page = _HTML.get_template("report.html.jinja").render(
-        suite=suite,
-        records=records,
-        log=log,
-        tables=listed,
-        pictures=[(title, _inline(content, "svg+xml")) for title, content in drawn if content is not None],
-        galleries=_galleries(tasks),
-        tasks=tasks,
-        machines=environments(records),
-    )
     target = Path(folder if out is None else out)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{target}: cannot be made ({error.strerror}), expected a folder or a new name") from error
+    named = titles(one.task for one in tasks)
+    shown = pictures(tasks)
+    curves = _curves(tasks)
+    page = _HTML.get_template("report.html.jinja").render(
+        suite=suite,
+        records=records,
+        log=log,
+        tables=[_named(table, named) for table in listed],
+        slugs={title: name for name, title in named.items()},
+        files=_files(Path(folder), target),
+        charts=[(title, chart, read) for title, chart, read in curves],
+        boxes=_boxes(tasks),
+        times=[(title, Markup(drawing.time_chart(title, clouds)), clouds)
+               for title, clouds in plots.times_against_radii(tasks).items() if clouds],
+        shared=[named[one.task.name] for one in tasks if one.searched and not plots.measured_alone(one)],
+        pictures=shown,
+        rows=sum(len(one.records) for one in tasks if _has_images(one)),
+        most_rows=MOST_ROWS,
+        content=_script_data(tasks, named, shown, curves),
+        tasks=tasks,
+        named=named,
+        look=lambda place: Markup(drawing.look(place)),
+        machines=environments(records),
+    )  # fmt: skip
     written = {
         "report.html": page,
         "records.csv": records_csv(records),
@@ -223,24 +237,115 @@ def to_latex(listed: Sequence[Table]) -> str:
     return _LATEX.get_template("tables.tex.jinja").render(tables=listed)
 
 
-def _galleries(tasks: Sequence[TaskRecords]) -> Iterator[tuple[str, str, str, str]]:
-    """Worst cases to first order for each model: of the last of its tasks that has any, searching ones first.
+def _named(table: Table, named: Mapping[str, str]) -> Table:
+    """The table with the titles of tasks in place of their names."""
 
-    Yields a title, what it shows, and the picture or the reason why there is none.
-    """
-    chosen: dict[str, TaskRecords] = {}
-    for one in sorted(tasks, key=lambda one: one.searched):
-        if plots.pictured(one):
-            chosen[one.task.settings["model"]] = one
-    for model, one in chosen.items():
-        source = failure = ""
-        try:
-            source = _inline(plots.gallery(one), "png")
-        except FlowverifyError as error:  # the records may have come from elsewhere, without model and data
-            failure = str(error)
-        title = f"Worst cases to first order of {sources.short(model)}"
-        yield title, f"{one.task.name} ({one.distance})", source, failure
+    def words(cell: str) -> str:
+        for name in sorted(named, key=len, reverse=True):
+            cell = cell.replace(name, named[name]) if "/" in name else cell
+        return cell
+
+    return replace(table, rows=[(named.get(row[0], row[0]), *map(words, row[1:])) for row in table.rows])
 
 
-def _inline(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _files(folder: Path, target: Path) -> list[tuple[str, str, str]]:
+    """Links to the other files: what they hold, and where they lie as the page sees it."""
+    found = [
+        ("records.csv", "records.csv", "every record, as a table"),
+        ("summary.csv", "summary.csv", "the tasks, as a table"),
+        ("tables.tex", "tables.tex", "the tables for LaTeX"),
+    ]
+    for name, what in (("records.jsonl", "every record, as lines of JSON"), ("suite.json", "the suite, as JSON")):
+        found.append((name, quote(Path(os.path.relpath(folder / name, target)).as_posix()), what))
+    return found
+
+
+def _has_images(one: TaskRecords) -> bool:
+    return one.task.kind in ("certify", "attack")
+
+
+def _curves(tasks: Sequence[TaskRecords]) -> list[tuple[str, Markup, list[dict[str, Any]]]]:
+    found: list[tuple[str, Markup, list[dict[str, Any]]]] = []
+    for title, curves in plots.accuracy_curves(tasks).items():
+        if curves:
+            chart, read = drawing.accuracy_chart(title, curves, len(found))
+            found.append((title, Markup(chart), read))
+    return found
+
+
+def _boxes(tasks: Sequence[TaskRecords]) -> list[tuple[str, list[tuple[plots.Box, Markup, list[str]]]]]:
+    """Of each threat its boxes, drawn and in numbers."""
+    found: list[tuple[str, list[tuple[plots.Box, Markup, list[str]]]]] = []
+    for title, boxes in plots.radius_boxes(tasks).items():
+        across = max((box.quantiles[-1] for box in boxes), default=1.0)
+        lines = [
+            (box, Markup(drawing.box_chart(box, across)), [number(value) for value in box.quantiles]) for box in boxes
+        ]
+        if lines:
+            found.append((title, lines))
+    return found
+
+
+def _script_data(
+    tasks: Sequence[TaskRecords],
+    named: Mapping[str, str],
+    shown: Pictures,
+    curves: Sequence[tuple[str, Markup, list[dict[str, Any]]]],
+) -> Markup:
+    """What the page's script reads, as JSON that ends no element of the page."""
+    rows = []
+    for number, one in enumerate(tasks):
+        if _has_images(one):
+            rows += [(record["index"], number, record) for record in one.records]
+    rows.sort(key=lambda row: row[:2])
+    content = {
+        "tasks": [_task_data(one, named[one.task.name]) for one in tasks],
+        "rows": [_row_data(tasks[number], number, record) for _, number, record in rows[:MOST_ROWS]],
+        "images": shown.images,
+        "cases": shown.cases,
+        "curves": [read for _, _, read in curves],
+    }
+    return Markup(json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", r"\u003c"))
+
+
+def _task_data(one: TaskRecords, title: str) -> dict[str, Any]:
+    if not _has_images(one):
+        return {"title": title}
+    settings = one.task.settings
+    data = settings["data"]
+    command = ["flowverify", "verify", settings["model"], "--dataset", data["name"], "--split", data["split"]]
+    if one.task.kind == "certify":
+        command += ["--method", settings["method"]]
+        command += ["--bound", settings["bound"]] if settings["bound"] in BOUNDS else []
+    command += ["--ground", settings["ground"]]
+    command += [] if settings.get("cap") is None else ["--cap", f"{settings['cap']:g}"]
+    return {
+        "title": title,
+        "data": sources.short_data(data),
+        "called": Path(data["name"]).name if data["name"].endswith(".npz") else sources.short_data(data),
+        "distance": one.distance,
+        "attack": one.task.kind == "attack",
+        "command": " ".join(command),
+    }
+
+
+def _row_data(one: TaskRecords, number: int, record: Record) -> list[Any]:
+    """Task, image, label, prediction, status, radius, upper end, margin, seconds, note, radius of its picture."""
+    ends = ends_of(record)
+    attack = one.task.kind == "attack"
+    asked = one.task.settings.get("radius")
+    radius = None if attack and asked is None else record.get("radius", asked)
+    upper = ends.upper if math.isfinite(ends.upper) and record["verdict"] != "misclassified" else None
+    status = CERTIFIED_ON_WORD if record.get("evidence") == ON_WORD else record["verdict"]
+    values = [
+        number, record["index"], record.get("label"), record.get("prediction"), status, radius, upper,
+        record.get("margin"), record.get("seconds"), record.get("note", ""), radius_shown(one, record),
+    ]  # fmt: skip
+    return [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """A number with what a reader can use of it; None for one that JSON has not."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -118,7 +118,7 @@ def attack(
             else:
                 found = search.run(part.images, part.labels, WassersteinBall(asked, ground, cap))
             if images is not None:
-                _save(part, [positions[row] for row in rows], found, images)
+                _save(part, [positions[row] for row in rows], found, images, model)
             advance(len(found))
             records.update({row: found.to_json(number) for number, row in enumerate(rows)})
         return [records[row] for row in range(len(positions))]
@@ -148,18 +148,19 @@ def _prepare_folder(path: Path) -> None:
         raise InvalidInputError(f"images {path}: {error.strerror}, expected a folder that can be written to") from error
 
 
-def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path) -> None:
+def _save(data: Dataset, positions: list[int], found: AttackResult, folder: Path, model: str) -> None:
     import numpy as np
 
     from flowverify.ball import distance_name
-    from flowverify.figures import draw_adversarial
+    from flowverify.figures import draw_adversarial, image_name
 
     rows = [row for row in range(len(positions)) if found.outcome[row] == "found"]
     if not rows:
         return
     names = [folder / f"{positions[row]:05d}" for row in rows]
     titles = [
-        f"image {positions[row]}, label {int(found.label[row])}, now {int(found.prediction[row])}: "
+        f"{image_name(model, data.name, data.split, positions[row])}: label {int(found.label[row])}, "
+        f"now {int(found.prediction[row])}\n"
         f"{distance_name(found.ground)} = {float(found.radius[row]):.4f} pixels ({found.attack})"
         for row in rows
     ]

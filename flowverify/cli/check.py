@@ -171,7 +171,7 @@ def check(
         for line in answer.words(chosen.name, ball, seconds):
             typer.echo(line)
     if picture is not None:
-        _draw(network, ask.image, answer, picture)
+        _draw(network, ask.image, answer, picture, f"{Path(model).name}, {chosen.name}")
         say(f"wrote {picture}")
     raise typer.Exit(EXIT_CODES[answer.certificate.verdict])
 
@@ -463,16 +463,16 @@ def _takes(registry: Registry, name: str, option: str) -> bool:
     return option in {field.name for field in dataclasses.fields(registry.options_type(name))}
 
 
-def _draw(network: Network, image: Tensor, answer: Answer, path: Path) -> None:
+def _draw(network: Network, image: Tensor, answer: Answer, path: Path, name: str) -> None:
     from flowverify.ball import distance_name
     from flowverify.figures import draw_adversarial, draw_worst_cases
 
     one = answer.certificate
     if one.verdict is not Verdict.FALSIFIED or one.witness is None:
-        draw_worst_cases(network, image.cpu(), [one], path)
+        draw_worst_cases(network, image.cpu(), [one], path, [name])
         return
     title = (
-        f"label {one.label}, now {one.prediction}: {distance_name(one.ground, one.cap)} = {one.upper_radius:.4f} "
-        f"pixels ({answer.decided_by})"
+        f"{name}: label {one.label}, now {one.prediction}\n"
+        f"{distance_name(one.ground, one.cap)} = {one.upper_radius:.4f} pixels ({answer.decided_by})"
     )
     draw_adversarial(image.double().cpu(), one.witness.double().cpu()[None], [title], [path])

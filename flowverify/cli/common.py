@@ -179,13 +179,13 @@ def check_picture(path: Path) -> Path:
     """Returns the path of a picture that can be drawn; called before hours of work, not after.
 
     Raises:
-        InvalidInputError: it does not end in .png, or its folder cannot be written to.
+        InvalidInputError: it ends otherwise, or its folder cannot be written to.
         DependencyError: matplotlib is not installed.
     """
-    from flowverify.figures import require_matplotlib
+    from flowverify.figures import PICTURES, require_matplotlib
 
-    if path.suffix.lower() != ".png":
-        raise InvalidInputError(f"picture {path}: expected a file name that ends in .png")
+    if path.suffix.lower() not in PICTURES:
+        raise InvalidInputError(f"picture {path}: expected a file name that ends in {' or '.join(PICTURES)}")
     check_writable(path, "picture")
     require_matplotlib()
     return path

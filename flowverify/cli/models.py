@@ -112,7 +112,9 @@ PICTURED = 3
 def demo(
     count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 24,
     bound: Bound = "best",
-    picture: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
+    picture: Annotated[Path, typer.Option(help="Where the picture goes, a .png, or a .gif that moves.")] = Path(
+        "demo.png"
+    ),
 ) -> None:
     """Certify the first images of digits with both methods and draw their worst cases, to first order."""
     from flowverify.bounds.recipes import check_bound
@@ -126,7 +128,7 @@ def demo(
 
     from flowverify.api import make_certifier
     from flowverify.ball import Threat
-    from flowverify.figures import draw_worst_cases
+    from flowverify.figures import draw_worst_cases, image_name
 
     typer.echo(
         f"{MODEL} ({card.description}; clean accuracy {card.accuracy_text}), first {len(data)} test images of "
@@ -154,7 +156,8 @@ def demo(
         typer.echo(f"ratio of the medians: {medians['fine-tuned'] / medians['vanilla']:.2f}")
     best = _most_robust(found["fine-tuned"])
     if best:
-        draw_worst_cases(network, data.images[best], [found["fine-tuned"][index] for index in best], picture)
+        names = [image_name(MODEL, data.name, data.split, index) for index in best]
+        draw_worst_cases(network, data.images[best], [found["fine-tuned"][index] for index in best], picture, names)
         typer.echo(f"wrote {picture}: images {', '.join(map(str, best))}, the largest radii of different digits")
 
 

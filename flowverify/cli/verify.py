@@ -108,7 +108,8 @@ def verify(
     json: Json = False,
     save: Save = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the first images and their worst cases, to first order, as this .png.")
+        Path | None,
+        typer.Option(help="Draw the first images and their worst cases, to first order, as this .png, or moving .gif."),
     ] = None,
     fail_on: Annotated[
         list[str] | None,
@@ -275,12 +276,13 @@ def write_witnesses(path: Path, results: Sequence[Result]) -> None:
 
 
 def _draw(job: Job, results: Sequence[Result], picture: Path) -> None:
-    from flowverify.figures import draw_worst_cases
+    from flowverify.figures import draw_worst_cases, image_name
 
     chosen = [
         (position, certificate)
         for position, certificate in results
-        if certificate.radius > 0 and certificate.verdict in (Verdict.CERTIFIED, Verdict.UNKNOWN)
+        if certificate.radius > 0
+        and (certificate.verdict in (Verdict.CERTIFIED, Verdict.UNKNOWN) or certificate.witness is not None)
     ][:PICTURED]
     if not chosen:
         counts = Counter(str(certificate.verdict) for _, certificate in results)
@@ -288,5 +290,6 @@ def _draw(job: Job, results: Sequence[Result], picture: Path) -> None:
         print_error(f"no picture {picture}: no image is certified or unknown at a radius above 0 ({found})")
         return
     images = job.data[[position for position, _ in chosen]].images
-    draw_worst_cases(job.network, images, [certificate for _, certificate in chosen], picture)
+    names = [image_name(job.settings["model"], job.data.name, job.data.split, position) for position, _ in chosen]
+    draw_worst_cases(job.network, images, [certificate for _, certificate in chosen], picture, names)
     say(f"wrote {picture}: images {', '.join(str(position) for position, _ in chosen)}")

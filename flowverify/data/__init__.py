@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from flowverify.conventions import check_channels_first, check_labels, has_channels_last
 from flowverify.errors import DataError, InvalidInputError, UnknownNameError
+from flowverify.notebook import by, counted, html_images
+from flowverify.png import data_address
 from flowverify.registry import DATASETS
 
 VALIDATION = "validation"
 SPLITS = ("train", VALIDATION, "test")
 VALIDATION_IMAGES, VALIDATION_SHARE = 5000, 10  # at most so many, and at most one in so many
+THUMBNAILS = 16  # that a notebook shows
 HELD_OUT = "held-out"  # what training keeps back of data without splits
 
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -70,9 +73,25 @@ class Dataset:
         if not bool(torch.isfinite(images).all()):
             raise DataError(f"{self.name}: images contain NaN or infinite values, expected finite ones")
         if bool((images < 0).any()):
-            raise DataError(f"{self.name}: images go down to {images.min():g}, expected values >= 0")
+            raise DataError(
+                f"{self.name}: images go down to {images.min():g}, expected values >= 0 "
+                "(images as they are: what normalises them belongs into the network)"
+            )
         if bool((labels < 0).any()):
             raise DataError(f"{self.name}: labels go down to {int(labels.min())}, expected labels >= 0")
+
+    def __repr__(self) -> str:
+        parts = [counted(len(self), "image") + f" of {by(self.images.shape[1:])}"]
+        if len(self):
+            parts.append(f"labels {int(self.labels.min())} to {int(self.labels.max())}")
+        return f"Dataset({self.name}, {self.split}: {', '.join([*parts, *filter(None, [self.note])])})"
+
+    def _repr_html_(self) -> str:
+        shown = [
+            (data_address(image.numpy(), max(1.0, float(image.max()))), f"image {k}, label {int(label)}")
+            for k, (image, label) in enumerate(zip(self.images[:THUMBNAILS], self.labels, strict=False))
+        ]
+        return html_images(repr(self), shown)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -191,6 +210,9 @@ def as_dataset(source: Any, name: str = "own", split: str = "test", limit: int |
     Raises:
         DataError: an entry of another form, or images that :class:`Dataset` refuses.
     """
+    if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+        kind = type(source).__name__
+        raise DataError(f"{name}: given {kind}, expected a data set or a loader, which gives images with labels")
     images: list[Tensor] = []
     labels: list[int] = []
     for entry in source:

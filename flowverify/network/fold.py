@@ -25,6 +25,7 @@ from flowverify.grid import Grid
 from flowverify.network.affine import affine_rows
 from flowverify.network.graph import INPUT, Graph, Network, Node
 from flowverify.network.operations import WEIGHTED, Pad, Reshape, ScaleShift, is_affine, operation_name
+from flowverify.notebook import by
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,9 @@ class FoldedNetwork(nn.Module):
         self.requires_grad_(False)
         self.train(False)
         self.to(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
+
+    def __repr__(self) -> str:
+        return f"FoldedNetwork(flows of {by(self.flow_shape)} -> {self.first!r} -> {self.remainder!r})"
 
     @property
     def flow_shape(self) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from flowverify.network.graph import Network
 from flowverify.network.operations import ADDED, first_line
 from flowverify.network.reading import Ending, InputForm, Reading, module_form, softmax_over_classes
 from flowverify.network.rounding import RoundingBound
+from flowverify.quiet import without_warnings
 
 
 class BatchFirstAttention(nn.MultiheadAttention):
@@ -118,7 +118,7 @@ def from_torch(module: nn.Module, input_shape: Sequence[int], reading: Reading |
     if len(input_shape) != 3 or min(input_shape) < 1:
         raise InvalidInputError(f"input shape {tuple(input_shape)}: expected (channels, height, width)")
     try:
-        own = copy.deepcopy(module).cpu().eval().requires_grad_(False)
+        own = _copy(module).cpu().eval().requires_grad_(False)
     except Exception as error:  # a module may define its own copying
         raise UnsupportedOperationError(f"{_title(module)} cannot be copied: {first_line(error)}") from error
     own = own.float() if _is_half(own) else own
@@ -129,12 +129,17 @@ def from_torch(module: nn.Module, input_shape: Sequence[int], reading: Reading |
     if layers and all(_is_simple(layer) for layer in layers):
         network = _from_layers(layers, frame)
     else:
-        traced = copy.deepcopy(own)
+        traced = _copy(own)
         leave_batch_first(traced)
         network = _from_export(traced, frame)
     _compare(own, network, frame)
     network.notes = (*((frame.form.note,) if reading.layout else ()), *frame.ending.notes)
     return network
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    with without_warnings():  # torch has some about how its own exported programs are copied
+        return copy.deepcopy(module)
 
 
 class _Frame:
@@ -269,8 +274,7 @@ def _value(result: Any) -> Value:
 def _from_export(module: nn.Module, frame: _Frame) -> Network:
     sample = torch.zeros(2, *frame.form.sample, dtype=frame.dtype)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say about its own recurrent layers
+        with without_warnings():  # what torch has to say about its own recurrent layers
             program = torch.export.export(
                 module, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},)
             ).run_decompositions({})
@@ -513,7 +517,7 @@ def _agree_in_float64(module: nn.Module, network: Network, frame: _Frame, images
     precise, images = copy.deepcopy(network).double(), images.double()
     try:
         with torch.no_grad():
-            expected = frame.answer(copy.deepcopy(module).double(), images)
+            expected = frame.answer(_copy(module).double(), images)
     except Exception:  # a module may insist on its precision
         return False
     rounding = RoundingBound(precise).margins(images.flatten(1).sum(1))

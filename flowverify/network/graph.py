@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.grid import Grid
 from flowverify.network.operations import check_operation, is_affine, operation_name, output_shape
+from flowverify.notebook import by, counted, html_table
 
+LISTED = 12  # operations on one line
 INPUT = "input"
 
 
@@ -125,6 +127,21 @@ class Graph(nn.Module):
             return False
         allowed = rounding_of_value(self, name, batch)
         return bool((difference.abs() <= allowed).all())
+
+    def __repr__(self) -> str:
+        names = [operation_name(operation) for operation in self.operations]
+        shown = names if len(names) <= LISTED else [*names[: LISTED - 1], f"... {len(names) - LISTED} more", names[-1]]
+        return (
+            f"{type(self).__name__}({by(self.input_shape)} -> {by(self.output_shape)}; "
+            f"{counted(sum(one.numel() for one in self.parameters()), 'parameter')}; {', '.join(shown) or 'nothing'})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for node in self.nodes:
+            numbers = sum(one.numel() for one in node.operation.parameters())
+            rows.append((node.name, operation_name(node.operation), by(node.shape), f"{numbers:,}"))
+        return html_table(repr(self), rows, ("value", "operation", "shape", "parameters"))
 
     @property
     def output(self) -> str:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from flowverify.network.from_torch import from_torch
 from flowverify.network.graph import Network
 from flowverify.network.operations import first_line
 from flowverify.network.reading import Reading, module_form
-from flowverify.quiet import quiet
+from flowverify.quiet import quiet, without_warnings
 
 FORMS = ("PATH.onnx", "PATH.pt2", "PATH.pt (TorchScript)", "PATH.py:FACTORY", "MODULE:FACTORY")
 OPSET = 17  # of the ONNX that TorchScript is read through
@@ -108,8 +107,7 @@ def _from_script(path: Path, input_shape: Sequence[int], reading: Reading) -> Ne
     sample = module_form((channels, height, width), reading.layout).sample
     with _reading(path, "a network: TorchScript (torch.jit.save), or weights with PATH.py:FACTORY and weights="):
         module = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, without_warnings():
         target = Path(folder) / f"{path.stem}.onnx"
         try:
             with quiet():
@@ -176,7 +174,8 @@ def _reading(path: Path, expected: str) -> Iterator[None]:
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r}: expected an existing file")
     try:
-        yield
+        with without_warnings():
+            yield
     except Exception as error:  # a corrupt file can raise anything
         raise ModelFileError(
             f"model file {str(path)!r} cannot be read ({first_line(error)}): expected {expected}"

@@ -71,7 +71,7 @@ class SmoothedPrediction:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SmoothedCertificate(Certificate):
     """A radius within which the smoothed classifier answers ``prediction``, at a confidence of 1 - alpha.
 

@@ -21,11 +21,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowverify.conventions import as_tensor
 from flowverify.errors import InvalidInputError, SolverError
 from flowverify.grid import Grid
 from flowverify.transport.ground import (
@@ -83,20 +85,19 @@ class TransportPlan:
         return sources, empty.index_add(0, self.column, self.mass).reshape(self.image_shape)
 
 
-def check_measures(images: Tensor, what: str = "images") -> Tensor:
+def check_measures(images: Any, what: str = "images") -> Tensor:
     """Returns ``images`` as (B, C, H, W) if each is a measure of positive mass; (C, H, W) becomes B = 1.
 
     Raises:
-        InvalidInputError: not a floating-point tensor, another shape, a pixel that is NaN, infinite or
+        InvalidInputError: not a floating-point tensor or numpy array, another shape, a pixel that is NaN, infinite or
             negative, or an image without mass. The message names the first offender.
     """
-    if not isinstance(images, Tensor):
-        raise InvalidInputError(f"{what}: given {type(images).__name__}, expected a torch.Tensor")
+    images = as_tensor(images, what)
     if not images.is_floating_point():
         raise InvalidInputError(f"{what} of dtype {images.dtype}: expected a floating-point dtype")
     if images.ndim not in (3, 4) or 0 in images.shape[-3:]:
         raise InvalidInputError(f"{what} of shape {tuple(images.shape)}: expected (B, C, H, W) or (C, H, W)")
-    batch = images if images.ndim == 4 else images.unsqueeze(0)
+    batch: Tensor = images if images.ndim == 4 else images.unsqueeze(0)
     bad = ~(torch.isfinite(batch) & (batch >= 0)).detach()
     if bad.any():
         index = tuple(bad.nonzero()[0].tolist())

@@ -7,16 +7,21 @@ import re
 import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from base64 import b64decode
+from functools import partial
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 from suites import misbehaving, records, run_local, write_suite
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.bench import report, sources
+from flowverify.bench.pictures import pictures
 from flowverify.cli import app
+from flowverify.figures import worst_cases
+from flowverify.png import SIGNATURE
 
 SUITE = """
 name: small <suite>
@@ -200,19 +205,28 @@ def test_interrupted_killed_and_continued(tmp_path, hanging, interruptible):
 
 
 class Page(HTMLParser):
-    """Collects what a page refers to."""
+    """A page: what it refers to, its elements with their attributes, its text, and what its script reads."""
 
     def __init__(self, text):
         super().__init__()
-        self.sources, self.tags, self.text = [], [], ""
+        self.sources, self.elements, self.text, self.scripts = [], [], "", []
         self.feed(text)
+        self.content = json.loads(self.scripts[0])
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attributes if name in ("src", "href", "data", "srcset")]
+        self.elements.append((tag, dict(attributes)))
+        self.sources += [value for name, value in attributes if name in ("src", "href", "data", "srcset", "action")]
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_data(self, data):
-        self.text += data
+        if self.elements and self.elements[-1][0] == "script" and not data.isspace():
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+    def of(self, tag, **wanted):
+        return [given for name, given in self.elements if name == tag and wanted.items() <= given.items()]
 
 
 @pytest.fixture(scope="module")
@@ -223,17 +237,82 @@ def page(finished):
 
 class TestReport:
     def test_needs_no_network(self, page):
-        assert len(page.sources) == 4
-        assert all(source.startswith("data:image/") for source in page.sources)
-        assert not {"script", "link", "iframe"} & set(page.tags)
+        files = {"records.csv", "summary.csv", "tables.tex", "records.jsonl", "suite.json"}
+        for source in page.sources:
+            assert source.startswith(("data:", "#")) or source in files, source
+        (policy,) = page.of("meta", **{"http-equiv": "Content-Security-Policy"})
+        assert policy["content"].startswith("default-src 'none'; img-src data:;")
+        assert not page.of("iframe") and all("src" not in one for one in page.of("script"))
+        assert [one["href"] for one in page.of("link")] == ["data:,"]
 
-    def test_pictures_are_pictures(self, page):
-        kinds = [source.partition(";")[0] for source in page.sources]
-        assert kinds == ["data:image/svg+xml"] * 3 + ["data:image/png"]
-        contents = [b64decode(source.partition(",")[2]) for source in page.sources]
-        for content in contents[:3]:
-            assert ElementTree.fromstring(content).tag.endswith("svg")
-        assert contents[3].startswith(b"\x89PNG") and len(contents[3]) > 20_000
+    def test_links_lead_to_files_and_to_parts_of_the_page(self, page, finished):
+        names = {given["id"] for _, given in page.elements if "id" in given}
+        for source in page.sources:
+            if source.startswith("#"):
+                assert source[1:] in names
+            elif not source.startswith("data:"):
+                assert (finished[0] / "out" / source).is_file()
+
+    def test_has_landmarks_captions_and_names(self, page):
+        for landmark in ("header", "nav", "main"):
+            assert page.of(landmark)
+        assert page.of("html", lang="en") and page.of("meta", name="viewport")
+        assert len(page.of("table")) == len(page.of("caption"))
+        assert all("scope" in given for given in page.of("th"))
+        assert all("alt" in given for given in page.of("img"))
+        names = {given["for"] for given in page.of("label") if "for" in given}
+        assert all(given["id"] in names for given in page.of("input", type="checkbox"))
+        assert all("aria-label" in given for given in page.of("svg", role="img"))
+        ids = [given["id"] for _, given in page.elements if "id" in given]
+        assert len(ids) == len(set(ids))
+
+    def test_tasks_have_readable_names_with_their_own_beside_them(self, page):
+        named = {given["title"] for given in page.of("th") if "title" in given}
+        assert "certify/digits-fc3/fine-tuned/crown/l1/search" in named
+        assert "digits-fc3: fine-tuned, crown (W1, l1), largest radius" in page.text
+        assert "digits-fc3: attack minimal, effort fast (W1, l1), nearest image" in page.text
+        assert "digits-fc3/fine-tuned" not in page.text
+
+    def test_every_image_is_there_as_it_is(self, page):
+        images = page.content["images"]["digits test"]
+        assert sorted(map(int, images)) == list(range(12))
+        assert all(address.startswith("data:image/png;base64,") for address in images.values())
+        assert b64decode(images["3"].partition(",")[2])[:8] == SIGNATURE
+
+    def test_every_result_is_a_row_with_its_numbers(self, page, finished):
+        known = records(finished[0] / "out")
+        rows = page.content["rows"]
+        titles = {task["title"]: number for number, task in enumerate(page.content["tasks"])}
+        assert len(rows) == 12 * 5 and rows == sorted(rows, key=lambda row: (row[1], row[0]))
+        number = titles["digits-fc3: fine-tuned, crown (W1, l1), largest radius"]
+        for task, index, label, prediction, status, radius, upper, margin, *_ in rows:
+            if task != number:
+                continue
+            record = known["certify/digits-fc3/fine-tuned/crown/l1/search", index]
+            assert (label, prediction, status) == (record["label"], record["prediction"], record["verdict"])
+            assert radius == pytest.approx(record["radius"], rel=1e-5) and upper is None
+            assert margin == (None if record["margin"] is None else pytest.approx(record["margin"], rel=1e-5))
+
+    def test_worst_cases_are_those_of_their_images(self, page, finished):
+        cases, tasks = page.content["cases"], page.content["tasks"]
+        shown = {tuple(map(int, key.split("/"))) for key in cases}
+        wanted = {(row[0], row[1]) for row in page.content["rows"] if row[10] is not None}
+        assert shown == wanted and len(shown) > 40
+        network, data = fv.load_model("digits-fc3").double(), fv.load_dataset("digits")
+        for number, index in sorted(shown)[::7]:
+            case = cases[f"{number}/{index}"]
+            row = next(row for row in page.content["rows"] if row[:2] == [number, index])
+            (one,) = worst_cases(fv.load_model("digits-fc3"), data.images[index : index + 1], [row[2]], [row[10]])
+            assert case["distance"] == pytest.approx(one.distance, abs=1e-5) and case["rival"] == one.rival
+            logits = network(one.worst[None].double())[0]
+            assert case["margins"][1] == pytest.approx(float(logits[row[2]] - logits[one.rival]), abs=1e-3)
+            assert case["arrows"] and len(case["arrows"]) <= case["all"]
+        assert all("distance" in task for task in tasks if "data" in task)
+
+    def test_attacks_have_their_radius_at_the_upper_end(self, page):
+        (number,) = [k for k, task in enumerate(page.content["tasks"]) if task.get("attack")]
+        found = [row for row in page.content["rows"] if row[0] == number and row[4] == "falsified"]
+        assert found and all(row[5] is None and row[6] > 0 for row in found)
 
     def test_says_what_was_found(self, page, finished):
         radii = sorted(r["radius"] for r in of_task(finished[0], "fine-tuned/crown") if r["verdict"] != "misclassified")
@@ -241,8 +320,45 @@ class TestReport:
         assert f"{middle:.4g}" in page.text
         assert "small <suite>" in page.text and "two methods & an attack" in page.text and "<b> 6" in page.text
         assert "fail ended with exit code 1" in page.text and "never worse" in page.text
-        assert "Worst cases to first order of digits-fc3" in page.text and "search (W1, l1)." in page.text
         assert "certified (W1, l1); 11 images" in page.text  # a claim's radii, over pairs that are classified right
+
+    def test_without_matplotlib_nothing_is_missing(self, finished, tmp_path):
+        code = (
+            "import sys; sys.modules['matplotlib'] = None\n"
+            "from flowverify.bench.report import write_report\n"
+            f"write_report({str(finished[0] / 'out')!r}, {str(tmp_path)!r})"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert Page((tmp_path / "report.html").read_text()).content["cases"]
+        assert (tmp_path / "records.csv").is_file() and (tmp_path / "tables.tex").is_file()
+
+    def test_models_that_are_gone_leave_their_pictures_out_and_say_so(self, finished, tmp_path, monkeypatch):
+        monkeypatch.setattr(sources, "digest", lambda model: "0" * 64)
+        run("report", finished[0] / "out", "--out", tmp_path)
+        page = Page((tmp_path / "report.html").read_text())
+        assert page.content["cases"] == {} and len(page.content["images"]["digits test"]) == 12
+        assert "not drawn, digits-fc3: model digits-fc3: SHA-256 is 0" in page.text
+
+    def test_a_page_stays_small_and_says_what_it_leaves_out(self, finished, tmp_path, monkeypatch):
+        monkeypatch.setattr(report, "MOST_ROWS", 20)
+        monkeypatch.setattr(report, "pictures", partial(report.pictures, most=7))
+        run("report", finished[0] / "out", "--out", tmp_path)
+        page = Page((tmp_path / "report.html").read_text())
+        assert len(page.content["rows"]) == 20 and len(page.content["cases"]) == 7
+        text = " ".join(page.text.split())
+        assert "The table has the first 20 of 60 results, by image; records.csv has all." in text
+        assert re.search(r"The worst cases of 7 of \d+ results are in this page", text)
+        monkeypatch.setattr(report, "pictures", partial(pictures, most_bytes=700))
+        run("report", finished[0] / "out", "--out", tmp_path)
+        page = Page((tmp_path / "report.html").read_text())
+        assert 0 < len(page.content["images"]["digits test"]) < 12 and len(page.content["cases"]) < 12
+
+    def test_records_elsewhere_are_linked_from_where_the_page_is(self, finished, tmp_path):
+        run("report", finished[0] / "out", "--out", tmp_path / "a b")
+        page = Page((tmp_path / "a b" / "report.html").read_text())
+        (link,) = [source for source in page.sources if source.endswith("records.jsonl")]
+        assert (tmp_path / "a b" / unquote(link)).samefile(finished[0] / "out" / "records.jsonl")
 
     def test_csv_and_latex(self, page, finished):
         out = finished[0] / "out"

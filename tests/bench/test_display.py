@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from flowverify import curves
-from flowverify.bench import plots
+from flowverify.bench import drawing, plots
 from flowverify.bench import report as tables
 from flowverify.bench.kinds import Certify, CertifyRun
 from flowverify.bench.report import to_latex
@@ -37,17 +39,10 @@ def attacked(name: str, uppers: list[float], **settings: Any) -> TaskRecords:
     return TaskRecords(one.task, [{**record, "radius": None, "verdict": "falsified"} for record in one.records])
 
 
-@pytest.fixture
-def figure(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pictures as figures, not as SVG."""
-    monkeypatch.setattr(plots, "_svg", lambda figure: figure)
-
-
-PICTURES = (plots.certified_accuracy, plots.radius_boxes, plots.time_against_radius)
+PICTURES = (plots.accuracy_curves, plots.radius_boxes, plots.times_against_radii)
 RADII = [0.1, 0.2, 0.3, 0.4]
 
 
-@pytest.mark.usefixtures("figure")
 class TestPictures:
     @pytest.mark.parametrize("picture", PICTURES)
     @pytest.mark.parametrize(
@@ -61,31 +56,22 @@ class TestPictures:
         ],
     )
     def test_other_threats_and_data_have_other_axes(self, picture: Any, settings: dict[str, Any]) -> None:
-        figure: Any = picture([searched("a", RADII), searched("b", RADII, **settings), attacked("c", RADII)])
-        first, second = figure.axes
-        assert first.get_title() == "W1, l1; digits test" and second.get_title() != first.get_title()
-        assert "radius (pixels; W1, l1)" in first.get_xlabel()
-        assert [len(axes.get_legend_handles_labels()[1]) for axes in figure.axes] in ([2, 1], [0, 0])
+        found = picture([searched("a", RADII), searched("b", RADII, **settings), attacked("c", RADII)])
+        assert len(found) == 2 and "W1, l1; digits test" in found
+        assert [len(drawn) for title, drawn in sorted(found.items(), key=lambda one: -len(one[1]))] == [2, 1]
 
     @pytest.mark.parametrize("picture", PICTURES)
     def test_other_images_of_the_same_data_share_axes(self, picture: Any) -> None:
-        figure: Any = picture([searched("a", RADII), searched("b", RADII[:2], data={**DIGITS, "index": ":2"})])
-        assert len(figure.axes) == 1
-
-    @pytest.mark.parametrize("picture", [plots.certified_accuracy, plots.time_against_radius])
-    def test_no_two_of_forty_curves_look_the_same(self, picture: Any) -> None:
-        tasks = [searched(f"task {k}", RADII) for k in range(30)] + [attacked(f"attack {k}", RADII) for k in range(10)]
-        (axes,) = (figure := picture(tasks)).axes
-        looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.get_lines()}
-        assert len(axes.get_lines()) == len(looks) == 40
-        assert len(figure.findobj(lambda artist: type(artist).__name__ == "Legend")[0].get_texts()) == 40
+        found = picture([searched("a", RADII), searched("b", RADII[:2], data={**DIGITS, "index": ":2"})])
+        assert [len(drawn) for drawn in found.values()] == [2]
 
     def test_curves_of_both_ends_with_their_number_of_images(self) -> None:
-        figure: Any = plots.certified_accuracy([searched("a", [0.1, 0.3], [0.2, 0.4]), attacked("b", RADII)])
-        lower, upper, attack = figure.axes[0].get_lines()
-        assert lower.get_label() == "a (2 images)" and list(lower.get_xdata()) == [0.0, 0.1, 0.3]
-        assert upper.get_label() == "a: at most (2 images)" and list(upper.get_xdata()) == [0.0, 0.2, 0.4]
-        assert attack.get_label() == "b: at most (4 images)"
+        ((lower, upper, attack),) = plots.accuracy_curves(
+            [searched("a", [0.1, 0.3], [0.2, 0.4]), attacked("b", RADII)]
+        ).values()
+        assert lower.label == "a (2 images)" and lower.radii == (0.0, 0.1, 0.3)
+        assert upper.label == "a: at most (2 images)" and upper.radii == (0.0, 0.2, 0.4)
+        assert attack.label == "b: at most (4 images)"
 
     def test_decided_radii_of_other_images_are_another_curve(self) -> None:
         tasks = [
@@ -93,13 +79,66 @@ class TestPictures:
                              positions, 1), [{**PLAIN, "index": k, "radius": radius} for k in positions])
             for radius, positions in ((0.1, (0, 1)), (0.2, (0, 1)), (0.3, (2, 3)))
         ]  # fmt: skip
-        figure: Any = plots.certified_accuracy(tasks)
-        assert [list(line.get_xdata()) for line in figure.axes[0].get_lines()] == [[0.1, 0.2], [0.3]]
+        (curves,) = plots.accuracy_curves(tasks).values()
+        assert [curve.radii for curve in curves] == [(0.1, 0.2), (0.3,)]
 
     def test_boxes_of_both_ends(self) -> None:
-        figure: Any = plots.radius_boxes([searched("a", [0.1, 0.3], [0.2]), attacked("b", RADII)])
-        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-        assert labels == ["b: at most", "a: at most\n(none for 1)", "a"]
+        ((first, second, third),) = plots.radius_boxes(
+            [searched("a", [0.1, 0.3], [0.2]), attacked("b", RADII)]
+        ).values()
+        assert (first.label, first.missing, first.quantiles[2]) == ("a", 0, 0.2)
+        assert (second.label, second.missing, second.quantiles[2]) == ("a: at most", 1, 0.2)
+        assert (third.label, third.quantiles[2]) == ("b: at most", 0.25)
+
+    def test_times_are_those_of_images_timed_one_by_one(self) -> None:
+        alone = searched("a", RADII)
+        shared = TaskRecords(replace(searched("b", RADII).task, chunk=2), searched("b", RADII).records)
+        assert plots.measured_alone(alone) and not plots.measured_alone(shared)
+        several = [{**record, "seconds": 0.1 + k} for k, record in enumerate(shared.records)]
+        nothing = {"verdict": "misclassified", "seconds": 0.0}  # of no time to speak of
+        several[2:] = [{**record, **nothing} for record in several[2:]]
+        assert plots.measured_alone(TaskRecords(shared.task, several))
+        ((cloud,),) = plots.times_against_radii([alone, shared]).values()
+        assert cloud.label == "a" and list(cloud.points) == [(radius, 0.1) for radius in RADII]
+
+
+class TestCharts:
+    """What is drawn lies where its numbers say."""
+
+    def test_round_numbers(self) -> None:
+        assert drawing.steps(0.1133) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
+        assert drawing.steps(7) == [0, 2, 4, 6] and drawing.steps(0) == [0]
+
+    def test_steps_of_a_curve(self) -> None:
+        (curves,) = plots.accuracy_curves([searched("a", [0.5, 1.0])]).values()
+        chart, (read,) = drawing.accuracy_chart("W1, l1; digits test", curves, 0)
+        plane = drawing.Plane(1.02, (0.0, 1.0))
+        tree = ElementTree.fromstring(chart)
+        (line,) = [one.get("d") for one in tree.iter("path") if "line" in str(one.get("class"))]
+        points = [tuple(map(float, point.split())) for point in str(line)[1:].split("L")]
+        corners = [(0, 1), (0.5, 1), (0.5, 0.5), (1, 0.5), (1, 0)]
+        assert points == [pytest.approx((plane.x(x), plane.y(y))) for x, y in corners]
+        assert read["radii"] == [0.0, 0.5, 1.0] and list(read["counts"]) == [2, 1, 0] and not read["open"]
+        assert "radius (pixels; W1, l1)" in "".join(tree.itertext())
+
+    def test_what_is_never_refuted_goes_on_to_the_end(self) -> None:
+        (curves,) = plots.accuracy_curves([searched("a", [0.1, 0.2], [0.4])]).values()
+        chart, (_, upper) = drawing.accuracy_chart("W1, l1; digits test", curves, 0)
+        assert upper["open"]
+        line = [one.get("d") for one in ElementTree.fromstring(chart).iter("path") if "line" in str(one.get("class"))][
+            1
+        ]
+        last = str(line).split("L")[-1].split()
+        assert float(last[0]) == pytest.approx(drawing.WIDTH - drawing.RIGHT, abs=0.02)
+        assert float(last[1]) == pytest.approx(drawing.Plane(1, (0.0, 1.0)).y(0.5))
+
+    def test_no_two_of_forty_lines_look_the_same(self) -> None:
+        assert len({drawing.look(number) for number in range(48)}) == 48
+
+    def test_times_are_points_with_their_numbers(self) -> None:
+        ((cloud,),) = plots.times_against_radii([searched("a <b>", RADII)]).values()
+        tree = ElementTree.fromstring(drawing.time_chart("W1, l1; digits test", [cloud]))
+        assert [one.text for one in tree.iter("title")] == [f"a <b>: radius {radius:.4g}, 0.1 s" for radius in RADII]
 
 
 def test_styles_do_not_repeat() -> None:

@@ -217,7 +217,7 @@ BAD = [
     (torch.tensor([[[[1, 0]]]]), r"of dtype torch\.int64: expected a floating-point dtype"),
     (torch.ones(2, 2), r"of shape \(2, 2\): expected \(B, C, H, W\) or \(C, H, W\)"),
     (torch.ones(1, 1, 0, 2), r"of shape \(1, 1, 0, 2\): expected"),
-    (np.ones((1, 1, 2)), r"given ndarray, expected a torch\.Tensor"),
+    (np.ones((1, 1, 2)).tolist(), r"given list, expected a torch\.Tensor"),
 ]
 
 

@@ -1,0 +1,156 @@
+"""Charts of a report as SVG for its page, in the colours of its style sheet; its script makes them answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from flowverify.bench.plots import Box, Cloud
+from flowverify.curves import Curve
+
+COLOURS = 8  # of the style sheet
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 3 2 3 2 3", "1 5")
+WIDTH, HEIGHT = 640, 380
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 10, 52  # around what is drawn
+TICKS = 6
+
+
+class Plane:
+    """Where numbers lie in a chart.
+
+    Args:
+        across, along: the largest number to the right; the least and the largest upwards.
+        logarithmic: whether powers of ten are equally far apart upwards.
+    """
+
+    def __init__(self, across: float, along: tuple[float, float], *, logarithmic: bool = False) -> None:
+        self.across = across or 1.0
+        self.scale: Callable[[float], float] = math.log10 if logarithmic else float
+        self.low, self.high = (self.scale(value) for value in along)
+
+    def x(self, value: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * value / self.across, 2)
+
+    def y(self, value: float) -> float:
+        share = (self.scale(value) - self.low) / ((self.high - self.low) or 1.0)
+        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 2)
+
+    def frame(self, below: str, beside: str, rows: Sequence[tuple[float, str]]) -> list[str]:
+        """Grid, numbers and what they are."""
+        parts = ['<g class="grid" aria-hidden="true">']
+        for value, text in rows:
+            height = self.y(value)
+            parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}"/>')
+            parts.append(f'<text class="end" x="{LEFT - 6}" y="{height + 4}">{escape(text)}</text>')
+        for value in steps(self.across):
+            place = self.x(value)
+            parts.append(f'<line x1="{place}" x2="{place}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+            parts.append(f'<text class="middle" x="{place}" y="{HEIGHT - BOTTOM + 18}">{value:.4g}</text>')
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(f'<text class="middle name" x="{middle}" y="{HEIGHT - 10}">{escape(below)}</text>')
+        up = (TOP + HEIGHT - BOTTOM) / 2
+        parts.append(
+            f'<text class="middle name" transform="translate(14 {up}) rotate(-90)">{escape(beside)}</text></g>'
+        )
+        return parts
+
+
+def steps(largest: float, count: int = TICKS) -> list[float]:
+    """Round numbers from 0 to the largest, about so many."""
+    if largest <= 0:
+        return [0.0]
+    rough = largest / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    return [round(step * k, 12) for k in range(int(largest / step * (1 + 1e-9)) + 1)]
+
+
+def svg(title: str, parts: Sequence[str], attributes: str = "") -> str:
+    """A chart; what it shows is read out by its title."""
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" {attributes}>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def look(number: int) -> str:
+    """The class and the dashes of a line; no two of the first 48 look the same."""
+    dashes = DASHES[(number // COLOURS) % len(DASHES)]
+    return f'class="line c{number % COLOURS}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
+
+
+def accuracy_chart(title: str, curves: Sequence[Curve], number: int) -> tuple[str, list[dict[str, Any]]]:
+    """Curves with their bands, and what the script reads of them.
+
+    Args:
+        number: of the chart on its page.
+    """
+    plane = Plane(max((curve.radii[-1] for curve in curves), default=1.0) * 1.02, (0.0, 1.0))
+    distance = title.partition(";")[0]
+    parts = plane.frame(f"radius (pixels; {distance})", "share of images", [(k / 5, f"{20 * k}%") for k in range(6)])
+    read = []
+    for k, curve in enumerate(curves):
+        low, high = curve.band()
+        points = list(zip(curve.radii, curve.shares.tolist(), low.tolist(), high.tolist(), strict=True))
+        if curve.steps and curve.at_most and curve.counts[-1]:  # nothing is known against these, however far
+            points.append((plane.across, *points[-1][1:]))
+        upper = _line(plane, [(radius, above) for radius, _, _, above in points], steps=curve.steps)
+        lower = _line(plane, [(radius, below) for radius, _, below, _ in points], steps=curve.steps)
+        band = "L".join(upper[1:].split("L") + lower[1:].split("L")[::-1])
+        marks = "" if curve.steps else "".join(
+            f'<circle class="mark c{k % COLOURS}" cx="{plane.x(radius)}" cy="{plane.y(share)}" r="3.5"/>'
+            for radius, share, _, _ in points
+        )  # fmt: skip
+        line = _line(plane, [(radius, share) for radius, share, _, _ in points], steps=curve.steps)
+        shown = f'<path class="band c{k % COLOURS}" d="M{band}Z"/><path {look(k)} d="{line}"/>{marks}'
+        parts.append(f'<g data-curve="{k}">{shown}</g>')
+        read.append(
+            {"label": curve.label, "radii": [round(radius, 6) for radius in curve.radii], "counts": curve.counts,
+             "images": curve.images, "steps": curve.steps, "open": bool(curve.at_most and curve.counts[-1])}
+        )  # fmt: skip
+    parts.append(
+        f'<line class="cursor" x1="{LEFT}" x2="{LEFT}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/>'
+    )
+    about = f"Certified accuracy against radius, {title}; {len(curves)} curves. Left and right arrow keys read it out."
+    given = f'tabindex="0" data-chart="{number}" data-across="{plane.across:.6g}"'
+    return svg(about, parts, given), read
+
+
+def _line(plane: Plane, points: Sequence[tuple[float, float]], *, steps: bool) -> str:
+    found: list[tuple[float, float]] = []
+    for radius, share in points:
+        if steps and found:
+            found.append((plane.x(radius), found[-1][1]))
+        found.append((plane.x(radius), plane.y(share)))
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in found)
+
+
+def time_chart(title: str, clouds: Sequence[Cloud]) -> str:
+    """Seconds against radii; each point says both when it is pointed at."""
+    seconds = [second for cloud in clouds for _, second in cloud.points]
+    low, high = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
+    high += high == low
+    across = max(radius for cloud in clouds for radius, _ in cloud.points) * 1.03
+    plane = Plane(across, (10.0**low, 10.0**high), logarithmic=True)
+    rows = [(10.0**power, f"{10.0**power:g} s") for power in range(low, high + 1)]
+    parts = plane.frame(f"radius (pixels; {title.partition(';')[0]})", "seconds an image", rows)
+    for k, cloud in enumerate(clouds):
+        parts += [
+            f'<circle class="mark c{k % COLOURS}" cx="{plane.x(radius)}" cy="{plane.y(second)}" r="3" '
+            f'fill-opacity="0.65"><title>{escape(cloud.label)}: radius {radius:.4g}, {second:.3g} s</title></circle>'
+            for radius, second in cloud.points
+        ]
+    return svg(f"Seconds an image against its radius, {title}", parts)
+
+
+def box_chart(box: Box, across: float) -> str:
+    """One line of a table of quantiles: whiskers from 5% to 95%, a box between the quartiles, the median in it."""
+    low, first, middle, third, high = (round(100 * value / (across or 1.0), 2) for value in box.quantiles)
+    return (
+        '<svg class="box" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+        f'<line x1="{low}" x2="{high}" y1="6" y2="6"/>'
+        f'<rect x="{first}" width="{max(0.4, third - first):g}" y="1.5" height="9"/>'
+        f'<line class="median" x1="{middle}" x2="{middle}" y1="0" y2="12"/></svg>'
+    )
