@@ -83,7 +83,7 @@ class TestVerdicts:
 
     def test_falsified_says_where(self, files):
         found = record(NETWORK, "--image", files / "zero.png", "--radius", 0.3, code=1)
-        assert found["verdict"] == "falsified" and found["label"] == 0 != found["prediction"]
+        assert found["verdict"] == "falsified" and found["label"] == found["prediction"] == 0 != found["classified_as"]
         assert 0 < found["upper_radius"] <= found["radius"] == 0.3
         assert found["decided_by"] == "attack minimal" and len(found["steps"]) == 1
 
@@ -145,12 +145,12 @@ class TestWhatIsTried:
 
     def test_a_target_alone_counts(self, files):
         options = (NETWORK, "--image", files / "zero.png", "--radius", 0.3)
-        other = record(*options, code=1)["prediction"]
+        other = record(*options, code=1)["classified_as"]
         target = next(one for one in range(1, 10) if one != other)
         found = record(*options[:-1], 0.05, "--target", target)
         assert found["verdict"] == "certified"
         found = record(*options[:-1], 3.0, "--target", target, code=1)
-        assert (found["verdict"], found["prediction"]) == ("falsified", target)
+        assert (found["verdict"], found["classified_as"]) == ("falsified", target)
 
     def test_nothing_that_an_attack_says_is_believed(self, monkeypatch):
         real = MinimalRadius.run
@@ -186,7 +186,7 @@ class TestWhatIsTried:
         )
         monkeypatch.setattr(MinimalRadius, "search", lambda self, batch: batch.images)
         found = record("digits-fc3", "--index", 0, "--radius", 0.5, "--method", "fine-tuned", code=1)
-        assert found["decided_by"] == "fine-tuned with bound best" and found["prediction"] != 0
+        assert found["decided_by"] == "fine-tuned with bound best" and found["classified_as"] != 0
         assert 0 < found["upper_radius"] < 0.5
 
     def test_interruption(self, monkeypatch):

@@ -254,12 +254,14 @@ class Answer:
     Attributes:
         certificate: ``upper_radius`` is the exact distance of ``witness``, which was replayed.
         decided_by: the attempt that decided; "" for none.
+        classified_as: what the counterexample is taken for, where there is one.
     """
 
     certificate: Certificate
     decided_by: str
     steps: tuple[Step, ...]
     label_from: str = ""
+    classified_as: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The certificate's record, with what decided and what was tried."""
@@ -267,7 +269,12 @@ class Answer:
             {**dataclasses.asdict(one), "verdict": one.verdict and str(one.verdict), "seconds": round(one.seconds, 6)}
             for one in self.steps
         ]
-        more = {"label_from": self.label_from, "decided_by": self.decided_by or None, "steps": tried}
+        more = {
+            "label_from": self.label_from,
+            "decided_by": self.decided_by or None,
+            "classified_as": self.classified_as,
+            "steps": tried,
+        }
         return self.certificate.to_json() | more
 
     def words(self, name: str, ball: WassersteinBall, seconds: float) -> list[str]:
@@ -275,8 +282,8 @@ class Answer:
         one, radius = self.certificate, f"{ball.radius:g} pixels ({ball.threat.name})"
         lines = {
             Verdict.CERTIFIED: f"certified: no image within {radius} of {name} {self._otherwise}",
-            Verdict.FALSIFIED: f"falsified: an image within {radius} of {name} is classified as {one.prediction}, at a "
-            f"distance of {one.upper_radius or 0.0:.6g}",
+            Verdict.FALSIFIED: f"falsified: an image within {radius} of {name} is classified as "
+            f"{self.classified_as}, at a distance of {one.upper_radius or 0.0:.6g}",
             Verdict.MISCLASSIFIED: f"misclassified: {name} itself is not classified as {one.label}, but as "
             f"{one.prediction}; there is nothing to certify",
             Verdict.UNKNOWN: f"unknown: whether an image within {radius} of {name} {self._otherwise} was not decided",
@@ -367,7 +374,7 @@ class Question:
         step, found = self._attack(ball, attack, timeout)
         steps.append(step)
         if found is not None:
-            return Answer(found, step.name, tuple(steps))
+            return Answer(found, step.name, tuple(steps), classified_as=self._class_of(found))
         left = timeout - step.seconds
         for method in methods or BY_DEFAULT:
             show(method)
@@ -376,7 +383,7 @@ class Question:
             if one is None:
                 continue
             if one.verdict in (Verdict.CERTIFIED, Verdict.FALSIFIED):
-                return Answer(one, step.name, tuple(steps))
+                return Answer(one, step.name, tuple(steps), classified_as=self._class_of(one))
             if _takes(METHODS, method, "timeout"):
                 left -= step.seconds
             here = one
@@ -399,7 +406,7 @@ class Question:
         if distance > ball.radius:
             return Step(name, Verdict.UNKNOWN, seconds), None
         certificate = Certificate(
-            Verdict.FALSIFIED, int(self.label), int(found.prediction[0]), attack, "attack", ball.ground, ball.radius,
+            Verdict.FALSIFIED, int(self.label), int(self.label), attack, "attack", ball.ground, ball.radius,
             None, seconds, distance, cap=ball.cap, witness=found.images[0],
         )  # fmt: skip
         return Step(name, Verdict.FALSIFIED, seconds), certificate
@@ -439,10 +446,13 @@ class Question:
         distance = inf if one.witness is None else self.replayed(ball, one.witness)
         if one.witness is None or distance > ball.radius:
             return replace(one, verdict=Verdict.UNKNOWN, note="what it offered as a counterexample was none")
-        if self.target is not None:
-            return replace(one, upper_radius=distance, prediction=self.target)
-        witness = one.witness.to(self.image.device).double()[None]
-        return replace(one, upper_radius=distance, prediction=int(self.subject.clean(witness, self.label)[0]))
+        return replace(one, upper_radius=distance)
+
+    def _class_of(self, one: Certificate) -> int | None:
+        """What a certificate's counterexample is classified as; the target, where there is one."""
+        if one.witness is None or self.target is not None:
+            return None if one.witness is None else self.target
+        return int(self.subject.clean(one.witness.to(self.image.device).double()[None], self.label)[0])
 
     def _undecided(self, ball: WassersteinBall, method: str, verdict: Verdict) -> Certificate:
         label = int(self.label)
@@ -472,7 +482,7 @@ def _draw(network: Network, image: Tensor, answer: Answer, path: Path, name: str
         draw_worst_cases(network, image.cpu(), [one], path, [name])
         return
     title = (
-        f"{name}: label {one.label}, now {one.prediction}\n"
+        f"{name}: label {one.label}, now {answer.classified_as}\n"
         f"{distance_name(one.ground, one.cap)} = {one.upper_radius:.4f} pixels ({answer.decided_by})"
     )
     draw_adversarial(image.double().cpu(), one.witness.double().cpu()[None], [title], [path])
