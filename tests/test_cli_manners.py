@@ -96,7 +96,7 @@ def program(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 class TestCompletion:
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
     def test_scripts(self, shell: str) -> None:
-        done = program("--show-completion", shell)
+        done = program(_FLOWVERIFY_COMPLETE=f"source_{shell}")
         assert done.returncode == 0 and "_FLOWVERIFY_COMPLETE" in done.stdout and "flowverify" in done.stdout
 
     @pytest.mark.parametrize(
@@ -115,8 +115,11 @@ class TestCompletion:
         assert done.stdout.split() == expected, done.stderr
 
     def test_installed_into_the_home_folder(self, tmp_path: Path) -> None:
-        done = program("--install-completion", "bash", HOME=str(tmp_path))
-        assert done.returncode == 0, done.stderr
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        for option in ("--show-completion", "--install-completion"):  # of the shell that is nearest above
+            command = f'"{sys.executable}" -m flowverify {option}; exit $?'
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
+            assert done.returncode == 0, done.stderr
         assert any("_FLOWVERIFY_COMPLETE" in path.read_text() for path in tmp_path.rglob("*.sh"))
 
 
