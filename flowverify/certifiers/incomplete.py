@@ -227,7 +227,8 @@ class Certifier(BaseCertifier):
     def _linear_budgets(self, ball: Ball, labels: Tensor, clean: Tensor) -> Tensor:
         """For each unit of mass, (B,): what it costs to end the margin to the runner-up as linearised at the image.
 
-        To begin a search with, by fixed-point steps on the concave support function; NaN where that leads nowhere.
+        To begin a search with, by fixed-point steps on the concave support function; the settings' first trial where
+        that leads nowhere.
         """
         ball = ball.to(dtype=torch.float64)
         _, gradient = self._linearised(ball.images, labels)
@@ -240,12 +241,12 @@ class Certifier(BaseCertifier):
         return budget
 
     def _linearised(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """By how much another class is above the label at points (B, C, H, W), and the gradient of it."""
+        """By how much another class is above the label at points (B, C, H, W), and its gradient, 0 for none."""
         with torch.enable_grad():
             points = points.detach().requires_grad_(True)
             above = surplus(self.precise(points), labels)
             (gradient,) = torch.autograd.grad(above.sum(), points)
-        return above.detach(), gradient
+        return above.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _refuted(self, ball: Ball, labels: Tensor) -> Tensor:
         """Balls (B,) that hold an image of another class, so that no bound has a positive margin: a short search.
@@ -261,7 +262,7 @@ class Certifier(BaseCertifier):
             refuted = refuted | (above > 0)
             if bool(refuted.all()):
                 break
-            found = ball.support(gradient.nan_to_num()[:, None], maximiser=True).maximiser
+            found = ball.support(gradient[:, None], maximiser=True).maximiser
             assert found is not None
             points = found[:, 0].double()
         return refuted
