@@ -100,7 +100,7 @@ class TestVerify:
         from flowverify.figures import files
 
         named = []
-        monkeypatch.setattr(files.panels, "head_lines", lambda certificate, name="": named.append(name) or name)
+        monkeypatch.setattr(files, "head_lines", lambda certificate, name="": named.append(name) or name)
         picture = tmp_path / "worst.gif"
         run("verify", "digits-fc3", "--index", "3", "--bound", "ibp", "--picture", picture, "--json")
         assert picture.read_bytes()[:6] == b"GIF89a"

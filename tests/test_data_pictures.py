@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowverify.data import load_dataset
-from flowverify.data.pictures import read_image, read_picture
+from flowverify.data.files import read_image, read_picture
 from flowverify.errors import DataError, InvalidInputError
 
 pillow = pytest.importorskip("PIL.Image")

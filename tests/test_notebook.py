@@ -1,12 +1,19 @@
-"""Objects show themselves on one line, without their tensors; in notebooks as tables and pictures."""
+"""Objects show themselves on one line, without their tensors; in notebooks as tables and pictures.
 
+Pictures are PNG files that any reader takes.
+"""
+
+import base64
+import io
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 import torch
 
 import flowverify as fv
 from flowverify.figures import worst_cases
+from flowverify.notebook import data_address, png
 from flowverify.results import Certificate, Verdict
 
 CERTIFICATE = Certificate(
@@ -82,3 +89,31 @@ def test_notebooks_see_the_first_images(data):
     html = data._repr_html_()
     assert html.count("<img ") == 16 and html.count("data:image/png;base64,") == 16
     assert f'alt="image 0, label {data.labels[0]}"' in html
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 4, 4), (2, 1, 3)])
+def test_readers_get_the_levels_back(shape):
+    image_module = pytest.importorskip("PIL.Image", reason="needs Pillow to read them")
+    image = GENERATOR.random(shape) / shape[0]
+    with image_module.open(io.BytesIO(png(image))) as read:
+        read.verify()
+    with image_module.open(io.BytesIO(png(image))) as read:
+        assert read.mode == ("RGB" if shape[0] == 3 else "L") and read.size == (shape[2], shape[1])
+        levels = np.asarray(read)
+    expected = np.moveaxis(image, 0, -1) if shape[0] == 3 else image.sum(0)
+    np.testing.assert_allclose(levels / 255, expected, atol=0.5 / 255 + 1e-12)
+
+
+def test_white_and_what_is_above_it():
+    content = np.array([[[0.0, 0.5, 1.0]]])
+    assert png(content, white=0.5) == png(np.array([[[0.0, 1.0, 1.0]]]))
+    assert png(content, white=0.5) != png(content)
+
+
+def test_an_address_holds_the_file():
+    image = GENERATOR.random((1, 3, 3))
+    head, _, body = data_address(image).partition(",")
+    assert head == "data:image/png;base64" and base64.b64decode(body) == png(image)

@@ -15,7 +15,7 @@ import flowverify as fv
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowverify"
 LAYERS = (
-    "errors", "registry", "quiet", "conventions", "png", "notebook", "deadline", "records", "settings", "data", "grid",
+    "errors", "registry", "quiet", "conventions", "notebook", "deadline", "records", "settings", "data", "grid",
     "transport", "ball", "network", "zoo", "results", "witness", "attack", "bounds", "lirpa", "certifiers",
     "smoothing", "training", "export", "targeted", "api", "figures", "curves", "bench", "doctor", "cli", "__main__",
 )  # fmt: skip

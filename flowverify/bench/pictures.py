@@ -15,8 +15,8 @@ from flowverify.bench.statistics import TaskRecords
 from flowverify.bench.tasks import Record
 from flowverify.errors import FlowverifyError
 from flowverify.figures import WorstCase, worst_cases
-from flowverify.figures.panels import brighter, white_of, window
-from flowverify.png import data_address
+from flowverify.figures.files import brighter, white_of, window
+from flowverify.notebook import data_address
 
 if TYPE_CHECKING:
     from flowverify.data import Dataset

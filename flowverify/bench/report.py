@@ -16,9 +16,9 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flowverify.bench import drawing, plots, sources
-from flowverify.bench.names import titles
+from flowverify.bench import charts, sources
 from flowverify.bench.pictures import Pictures, pictures, radius_shown
+from flowverify.bench.sources import titles
 from flowverify.bench.statistics import (
     CERTIFIED_ON_WORD,
     ON_WORD,
@@ -209,16 +209,16 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
         files=_files(Path(folder), target),
         charts=[(title, chart, read) for title, chart, read in curves],
         boxes=_boxes(tasks),
-        times=[(title, Markup(drawing.time_chart(title, clouds)), clouds)
-               for title, clouds in plots.times_against_radii(tasks).items() if clouds],
-        shared=[named[one.task.name] for one in tasks if one.searched and not plots.measured_alone(one)],
+        times=[(title, Markup(charts.time_chart(title, clouds)), clouds)
+               for title, clouds in charts.times_against_radii(tasks).items() if clouds],
+        shared=[named[one.task.name] for one in tasks if one.searched and not charts.measured_alone(one)],
         pictures=shown,
         rows=sum(len(one.records) for one in tasks if _has_images(one)),
         most_rows=MOST_ROWS,
         content=_script_data(tasks, named, shown, curves),
         tasks=tasks,
         named=named,
-        look=lambda place: Markup(drawing.look(place)),
+        look=lambda place: Markup(charts.look(place)),
         machines=environments(records),
     )  # fmt: skip
     written = {
@@ -266,20 +266,20 @@ def _has_images(one: TaskRecords) -> bool:
 
 def _curves(tasks: Sequence[TaskRecords]) -> list[tuple[str, Markup, list[dict[str, Any]]]]:
     found: list[tuple[str, Markup, list[dict[str, Any]]]] = []
-    for title, curves in plots.accuracy_curves(tasks).items():
+    for title, curves in charts.accuracy_curves(tasks).items():
         if curves:
-            chart, read = drawing.accuracy_chart(title, curves, len(found))
+            chart, read = charts.accuracy_chart(title, curves, len(found))
             found.append((title, Markup(chart), read))
     return found
 
 
-def _boxes(tasks: Sequence[TaskRecords]) -> list[tuple[str, list[tuple[plots.Box, Markup, list[str]]]]]:
+def _boxes(tasks: Sequence[TaskRecords]) -> list[tuple[str, list[tuple[charts.Box, Markup, list[str]]]]]:
     """Of each threat its boxes, drawn and in numbers."""
-    found: list[tuple[str, list[tuple[plots.Box, Markup, list[str]]]]] = []
-    for title, boxes in plots.radius_boxes(tasks).items():
+    found: list[tuple[str, list[tuple[charts.Box, Markup, list[str]]]]] = []
+    for title, boxes in charts.radius_boxes(tasks).items():
         across = max((box.quantiles[-1] for box in boxes), default=1.0)
         lines = [
-            (box, Markup(drawing.box_chart(box, across)), [number(value) for value in box.quantiles]) for box in boxes
+            (box, Markup(charts.box_chart(box, across)), [number(value) for value in box.quantiles]) for box in boxes
         ]
         if lines:
             found.append((title, lines))

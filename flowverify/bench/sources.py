@@ -1,15 +1,20 @@
-"""Models and data sets as suites name them."""
+"""Models and data sets as suites name them, and what these and tasks are called where people read them.
+
+Tasks have names that are made to be unique, and to be matched by patterns; titles say the same in words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from flowverify.bench.tasks import Defaults
+from flowverify.bench.statistics import distance_of
+from flowverify.bench.tasks import Defaults, Task
 from flowverify.data import SPLITS, is_hub, is_whole, load_dataset, parse_index
 from flowverify.errors import FlowverifyError, ModelFileError
 from flowverify.registry import DATASETS
@@ -128,3 +133,35 @@ def check_digest(settings: Mapping[str, Any]) -> None:
         raise ModelFileError(
             f"model {settings['model']}: SHA-256 is {found}, expected {settings['sha256']}, that of the suite's start"
         )
+
+
+LARGEST, NEAREST = "largest radius", "nearest image"  # what a search is for, of certificates and of attacks
+
+
+def title_of(task: Task, *, radius: bool = True) -> str:
+    """A task in words: its model, its method and bound or attack, the distance, and what was asked.
+
+    Args:
+        radius: whether the title says what was asked: a radius, or a search.
+    """
+    settings = task.settings
+    model = short(str(settings.get("model", "")))
+    label, found, rest = task.name.partition(f"{task.kind}/{model}/")
+    if not found or not distance_of(settings):
+        name = task.name if radius else task.name.rpartition("/")[0] or task.name
+        return name.replace("/", ", ")
+    *parts, asked = rest.split("/")
+    cap = settings.get("cap")
+    parts = [part for part in parts if part not in (settings["ground"], None if cap is None else f"cap {cap:g}")]
+    if asked == "search":
+        asked = NEAREST if task.kind == "attack" else LARGEST
+    way = f"{'attack ' if task.kind == 'attack' else ''}{', '.join(parts)} ({distance_of(settings)})"
+    words = f"{label.rstrip('/') + ', ' if label else ''}{model}: {way}"
+    return f"{words}, {asked}" if radius else words
+
+
+def titles(tasks: Iterable[Task]) -> dict[str, str]:
+    """The title of each task by its name; names that share a title keep theirs beside it."""
+    found = {task.name: title_of(task) for task in tasks}
+    counts = Counter(found.values())
+    return {name: title if counts[title] == 1 else f"{title} [{name}]" for name, title in found.items()}

@@ -12,13 +12,12 @@ import typer
 
 from flowverify import __version__
 from flowverify.cli.attack import attack
-from flowverify.cli.bench import bench, report
+from flowverify.cli.bench import bench, plot, report
 from flowverify.cli.check import check
+from flowverify.cli.common import Command, Group
 from flowverify.cli.export import export
 from flowverify.cli.lists import add_lists
-from flowverify.cli.manners import Command, Group
 from flowverify.cli.models import demo, doctor, models, train
-from flowverify.cli.plot import plot
 from flowverify.cli.smooth import smooth
 from flowverify.cli.verify import verify
 

@@ -189,7 +189,7 @@ class Chosen:
 
 def _of_file(source: Source, path: Path, index: int | None) -> Chosen:
     """An image of a file, and the network, for its channels and size where the network's file does not say them."""
-    from flowverify.data.pictures import PICTURES, read_image
+    from flowverify.data.files import PICTURES, read_image
 
     found = read_image(path, index)
     channels, height, width = found.pixels.shape

@@ -14,8 +14,7 @@ from typing import Any
 import typer
 
 from flowverify.bounds.recipes import BOUNDS
-from flowverify.cli.common import Json, json_line, user_errors
-from flowverify.cli.manners import Command
+from flowverify.cli.common import Command, Json, json_line, user_errors
 from flowverify.registry import ATTACKS, DATASETS, METHODS, Registry
 
 

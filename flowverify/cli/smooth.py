@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowverify.cli.common import (
+    Command,
     DataDir,
     DatasetName,
     Device,
     Ground,
+    Group,
     Index,
     InputShape,
     Json,
@@ -29,7 +31,6 @@ from flowverify.cli.common import (
     user_errors,
 )
 from flowverify.cli.job import Job
-from flowverify.cli.manners import Command, Group
 from flowverify.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from flowverify.conventions import check_channels_first, check_labels, has_channels_last
 from flowverify.errors import DataError, InvalidInputError, UnknownNameError
-from flowverify.notebook import by, counted, html_images
-from flowverify.png import data_address
+from flowverify.notebook import by, counted, data_address, html_images
 from flowverify.registry import DATASETS
 
 VALIDATION = "validation"

@@ -21,7 +21,7 @@ from flowverify.bench import report, sources
 from flowverify.bench.pictures import pictures
 from flowverify.cli import app
 from flowverify.figures import worst_cases
-from flowverify.png import SIGNATURE
+from flowverify.notebook import SIGNATURE
 
 SUITE = """
 name: small <suite>

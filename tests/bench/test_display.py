@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flowverify import curves
-from flowverify.bench import drawing, plots
+from flowverify.bench import charts
 from flowverify.bench import report as tables
 from flowverify.bench.kinds import Certify, CertifyRun
 from flowverify.bench.report import to_latex
@@ -39,7 +39,7 @@ def attacked(name: str, uppers: list[float], **settings: Any) -> TaskRecords:
     return TaskRecords(one.task, [{**record, "radius": None, "verdict": "falsified"} for record in one.records])
 
 
-PICTURES = (plots.accuracy_curves, plots.radius_boxes, plots.times_against_radii)
+PICTURES = (charts.accuracy_curves, charts.radius_boxes, charts.times_against_radii)
 RADII = [0.1, 0.2, 0.3, 0.4]
 
 
@@ -66,7 +66,7 @@ class TestPictures:
         assert [len(drawn) for drawn in found.values()] == [2]
 
     def test_curves_of_both_ends_with_their_number_of_images(self) -> None:
-        ((lower, upper, attack),) = plots.accuracy_curves(
+        ((lower, upper, attack),) = charts.accuracy_curves(
             [searched("a", [0.1, 0.3], [0.2, 0.4]), attacked("b", RADII)]
         ).values()
         assert lower.label == "a (2 images)" and lower.radii == (0.0, 0.1, 0.3)
@@ -79,11 +79,11 @@ class TestPictures:
                              positions, 1), [{**PLAIN, "index": k, "radius": radius} for k in positions])
             for radius, positions in ((0.1, (0, 1)), (0.2, (0, 1)), (0.3, (2, 3)))
         ]  # fmt: skip
-        (curves,) = plots.accuracy_curves(tasks).values()
+        (curves,) = charts.accuracy_curves(tasks).values()
         assert [curve.radii for curve in curves] == [(0.1, 0.2), (0.3,)]
 
     def test_boxes_of_both_ends(self) -> None:
-        ((first, second, third),) = plots.radius_boxes(
+        ((first, second, third),) = charts.radius_boxes(
             [searched("a", [0.1, 0.3], [0.2]), attacked("b", RADII)]
         ).values()
         assert (first.label, first.missing, first.quantiles[2]) == ("a", 0, 0.2)
@@ -93,12 +93,12 @@ class TestPictures:
     def test_times_are_those_of_images_timed_one_by_one(self) -> None:
         alone = searched("a", RADII)
         shared = TaskRecords(replace(searched("b", RADII).task, chunk=2), searched("b", RADII).records)
-        assert plots.measured_alone(alone) and not plots.measured_alone(shared)
+        assert charts.measured_alone(alone) and not charts.measured_alone(shared)
         several = [{**record, "seconds": 0.1 + k} for k, record in enumerate(shared.records)]
         nothing = {"verdict": "misclassified", "seconds": 0.0}  # of no time to speak of
         several[2:] = [{**record, **nothing} for record in several[2:]]
-        assert plots.measured_alone(TaskRecords(shared.task, several))
-        ((cloud,),) = plots.times_against_radii([alone, shared]).values()
+        assert charts.measured_alone(TaskRecords(shared.task, several))
+        ((cloud,),) = charts.times_against_radii([alone, shared]).values()
         assert cloud.label == "a" and list(cloud.points) == [(radius, 0.1) for radius in RADII]
 
 
@@ -106,13 +106,13 @@ class TestCharts:
     """What is drawn lies where its numbers say."""
 
     def test_round_numbers(self) -> None:
-        assert drawing.steps(0.1133) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
-        assert drawing.steps(7) == [0, 2, 4, 6] and drawing.steps(0) == [0]
+        assert charts.steps(0.1133) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
+        assert charts.steps(7) == [0, 2, 4, 6] and charts.steps(0) == [0]
 
     def test_steps_of_a_curve(self) -> None:
-        (curves,) = plots.accuracy_curves([searched("a", [0.5, 1.0])]).values()
-        chart, (read,) = drawing.accuracy_chart("W1, l1; digits test", curves, 0)
-        plane = drawing.Plane(1.02, (0.0, 1.0))
+        (curves,) = charts.accuracy_curves([searched("a", [0.5, 1.0])]).values()
+        chart, (read,) = charts.accuracy_chart("W1, l1; digits test", curves, 0)
+        plane = charts.Plane(1.02, (0.0, 1.0))
         tree = ElementTree.fromstring(chart)
         (line,) = [one.get("d") for one in tree.iter("path") if "line" in str(one.get("class"))]
         points = [tuple(map(float, point.split())) for point in str(line)[1:].split("L")]
@@ -122,22 +122,22 @@ class TestCharts:
         assert "radius (pixels; W1, l1)" in "".join(tree.itertext())
 
     def test_what_is_never_refuted_goes_on_to_the_end(self) -> None:
-        (curves,) = plots.accuracy_curves([searched("a", [0.1, 0.2], [0.4])]).values()
-        chart, (_, upper) = drawing.accuracy_chart("W1, l1; digits test", curves, 0)
+        (curves,) = charts.accuracy_curves([searched("a", [0.1, 0.2], [0.4])]).values()
+        chart, (_, upper) = charts.accuracy_chart("W1, l1; digits test", curves, 0)
         assert upper["open"]
         line = [one.get("d") for one in ElementTree.fromstring(chart).iter("path") if "line" in str(one.get("class"))][
             1
         ]
         last = str(line).split("L")[-1].split()
-        assert float(last[0]) == pytest.approx(drawing.WIDTH - drawing.RIGHT, abs=0.02)
-        assert float(last[1]) == pytest.approx(drawing.Plane(1, (0.0, 1.0)).y(0.5))
+        assert float(last[0]) == pytest.approx(charts.WIDTH - charts.RIGHT, abs=0.02)
+        assert float(last[1]) == pytest.approx(charts.Plane(1, (0.0, 1.0)).y(0.5))
 
     def test_no_two_of_forty_lines_look_the_same(self) -> None:
-        assert len({drawing.look(number) for number in range(48)}) == 48
+        assert len({charts.look(number) for number in range(48)}) == 48
 
     def test_times_are_points_with_their_numbers(self) -> None:
-        ((cloud,),) = plots.times_against_radii([searched("a <b>", RADII)]).values()
-        tree = ElementTree.fromstring(drawing.time_chart("W1, l1; digits test", [cloud]))
+        ((cloud,),) = charts.times_against_radii([searched("a <b>", RADII)]).values()
+        tree = ElementTree.fromstring(charts.time_chart("W1, l1; digits test", [cloud]))
         assert [one.text for one in tree.iter("title")] == [f"a <b>: radius {radius:.4g}, 0.1 s" for radius in RADII]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import flowverify as fv
 from flowverify.errors import DependencyError, InvalidInputError
 from flowverify.figures import Change, draw_adversarial, draw_worst_cases, image_name, worst_cases
-from flowverify.figures.panels import show_flow
+from flowverify.figures.files import show_flow
 from flowverify.grid import Grid
 from flowverify.network import from_torch
 from flowverify.results import Certificate, Verdict

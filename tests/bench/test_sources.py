@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowverify.bench.names import title_of, titles
+from flowverify.bench.sources import title_of, titles
 from flowverify.bench.tasks import Task
 
 
