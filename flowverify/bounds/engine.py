@@ -18,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from flowverify.ball import Ball, Threat
-from flowverify.bounds.intervals import Interval
 from flowverify.network import Network
+
+if TYPE_CHECKING:
+    from flowverify.bounds.intervals import Interval
 
 
 class WarmStart:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from flowverify.ball import Ball, Threat
 from flowverify.bounds.engine import Batch, Effort, Engine, EngineOptions, Run, WarmStart, largest
-from flowverify.bounds.interval_engine import IntervalEngine
-from flowverify.bounds.intervals import Interval, intersect
+from flowverify.bounds.intervals import Interval, IntervalEngine, intersect
 from flowverify.bounds.recipes import ENGINES, Bound, check_bound
 from flowverify.bounds.relaxations import crosses_zero
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError

@@ -11,14 +11,14 @@ ENGINES = Registry(
     "engine of bounds",
     {
         "interval": Entry(
-            "interval arithmetic above an exact first layer", "flowverify.bounds.interval_engine:IntervalEngine"
+            "interval arithmetic above an exact first layer", "flowverify.bounds.intervals:IntervalEngine"
         ),
         "crown": Entry("CROWN, by auto_LiRPA", "flowverify.bounds.crown.engine:CrownEngine"),
         "alpha-crown": Entry("CROWN with optimised slopes", "flowverify.bounds.crown.engine:AlphaCrownEngine"),
         "zonotope": Entry(
             "affine forms, through products of values as well", "flowverify.bounds.zonotope:ZonotopeEngine"
         ),
-        "lifted": Entry("rows of moves, which share the budget", "flowverify.bounds.lifted.protocol:LiftedEngine"),
+        "lifted": Entry("rows of moves, which share the budget", "flowverify.bounds.lifted.engine:LiftedEngine"),
     },
 )
 """Classes on the protocol of :class:`flowverify.bounds.engine.Engine`, loaded when a bound asks for them."""

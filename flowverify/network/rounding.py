@@ -263,7 +263,7 @@ class RoundingBound:
     """What rounding may change in lower bounds of margins of one network, and in its margins themselves.
 
     Nothing for a steep network (:func:`is_steep`): its bounds are those of intervals that are widened as they are
-    computed (:mod:`flowverify.bounds.interval_engine`), and other engines refuse it.
+    computed (:mod:`flowverify.bounds.intervals`), and other engines refuse it.
 
     Args:
         network: in float64.

@@ -25,7 +25,7 @@ from flowverify.network import Network
 from flowverify.registry import Entry
 
 OUTSIDE = '''
-from flowverify.bounds.interval_engine import IntervalEngine, IntervalRun
+from flowverify.bounds.intervals import IntervalEngine, IntervalRun
 
 
 class Halves(IntervalEngine):

@@ -9,7 +9,7 @@ from plans import COSTS, plan_gain
 from torch import nn
 
 from flowverify.ball import Threat
-from flowverify.bounds.interval_engine import AffineValue
+from flowverify.bounds.intervals import AffineValue
 from flowverify.network import ScaleShift
 
 

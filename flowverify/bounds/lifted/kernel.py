@@ -14,8 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD
-from flowverify.bounds.lifted.sweeps import UNIT
+from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, UNIT
 
 Array = NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""Compiled CPU kernel of the support function for moves at any prices; see :mod:`flowverify.bounds.lifted.sweeps`.
+"""Compiled CPU kernel of the support function for moves at any prices; see :mod:`flowverify.bounds.lifted.support`.
 
 As :mod:`flowverify.bounds.lifted.kernel` for the neighbours of l1. Single moves need no queue: each pixel takes its
 best one. What is returned does not rest on convergence: every inequality is looked at once more at the end, and the
@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from flowverify.bounds.lifted.sweeps import UNIT
+from flowverify.bounds.lifted.support import UNIT
 
 Array = NDArray[Any]
 
@@ -358,7 +358,7 @@ def bent_rows(
     per_place: int, wanted: Array, centres: Array, known: Array, right: Array, left: Array, flattest: float,
     trust: float, found: Array,
 ) -> None:  # fmt: skip
-    """Rows above bends of one image, in float64; see :func:`flowverify.bounds.lifted.charges.bent_rows`.
+    """Rows above bends of one image, in float64; see :func:`flowverify.bounds.lifted.relaxations.bent_rows`.
 
     Args:
         multipliers: (N,), 0 for rows without charges.

@@ -11,7 +11,7 @@ from contracts import exact_margins, margins_at, random_network, sparse_images
 from test_ground_moves import CHAINS, ORIGIN, WINDOW, largest, rows_of, tiny
 from torch import Tensor, nn
 
-from flowverify.bounds.lifted import charges, engine
+from flowverify.bounds.lifted import engine, relaxations
 from flowverify.bounds.lifted.engine import LiftedBounds, Relaxation
 from flowverify.bounds.lifted.moves import NEIGHBOURS, Moves, moves_of
 from flowverify.bounds.lifted.rows import ListedRows
@@ -37,16 +37,16 @@ def test_no_flow_is_charged_more_than_one(
     images, share = sparse_images(shape, 2, 5), (0.05, 1.0)
     budget = torch.tensor(share, dtype=torch.float64) * images.flatten(1).sum(1)
     rows = MoveRows(rows_of(moves, kind, shape, 4), ORIGIN)
-    monkeypatch.setattr(charges, "use_compiled", lambda backend, gains: compiled)
+    monkeypatch.setattr(relaxations, "use_compiled", lambda backend, gains: compiled)
     found = maximum(rows, images, budget, moves=moves, feasible=feasible, tolerance=1e-9)
     multipliers = found.multiplier * (1 if settled else 0.3)
-    unit = charges.unit_charges(rows, moves, images, budget, multipliers, feasible)
+    unit = relaxations.unit_charges(rows, moves, images, budget, multipliers, feasible)
     if compiled:
         both = torch.cat([torch.full_like(rows.gains, -10.0), rows.gains], 2)
         whole = MoveRows(both, ORIGIN, torch.cat([0 * multipliers, multipliers], 1))
         one = torch.ones(2, 1, 4, dtype=torch.float64)
-        bend = charges.Bend(one > 0, 1e-6 * one, torch.inf * one, one, one, 0.0)
-        unit = replace(unit, gains=-1e6 * charges.bent_rows(whole, moves, images, budget, feasible, bend, 0.9))
+        bend = relaxations.Bend(one > 0, 1e-6 * one, torch.inf * one, one, one, 0.0)
+        unit = replace(unit, gains=-1e6 * relaxations.bent_rows(whole, moves, images, budget, feasible, bend, 0.9))
     far = 10 * budget.sum() + images.sum()  # what pixels would have to hold to forget that they are nonnegative
     for image in range(2):
         ball = images[image] if feasible else images[image] + far
@@ -71,8 +71,8 @@ def test_windows_are_charged_as_the_whole_grid() -> None:
         rows = MoveRows(gains, origins)
         whole = MoveRows((whole_grid(rows, shape[1:]) * inside)[:, None], ORIGIN)
         multipliers = maximum(rows, images, budget, moves=moves).multiplier
-        part = charges.unit_charges(rows, moves, images, budget, multipliers, True)
-        full = charges.unit_charges(whole, moves, images, budget, multipliers, True)
+        part = relaxations.unit_charges(rows, moves, images, budget, multipliers, True)
+        full = relaxations.unit_charges(whole, moves, images, budget, multipliers, True)
         torch.testing.assert_close(part.values.flatten(1), full.values.flatten(1))
         placed = whole_grid(replace(rows, gains=part.gains), shape[1:]) * inside
         torch.testing.assert_close(placed, full.gains[:, 0] * inside)
@@ -100,11 +100,11 @@ def test_compiled_rows_are_those_of_torch(
     multipliers = maximum(rows, images, budget, moves=moves, feasible=feasible, tolerance=1e-9).multiplier
     rows = replace(rows, multipliers=torch.where(random(2, 12) < 0.2, 0.0, multipliers))
     right, left = random(2, 3, 2), random(2, 3, 2)
-    bend = charges.Bend(random(2, 3, 2) < 0.8, random(2, 3, 2) - 0.5, 4 * random(2, 3, 2), right, left, 0.1)
+    bend = relaxations.Bend(random(2, 3, 2) < 0.8, random(2, 3, 2) - 0.5, 4 * random(2, 3, 2), right, left, 0.1)
     found = {}
     for compiled in (True, False):
-        monkeypatch.setattr(charges, "use_compiled", lambda backend, gains, compiled=compiled: compiled)
-        made = charges.bent_rows(rows, moves, images, budget, feasible, bend, 0.9)
+        monkeypatch.setattr(relaxations, "use_compiled", lambda backend, gains, compiled=compiled: compiled)
+        made = relaxations.bent_rows(rows, moves, images, budget, feasible, bend, 0.9)
         assert made.shape[:3] == (2, 3, 2)
         placed = MoveRows(made.flatten(1, 2)[:, None] if grown else made, rows.origins)
         found[compiled] = whole_grid(placed, shape[1:]) * moves.within(*shape[1:])
@@ -181,9 +181,9 @@ def test_rows_less_charges_are_nowhere_above_secants(moves: Moves, feasible: boo
 
 
 def test_charges_that_are_too_high_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = charges.unit_charges
+    real = relaxations.unit_charges
 
-    def doubled(*given: Any) -> charges.Charges:
+    def doubled(*given: Any) -> relaxations.Charges:
         right = real(*given)
         return replace(right, gains=2 * right.gains)
 
@@ -197,7 +197,7 @@ def test_charges_that_are_too_high_are_caught(monkeypatch: pytest.MonkeyPatch) -
         return False
 
     assert not caught()
-    monkeypatch.setattr(charges, "use_compiled", lambda backend, gains: False)
+    monkeypatch.setattr(relaxations, "use_compiled", lambda backend, gains: False)
     assert not caught()
-    monkeypatch.setattr(charges, "unit_charges", doubled)
+    monkeypatch.setattr(relaxations, "unit_charges", doubled)
     assert caught()
