@@ -16,8 +16,8 @@ import flowverify as fv
 from benchmarks.common import header
 from flowverify.network import Network
 from flowverify.training import Recipe, build_architecture, read_recipe
+from flowverify.training.loop import Session
 from flowverify.training.losses import build_loss
-from flowverify.training.session import Session
 
 
 def session(recipe: Recipe, training: fv.Dataset, test: fv.Dataset) -> Session:

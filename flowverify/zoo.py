@@ -42,7 +42,7 @@ class Card:
         clean_accuracy: the share of ``clean_images`` images of ``dataset`` that are classified right, in [0, 1]; none
             of them was trained on.
         clean_split: ``test`` or ``validation`` for those of this split, ``held-out`` for those that
-            :func:`flowverify.training.session.load_splits` kept back of data without one.
+            :func:`flowverify.training.loop.load_splits` kept back of data without one.
         file: the ONNX file, beside the card; ``sha256`` is the hexadecimal digest of its bytes.
         command: the command that trains it.
         recipe: the full recipe, with the ``seed``.

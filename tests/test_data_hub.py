@@ -11,7 +11,7 @@ import torch
 
 from flowverify.data import is_whole, load_dataset
 from flowverify.errors import DataError, DependencyError, InvalidInputError
-from flowverify.training.session import load_splits
+from flowverify.training.loop import load_splits
 
 pictures = pytest.importorskip("PIL.Image")
 LEVELS = np.arange(4 * 2 * 3 * 3, dtype=np.uint8).reshape(4, 2, 3, 3)

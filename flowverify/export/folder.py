@@ -28,8 +28,17 @@ from torch import Tensor
 import flowverify
 from flowverify.errors import InvalidInputError
 from flowverify.export.encodings import ENCODINGS
-from flowverify.export.plan import Export, Instance, Request, plan
-from flowverify.export.properties import LOADER, LOADER_TEXT, VERSIONS, configuration, write_property
+from flowverify.export.plan import (
+    LOADER,
+    LOADER_TEXT,
+    VERSIONS,
+    Export,
+    Instance,
+    Request,
+    configuration,
+    plan,
+    write_property,
+)
 from flowverify.network import Network, onnx_model
 from flowverify.network.subject import Subject
 

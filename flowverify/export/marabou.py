@@ -31,8 +31,7 @@ from flowverify.certifiers.options import MarabouOptions
 from flowverify.errors import DependencyError
 from flowverify.export.cuts import ReducedQuestion
 from flowverify.export.encodings import FloatArray, Parts, take_apart
-from flowverify.export.plan import Export, Instance, Request, plan
-from flowverify.export.properties import by_a_gap, write_property
+from flowverify.export.plan import Export, Instance, Request, by_a_gap, plan, write_property
 from flowverify.export.results import falsify, replay
 from flowverify.network import write_onnx
 from flowverify.network.subject import Subject

@@ -1,7 +1,6 @@
 """Networks: reading, canonical form, folding of the flow map, writing."""
 
-from flowverify.network.affine import affine_rows
-from flowverify.network.fold import FoldedNetwork, fold
+from flowverify.network.affine import FoldedNetwork, affine_rows, fold
 from flowverify.network.from_onnx import read_onnx
 from flowverify.network.from_torch import from_torch
 from flowverify.network.graph import INPUT, Graph, Network, Node

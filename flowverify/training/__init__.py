@@ -1,7 +1,7 @@
 """Training of image classifiers, reproducible from a recipe and its seed."""
 
 from flowverify.training.interval_bounds import TrainableBounds
-from flowverify.training.loop import TrainingResult, train, train_and_save
+from flowverify.training.loop import EpochReport, TrainingResult, accuracy, train, train_and_save
 from flowverify.training.losses import (
     LOSSES,
     Adversarial,
@@ -13,7 +13,6 @@ from flowverify.training.losses import (
     StatefulLoss,
 )
 from flowverify.training.recipe import ARCHITECTURES, RECIPES, Recipe, build_architecture, find_recipe, read_recipe
-from flowverify.training.session import EpochReport, accuracy
 
 __all__ = [
     "ARCHITECTURES",

@@ -25,9 +25,8 @@ from torch import Tensor
 from flowverify.ball import Threat
 from flowverify.certifiers.complete.counterexamples import Adversary, NearestCounterexample
 from flowverify.certifiers.complete.neuron_bounds import NeuronBounds, RootBounds, Roots, neuron_bounds, refine
-from flowverify.certifiers.complete.problem import AffineMaps, Problem, SingleBall
+from flowverify.certifiers.complete.problem import AffineMaps, Problem, SingleBall, Workers
 from flowverify.certifiers.complete.tree import Counts, Tree
-from flowverify.certifiers.complete.workers import Workers
 from flowverify.certifiers.options import DEFAULTS, ScheduleSettings, SearchSettings
 from flowverify.certifiers.radius import Bracket
 from flowverify.deadline import Deadline

@@ -10,7 +10,7 @@ import torch
 
 import flowverify as fv
 from flowverify.certifiers.complete.certifier import CompleteCertifier
-from flowverify.certifiers.complete.workers import Workers
+from flowverify.certifiers.complete.problem import Workers
 from flowverify.certifiers.options import DEFAULTS, CompleteOptions, SearchSettings
 
 
