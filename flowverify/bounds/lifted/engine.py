@@ -556,7 +556,8 @@ class LiftedEngine:
         # Windows grow by the reach of moves, up to the whole grid.
         self.numbers_per_value = len(moves) * min(32 * math.prod(moves.reach), 2 * network.grid.pixels)
         widest = max((math.prod(node.shape) for node in network.activations), default=1)
-        self.images_at_once = max(1, options.lifted_entries // (2 * len(moves) * network.grid.pixels * widest))
+        entries = options.lifted_entries * 32 // torch.finfo(dtype).bits
+        self.images_at_once = max(1, entries // (2 * len(moves) * network.grid.pixels * widest))
         self.refines = options.lifted_steps > 0
         exact = threat.ground == "l1" or not moves.chained
         if not exact or not all(has_chord(node.operation) for node in network.activations):

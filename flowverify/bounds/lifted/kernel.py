@@ -36,7 +36,7 @@ def _returns(pixel: int, source: int, following: Array, steps: Array, offsets: A
 @numba.njit(nogil=True, cache=True)
 def _prices(
     gains: Array, offsets: Array, starts: Array, count: int, multiplier: float, mass: Array, limit: float, longest: int,
-    y: Array, steps: Array, following: Array, queue: Array, queued: Array, touched: Array,
+    y: Array, steps: Array, following: Array, queue: Array, queued: Array, touched: Array, chosen: Array,
 ) -> tuple[bool, int, float, float]:  # fmt: skip
     """Least y >= 0 with y_i >= y_j + gain of i -> j - multiplier, from y = 0.
 
@@ -47,13 +47,18 @@ def _prices(
     """
     pixels = y.shape[0]
     total, reached, first, waiting = 0.0, 0, 0, 0
+    steep = 0
     for k in range(count):
         entry = starts[k]
+        chosen[steep] = entry
+        steep += gains[entry] > multiplier
+    way, base = 0, 0  # starts are listed way by way
+    for k in range(steep):
+        entry = chosen[k]
         rise = gains[entry] - multiplier
-        if rise <= 0:
-            continue
-        way = entry // pixels
-        pixel = entry - way * pixels
+        while entry >= base + pixels:
+            way, base = way + 1, base + pixels
+        pixel = entry - base
         if rise > y[pixel]:
             if y[pixel] == 0.0:
                 touched[reached] = pixel
@@ -113,10 +118,12 @@ def _violation(
     """
     pixels = y.shape[0]
     worst, size = 0.0, multiplier
+    way, base = 0, 0
     for k in range(count):
         entry = starts[k]
-        way = entry // pixels
-        pixel = entry - way * pixels
+        while entry >= base + pixels:
+            way, base = way + 1, base + pixels
+        pixel = entry - base
         gain, there = gains[entry], y[pixel + offsets[way]]
         worst = max(worst, there + gain - multiplier - y[pixel])
         size = max(size, abs(gain), there, y[pixel])
@@ -260,9 +267,8 @@ def _listed(
             for a in range(max(0, -top), min(rows, height - top)):
                 at = (way * channels + channel) * plane + (top + a + 1) * line + left + 1
                 for b in range(max(0, -left), min(columns, width - left)):
-                    if gains[at + b] > least:
-                        starts[count] = at + b
-                        count += 1
+                    starts[count] = at + b  # and is overwritten if not counted: branches would cost more
+                    count += gains[at + b] > least
     return count
 
 
@@ -272,10 +278,11 @@ def solve_rows(
     mass_of: Array, budget: float, feasible: bool, enough: Array, guesses: Array, tolerance: float, first: int,
     last: int, values: Array, multipliers: Array, flows: Array,
 ) -> None:  # fmt: skip
-    """Solves rows ``first`` to ``last`` of one image, rows (N, 4 * C * window), in float64.
+    """Solves rows ``first`` to ``last`` of one image, in float64.
 
     Args:
-        shared: the same rows, (per_origin, ...), stand at every origin.
+        rows: these, (last - first, 4 * C * window); or, where they are ``shared``, the (per_origin, ...) of every
+            origin.
         feasible: whether images must stay nonnegative.
         enough: at which value a row needs no further search; infinite for rows whose value is of no use.
         flows: empty, or one flow a row.
@@ -289,7 +296,7 @@ def solve_rows(
         mass[(channel * (height + 2) + i + 1) * (width + 2) + j + 1] = mass_of[pixel]
     y, steps, following = np.zeros(pixels), np.zeros(pixels, np.int64), np.zeros(pixels, np.int64)
     queue, queued, touched = np.zeros(pixels, np.int64), np.zeros(pixels, np.bool_), np.zeros(pixels, np.int64)
-    starts = np.empty(rows.shape[1], np.int64)
+    starts, chosen = np.empty(rows.shape[1] + 1, np.int64), np.empty(rows.shape[1] + 1, np.int64)
     longest = 2 * (height + width)
     inflated = 1 + (channels * height * width + 8) * 2 * UNIT
     nowhere = np.int64(0)
@@ -298,7 +305,7 @@ def solve_rows(
         if enough[index] == np.inf:
             values[index], multipliers[index] = np.inf, 0.0
             continue
-        row = rows[index % per_origin] if shared else rows[index]
+        row = rows[index % per_origin] if shared else rows[index - first]
         at = index // per_origin
         if placed and (place[0] != origins[at, 0] or place[1] != origins[at, 1]):
             _displace(place, shape, gains)
@@ -341,7 +348,7 @@ def solve_rows(
                     trial = max(0.9 * high, trial)
             complete, reached, total, cost = _prices(
                 gains, offsets, starts, count, trial, mass, high_value - trial * budget, longest, y, steps, following,
-                queue, queued, touched,
+                queue, queued, touched, chosen,
             )  # fmt: skip
             _clear(y, touched, reached)
             value = trial * budget + total
@@ -355,9 +362,9 @@ def solve_rows(
                 low, low_value, low_slope, known = trial, value, budget - cost, complete
                 kept = 0
                 for k in range(count):
-                    if gains[starts[k]] > low:
-                        starts[kept] = starts[k]
-                        kept += 1
+                    start = starts[k]
+                    starts[kept] = start
+                    kept += gains[start] > low
                 count = kept
         if best_at == steepest and flows.shape[0] == 0:
             values[index], multipliers[index] = simple, best_at
@@ -366,8 +373,9 @@ def solve_rows(
         if best_at < low:
             count = _listed(gains, place, shape, best_at, starts)
         _, reached, total, cost = _prices(
-            gains, offsets, starts, count, best_at, mass, np.inf, longest, y, steps, following, queue, queued, touched
-        )
+            gains, offsets, starts, count, best_at, mass, np.inf, longest, y, steps, following, queue, queued, touched,
+            chosen,
+        )  # fmt: skip
         total = 0.0
         for k in range(reached):
             total += mass[touched[k]] * y[touched[k]]
@@ -380,15 +388,16 @@ def solve_rows(
             if low > 0.0:
                 complete, reached, total, cost = _prices(
                     gains, offsets, starts, count, low, mass, np.inf, longest, y, steps, following, queue, queued,
-                    touched,
+                    touched, chosen,
                 )  # fmt: skip
                 if complete and cost > budget:
                     share, circulates = (budget - high_cost) / (cost - high_cost), False
                     _follow(place, shape, share, mass, y, following, offsets, touched, reached, flow)
                 _clear(y, touched, reached)
             _, reached, total, cost = _prices(
-                gains, offsets, starts, count, high, mass, np.inf, longest, y, steps, following, queue, queued, touched
-            )
+                gains, offsets, starts, count, high, mass, np.inf, longest, y, steps, following, queue, queued, touched,
+                chosen,
+            )  # fmt: skip
             _follow(place, shape, 1 - share, mass, y, following, offsets, touched, reached, flow)
             _clear(y, touched, reached)
             if circulates:

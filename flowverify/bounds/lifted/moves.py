@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,16 +56,53 @@ class Moves:
 
     def gains(self, coefficients: Tensor) -> Tensor:
         """G_(i -> j) = c_j - c_i of coefficients (..., C, H, W): (..., ways, C, H, W), 0 for moves that leave."""
-        *leading, height, width = coefficients.shape
-        gains = coefficients.new_zeros(*leading[:-1], len(self), leading[-1], height, width)
-        for way, (row, column) in enumerate(self.offsets):
-            if abs(row) < height and abs(column) < width:
-                down, right = slice(max(-row, 0), height - max(row, 0)), slice(max(-column, 0), width - max(column, 0))
-                ahead_down = slice(max(row, 0), height + min(row, 0))
-                ahead_right = slice(max(column, 0), width + min(column, 0))
-                ahead = coefficients[..., ahead_down, ahead_right]
-                gains[..., way, :, down, right] = ahead - coefficients[..., down, right]
+        gains: Tensor = _Gains.apply(coefficients, self.offsets)  # type: ignore[no-untyped-call]
         return gains
+
+
+class _Gains(torch.autograd.Function):
+    """c_j - c_i of every move that stays; backward, what enters a pixel less what leaves it."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, offsets: tuple[tuple[int, int], ...]) -> Tensor:
+        ctx.offsets, ctx.shape = offsets, coefficients.shape
+        *leading, height, width = coefficients.shape
+        gains = coefficients.new_empty(*leading[:-1], len(offsets), leading[-1], height, width)
+        for way, offset in enumerate(offsets):
+            plane, (here, there) = gains[..., way, :, :, :], _ends(offset, height, width)
+            for axis, (first, last) in ((-2, here[0]), (-1, here[1])):
+                plane.narrow(axis, 0, first).zero_()
+                plane.narrow(axis, last, plane.shape[axis] - last).zero_()
+            torch.sub(_part(coefficients, there), _part(coefficients, here), out=_part(plane, here))
+        return gains
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        *_, height, width = ctx.shape
+        result = gradient.new_zeros(ctx.shape)
+        for way, offset in enumerate(ctx.offsets):
+            here, there = _ends(offset, height, width)
+            moved = _part(gradient[..., way, :, :, :], here)
+            _part(result, there).add_(moved)
+            _part(result, here).sub_(moved)
+        return result, None
+
+
+Part = tuple[tuple[int, int], tuple[int, int]]  # of a grid: the first and last rows and columns
+
+
+def _ends(offset: tuple[int, int], height: int, width: int) -> tuple[Part, Part]:
+    """Where the moves of an offset that stay in the grid start, and where they end."""
+    (row, column) = offset
+    rows, columns = (max(-row, 0), max(height - max(row, 0), 0)), (max(-column, 0), max(width - max(column, 0), 0))
+    if rows[0] >= rows[1] or columns[0] >= columns[1]:
+        return ((0, 0), (0, 0)), ((0, 0), (0, 0))
+    return (rows, columns), ((rows[0] + row, rows[1] + row), (columns[0] + column, columns[1] + column))
+
+
+def _part(values: Tensor, part: Part) -> Tensor:
+    (top, bottom), (left, right) = part
+    return values[..., top:bottom, left:right]
 
 
 NEIGHBOURS = Moves(((0, 1), (0, -1), (1, 0), (-1, 0)), (1.0, 1.0, 1.0, 1.0))

@@ -21,6 +21,12 @@ MAX_STEPS = 40
 
 
 @numba.njit(nogil=True, cache=True)
+def _staying(first: int, count: int, step: int, size: int) -> tuple[int, int]:
+    """Which of ``count`` lines of a window that begins at ``first`` lie in the grid and stay there, as (first, end)."""
+    return max(0, -first, -first - step), min(count, size - first, size - first - step)
+
+
+@numba.njit(nogil=True, cache=True)
 def _entries(
     row: Array, place: tuple[int, int, int, int], shape: tuple[int, int, int], offsets: Array, prices: Array,
     floor: float, ways: Array, pixels: Array, gains: Array,
@@ -31,19 +37,17 @@ def _entries(
     count = 0
     for way in range(len(prices)):
         least = floor * prices[way]
+        first_a, end_a = _staying(top, rows, offsets[way, 0], height)
+        first_b, end_b = _staying(left, columns, offsets[way, 1], width)
         for channel in range(channels):
-            for a in range(rows):
-                i, goal_i = top + a, top + a + offsets[way, 0]
-                if min(i, goal_i) < 0 or max(i, goal_i) >= height:
-                    continue
-                for b in range(columns):
-                    j, goal_j = left + b, left + b + offsets[way, 1]
-                    if min(j, goal_j) < 0 or max(j, goal_j) >= width:
-                        continue
-                    gain = float(row[((way * channels + channel) * rows + a) * columns + b])
-                    if gain > least:
-                        ways[count], pixels[count], gains[count] = way, (channel * height + i) * width + j, gain
-                        count += 1
+            for a in range(first_a, end_a):
+                pixel = (channel * height + top + a) * width + left
+                line = ((way * channels + channel) * rows + a) * columns
+                for b in range(first_b, end_b):
+                    gain = float(row[line + b])
+                    # Overwritten if not counted: branches would cost more.
+                    ways[count], pixels[count], gains[count] = way, pixel + b, gain
+                    count += gain > least
     return count
 
 
@@ -153,18 +157,17 @@ def _violation(
     worst, size = 0.0, multiplier * prices.max()
     for way in range(len(prices)):
         fee = multiplier * prices[way]
+        first_a, end_a = _staying(top, rows, offsets[way, 0], height)
+        first_b, end_b = _staying(left, columns, offsets[way, 1], width)
         for channel in range(channels):
-            for a in range(rows):
-                i, goal_i = top + a, top + a + offsets[way, 0]
-                if min(i, goal_i) < 0 or max(i, goal_i) >= height:
-                    continue
-                for b in range(columns):
-                    j, goal_j = left + b, left + b + offsets[way, 1]
-                    if min(j, goal_j) < 0 or max(j, goal_j) >= width:
-                        continue
-                    gain = float(row[((way * channels + channel) * rows + a) * columns + b])
-                    there = y[(channel * height + goal_i) * width + goal_j] if chained else 0.0
-                    worst = max(worst, there + gain - fee - y[(channel * height + i) * width + j])
+            for a in range(first_a, end_a):
+                here = (channel * height + top + a) * width + left
+                there = here + offsets[way, 0] * width + offsets[way, 1]
+                line = ((way * channels + channel) * rows + a) * columns
+                for b in range(first_b, end_b):
+                    gain = float(row[line + b])
+                    ahead = y[there + b] if chained else 0.0
+                    worst = max(worst, ahead + gain - fee - y[here + b])
                     size = max(size, abs(gain))
     for k in range(reached):
         pixel = touched[k]
@@ -241,10 +244,11 @@ def solve_rows(
     offsets: Array, prices: Array, chained: bool, mass: Array, budget: float, enough: Array, guesses: Array,
     tolerance: float, first: int, last: int, values: Array, multipliers: Array, flows: Array,
 ) -> None:  # fmt: skip
-    """Solves rows ``first`` to ``last`` of one image, rows (N, ways * C * window), in float64.
+    """Solves rows ``first`` to ``last`` of one image, in float64.
 
     Args:
-        shared: the same rows, (per_origin, ...), stand at every origin.
+        rows: these, (last - first, ways * C * window); or, where they are ``shared``, the (per_origin, ...) of every
+            origin.
         offsets, prices: of the moves, (ways, 2) and (ways,); each offset is followed by its opposite.
         enough: at which value a row needs no further search; infinite for rows whose value is of no use.
         flows: empty, or one flow a row.
@@ -253,7 +257,7 @@ def solve_rows(
     y, paid, following = np.zeros(size), np.zeros(size), np.zeros(size, np.int64)
     links, queue, queued = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.bool_)
     touched = np.zeros(size, np.int64)
-    entries = (np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length))
+    entries = (np.empty(length + 1, np.int64), np.empty(length + 1, np.int64), np.empty(length + 1))
     strides = _strides(offsets, shape[2])
     cheapest = prices.min()
     inflated = 1 + (size + 8) * 2 * UNIT
@@ -261,7 +265,7 @@ def solve_rows(
         if enough[index] == np.inf:
             values[index], multipliers[index] = np.inf, 0.0
             continue
-        row = rows[index % per_origin] if shared else rows[index]
+        row = rows[index % per_origin] if shared else rows[index - first]
         at = index // per_origin
         place = (origins[at, 0], origins[at, 1], window[0], window[1])
         if not np.isfinite(row.sum()):
@@ -371,7 +375,7 @@ def bent_rows(
     y, paid, following = np.zeros(size), np.zeros(size), np.zeros(size, np.int64)
     links, queue, queued = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.bool_)
     touched = np.zeros(size, np.int64)
-    entries = (np.empty(length, np.int64), np.empty(length, np.int64), np.empty(length))
+    entries = (np.empty(length + 1, np.int64), np.empty(length + 1, np.int64), np.empty(length + 1))
     strides = _strides(offsets, width)
     cheapest, dearest = prices.min(), prices.max()
     for entry in range(len(wanted)):
@@ -411,24 +415,22 @@ def bent_rows(
             scale = height_below / value * (1 - 8 * UNIT)
         for way in range(len(prices)):
             fee = multiplier * prices[way]
+            first_a, end_a = _staying(place[0], place[2], offsets[way, 0], height)
+            first_b, end_b = _staying(place[1], place[3], offsets[way, 1], width)
             for channel in range(channels):
-                for a in range(place[2]):
-                    i, goal_i = place[0] + a, place[0] + a + offsets[way, 0]
-                    if min(i, goal_i) < 0 or max(i, goal_i) >= height:
-                        continue
-                    here, there = (channel * height + i) * width, (channel * height + goal_i) * width
+                for a in range(first_a, end_a):
+                    here = (channel * height + place[0] + a) * width + place[1]
+                    there = here + strides[way]
                     line = ((way * channels + channel) * place[2] + a) * place[3]
-                    for b in range(place[3]):
-                        j, goal_j = place[1] + b, place[1] + b + offsets[way, 1]
-                        if min(j, goal_j) < 0 or max(j, goal_j) >= width:
-                            continue
-                        gain = upward[line + b]
-                        if scale == 0.0:
+                    if scale == 0.0:
+                        for b in range(first_b, end_b):
+                            gain = upward[line + b]
                             result[line + b] = max(right[entry] * gain, left[entry] * gain)
-                            continue
-                        charge = fee + y[here + j]
+                        continue
+                    for b in range(first_b, end_b):
+                        gain, charge = upward[line + b], fee + y[here + b]
                         if chained:
-                            charge -= y[there + goal_j]
+                            charge -= y[there + b]
                         if falling:
                             result[line + b] = max(flattest * gain, gain - scale * charge)
                         else:

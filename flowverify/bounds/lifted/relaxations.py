@@ -369,7 +369,7 @@ def bent_rows(
     from flowverify.bounds.lifted import priced_kernel
 
     gains, places = rows.gains.detach(), len(rows.origins)
-    flat = gains.reshape(gains.shape[0], -1, gains.shape[3:].numel()).double().contiguous().numpy()
+    flat = gains.reshape(gains.shape[0], -1, gains.shape[3:].numel())
     multipliers = torch.zeros(len(images), rows.count) if rows.multipliers is None else rows.multipliers
     given = multipliers.double().contiguous().numpy()
     mass, budgets = images.double().flatten(1).contiguous().numpy(), budget.double().numpy()
@@ -377,16 +377,18 @@ def bent_rows(
         value.flatten(1).contiguous().numpy()
         for value in (bend.wanted, *(v.double() for v in (bend.centre, bend.known, bend.right, bend.left)))
     )
-    found = np.zeros((len(images), wanted.shape[1], flat.shape[2]))
+    found = gains.new_empty(len(images), wanted.shape[1], flat.shape[2])
     for index in range(len(images)):
+        own = np.zeros(found.shape[1:])
         priced_kernel.bent_rows(
-            flat[index if len(flat) > 1 else 0], gains.shape[1] == 1 and places > 1,
+            flat[index if len(flat) > 1 else 0].double().contiguous().numpy(), gains.shape[1] == 1 and places > 1,
             rows.origins.cpu().numpy().astype(np.int64), gains.shape[2], tuple(gains.shape[-2:]),
             tuple(images.shape[1:]), np.array(moves.offsets), np.array(moves.prices), moves.chained, feasible,
             mass[index], float(budgets[index]), given[index], 2 * shape[2], wanted[index],
-            *(value[index] for value in values), bend.flattest, trust, found[index],
+            *(value[index] for value in values), bend.flattest, trust, own,
         )  # fmt: skip
-    return torch.from_numpy(found).to(gains.dtype).reshape(shape)
+        found[index] = torch.from_numpy(own)
+    return found.reshape(shape)
 
 
 def _bent(

@@ -368,7 +368,8 @@ def total(parts: Sequence[MoveRows], size: tuple[int, int]) -> MoveRows:
                     h, w = part.gains.shape[-2:]
                     pads = (j - left, width - w - (j - left), i - top, height - h - (i - top))
                     own = torch.nn.functional.pad(part.gains, pads) if any(pads) else part.gains
-                    sum_ = own if sum_ is None else sum_ + own
+                    # What parts are made of is nobody else's: the first takes the others in.
+                    sum_ = own if sum_ is None else sum_ + own if sum_.shape != own.shape else sum_.add_(own)
                 assert sum_ is not None
                 return MoveRows(sum_, parts[0].origins + torch.tensor([top, left], device=parts[0].origins.device))
     whole = sum(whole_grid(part, size) for part in parts)

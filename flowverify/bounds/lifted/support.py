@@ -39,6 +39,7 @@ from flowverify.errors import InvalidInputError
 from flowverify.transport.compiled import Backend, use_compiled
 
 WAYS = len(NEIGHBOURS)
+ROWS_AT_ONCE = 64  # of one image: as many as a cache holds in float64
 DOWNWARD, RIGHTWARD = zip(*NEIGHBOURS.offsets, strict=True)
 
 
@@ -173,8 +174,7 @@ def _compiled(
     batch, places, per_place = images.shape[0], len(rows.origins), gains.shape[2]
     shared = gains.shape[1] == 1 and places > 1
     entries = gains.shape[3:].numel()
-    # One precision, as kernels take long to compile; they work in float64 anyway.
-    flat = gains.reshape(gains.shape[0], -1, entries).double().contiguous().numpy()
+    flat = gains.reshape(gains.shape[0], -1, entries)
     origins = rows.origins.cpu().numpy().astype(np.int64)
     mass, budgets = images.flatten(1).contiguous().numpy(), budget.numpy()
     count = rows.count
@@ -183,7 +183,7 @@ def _compiled(
     limits, guesses = enough.contiguous().numpy(), guess.contiguous().numpy()
     window, shape = tuple(gains.shape[-2:]), tuple(images.shape[1:])
     workers = max(1, torch.get_num_threads())
-    size = max(16, -(-count // workers))
+    size = max(16, min(ROWS_AT_ONCE, -(-count // workers)))
 
     solve, before, after = kernel.solve_rows, tuple[Any, ...](), tuple[Any, ...]((feasible,))
     if moves is not NEIGHBOURS:
@@ -192,10 +192,13 @@ def _compiled(
 
     def work(job: tuple[int, int]) -> None:
         index, first = job
+        last = min(count, first + size)
+        own = flat[index if len(flat) > 1 else 0]
+        # One precision, as kernels take long to compile; they work in float64 anyway.
+        part = (own if shared else own[first:last]).double().contiguous().numpy()
         solve(
-            flat[index if len(flat) > 1 else 0], shared, origins, per_place, window, shape, *before, mass[index],
-            float(budgets[index]), *after, limits[index], guesses[index], tolerance, first, min(count, first + size),
-            values[index], multipliers[index], flows[index],
+            part, shared, origins, per_place, window, shape, *before, mass[index], float(budgets[index]), *after,
+            limits[index], guesses[index], tolerance, first, last, values[index], multipliers[index], flows[index],
         )  # fmt: skip
 
     jobs = [(index, first) for index in range(batch) for first in range(0, count, size)]
