@@ -46,7 +46,9 @@ _FOLDABLE = (
     "Unsqueeze", "Flatten", "Identity", "Cast", "ConstantOfShape", "Range", "Equal", "Where", "Expand", "Tile",
     "Sqrt", "Reciprocal", "Pow", "Exp", "Log", "Abs", "Max", "Min", "Clip", "ReduceSum", "ReduceProd", "ReduceMean",
     "ReduceMax", "ReduceMin", "Floor", "Ceil", "Mod", "Less", "Greater", "Not", "And", "Or", "Trilu",
+    "MatMul", "Gemm", "Tanh", "Sigmoid", "Relu",  # what recurrent layers make of their first state
 )  # fmt: skip
+_BROADCAST = ("Add", "Sub", "Mul", "Div", "Max", "Min")
 _LARGEST_CONSTANT = 1 << 28
 _AS_IT_IS = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Sub")  # leaves the axes where they are
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
@@ -326,10 +328,19 @@ class _Reader:
             return inputs
         inputs = [merged(self.builder, one, label) if isinstance(one, Value) else one for one in inputs]
         rank = max(one.rank for one in inputs if isinstance(one, Value))
-        constants = [one for one in inputs if isinstance(one, Tensor) and one.is_floating_point()]
-        if any(one.ndim > rank for one in constants):
+        most = max((one.ndim for one in inputs if isinstance(one, Tensor) and one.is_floating_point()), default=0)
+        if most > rank and kind not in _BROADCAST:
             raise UnsupportedOperationError(f"a constant of more dimensions than the value's {rank}")
-        return inputs
+        if kind not in _BROADCAST:
+            return inputs
+        return [self._raised(one, max(rank, most), label) if isinstance(one, Value) else one for one in inputs]
+
+    def _raised(self, value: Value, rank: int, label: str) -> Value:
+        """A merged value with dimensions of size 1 in front, as numpy broadcasts it, to have at least ``rank``."""
+        if value.rank >= rank:
+            return value
+        shape = (*(1,) * (rank - value.rank), *value.shape)
+        return replace(self.builder.reshape(value, shape, label), merged=True)
 
     def _keeps_order(self, node: onnx.NodeProto, value: Value) -> bool:
         if node.op_type == "Sigmoid":
@@ -467,6 +478,8 @@ def _entries(operator: str, arrays: list[Any]) -> float:
             return float(np.abs(repeats).prod()) * value.size
         case "Range", [start, limit, step]:
             return float((limit - start) / step)
+        case (("MatMul" | "Gemm"), [first, second, *_]):
+            return float(np.prod([one.size / max(1, min(one.shape[-2:], default=1)) for one in (first, second)]))
         case (("ConstantOfShape" | "Expand" | "Range" | "Tile"), _):
             return float("inf")
     return 0.0

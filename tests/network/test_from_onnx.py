@@ -451,11 +451,11 @@ REFUSED = {
     "batch in one row": (chain("Reshape", {"s": numbers(-1)}), "operator Flatten .*batch first"),
     "a constant of more dimensions": (
         (
-            flattened(node("Reshape", ["x", "s"], "r"), node("Add", ["r", "c"])),
-            {"s": numbers(-1, 8), "c": constant(1, 1, 8)},
+            flattened(node("Reshape", ["x", "s"], "r"), node("MatMul", ["r", "c"])),
+            {"s": numbers(-1, 8), "c": constant(1, 8, 8)},
             13,
         ),
-        "operator Add .*more dimensions than the value's 2",
+        "operator MatMul .*more dimensions than the value's 2",
     ),
     "an answer in pieces": (
         ([node("Reshape", ["x", "s"], "out")], {"s": numbers(-1, 48)}, 13),
@@ -603,6 +603,22 @@ def test_huge_constants_are_refused(tmp_path):
     ]
     with pytest.raises(UnsupportedOperationError, match="ConstantOfShape .*so many entries"):
         read_onnx(write(tmp_path, model_of(nodes, {"s": numbers(2**20, 2**20)})))
+    nodes = [node("MatMul", ["column", "row"], "c"), *flattened(node("Add", ["x", "c"]))]
+    with pytest.raises(UnsupportedOperationError, match="MatMul .*so many entries"):
+        read_onnx(write(tmp_path, model_of(nodes, {"column": constant(2**15, 1), "row": constant(1, 2**15)})))
+
+
+def test_constants_and_values_of_fewer_dimensions_are_broadcast(tmp_path):
+    """As recurrent layers written out step by step have them: what is made of a constant state, added to a step."""
+    nodes = [
+        node("Reshape", ["x", "rows"], "r"),  # (6, 8)
+        node("MatMul", ["state", "weights"], "m"), node("Tanh", ["m"], "t"), node("Add", ["t", "r"], "a"),  # (1, 6, 8)
+        *flattened(node("Add", ["a", "r"])),
+    ]  # fmt: skip
+    stored = {"rows": numbers(-1, 8), "state": constant(1, 1, 4), "weights": constant(4, 8)}
+    model, images = model_of(nodes, stored), torch.rand(3, *SHAPE)
+    expected = torch.cat([runtime(model, image[None]) for image in images])
+    torch.testing.assert_close(read_onnx(write(tmp_path, model))(images), expected, rtol=1e-5, atol=1e-6)
 
 
 def recurrent(kind, gates, hidden=3, **attributes):
