@@ -104,16 +104,14 @@ def _matmul(builder: Builder, a: Arguments, label: str) -> Value:
     first, second = a["self"], a["other"] if "other" in a else a["mat2"]
     if isinstance(first, Value) and isinstance(second, Value):
         return compose.matrix_product(builder, first, second, label)
-    if isinstance(second, Value):
-        if first.ndim != 2:
-            raise UnsupportedOperationError(f"a constant of rank {first.ndim} times a value is not supported")
-        return builder.left_multiply(first, second, label)
-    if second.ndim == 1:
-        product = builder.linear(first, second[None], None, label)
+    left = isinstance(second, Value)
+    value, matrix = (second, first) if left else (first, second)
+    if matrix.ndim == 1:
+        if left:
+            raise UnsupportedOperationError("a constant vector times a value is not supported")
+        product = builder.linear(value, matrix[None], None, label)
         return builder.reshape(product, product.shape[:-1], label)
-    if second.ndim != 2:
-        raise UnsupportedOperationError(f"a value times a constant of rank {second.ndim} is not supported")
-    return builder.linear(first, second.t(), None, label)
+    return builder.matrices(value, matrix, label, left=left)
 
 
 def _convolution(builder: Builder, a: Arguments, label: str) -> Value:

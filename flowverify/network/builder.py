@@ -252,6 +252,31 @@ class Builder:
         turned = self.linear(self.permute(value, order, label), weight, None, label)
         return self.permute(turned, order, label)
 
+    def matrices(self, value: Value, weights: Tensor, label: str, *, left: bool = False) -> Value:
+        """value @ weights, or weights @ value: a matrix for each matrix of every sample, of its last two dimensions.
+
+        Args:
+            weights: their leading dimensions broadcast to those of samples.
+        """
+        while weights.ndim > 2 and len(weights) == 1:
+            weights = weights[0]
+        if weights.ndim == 2:
+            return self.left_multiply(weights, value, label) if left else self.linear(value, weights.t(), None, label)
+        leading, sizes = value.shape[:-2], weights.shape[:-2]
+        if len(sizes) > len(leading) or any(
+            size not in (1, own) for size, own in zip(reversed(sizes), reversed(leading), strict=False)
+        ):
+            raise UnsupportedOperationError(
+                f"constant matrices of shape {tuple(weights.shape)}: not supported with samples of shape {value.shape}"
+            )
+        rows = self.reshape(value, (math.prod(leading), *value.shape[-2:]), label)
+        parts = [
+            self.matrices(self.index(rows, 0, slice(place, place + 1), label), matrix, label, left=left)
+            for place, matrix in enumerate(weights.expand(*leading, -1, -1).flatten(0, -3))
+        ]
+        product = self.concatenate(parts, 0, label)
+        return self.reshape(product, (*leading, *product.shape[1:]), label)
+
     def convolution(
         self,
         value: Value,

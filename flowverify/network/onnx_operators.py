@@ -292,17 +292,14 @@ def _matmul(builder: Builder, inputs: list[Any], attributes: Attributes, label: 
     first, second = inputs
     if isinstance(first, Value) and isinstance(second, Value):
         return compose.matrix_product(builder, first, second, label)
-    matrix = first if isinstance(second, Value) else second
-    while matrix.ndim > 2 and matrix.shape[0] == 1:
-        matrix = matrix[0]
-    if matrix.ndim == 1 and isinstance(first, Value):
-        product = builder.linear(first, matrix[None], None, label)
+    left = isinstance(second, Value)
+    value, matrix = (second, first) if left else (first, second)
+    if matrix.ndim == 1:
+        if left:
+            raise UnsupportedOperationError("MatMul of a constant vector and a value is not supported")
+        product = builder.linear(value, matrix[None], None, label)
         return builder.reshape(product, product.shape[:-1], label)
-    if matrix.ndim != 2:
-        raise UnsupportedOperationError(f"MatMul with a constant of rank {matrix.ndim} is not supported")
-    if isinstance(second, Value):
-        return builder.left_multiply(matrix, second, label)
-    return builder.linear(first, matrix.t(), None, label)
+    return builder.matrices(value, matrix, label, left=left)
 
 
 def _add(builder: Builder, inputs: list[Any], attributes: Attributes, label: str) -> Value:

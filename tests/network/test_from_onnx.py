@@ -79,6 +79,8 @@ CASES = {
         13,
     ),
     "MatMul": (on_vectors(node("MatMul", ["f", "w"], "out")), {"w": constant(PIXELS, 3)}, 13),
+    "MatMul of channels": (flattened(node("MatMul", ["x", "w"])), {"w": constant(1, 2, 8, 5)}, 13),
+    "MatMul of channels left": (flattened(node("MatMul", ["w", "x"])), {"w": constant(2, 5, 6)}, 13),
     "MatMul left": (flattened(node("MatMul", ["w", "x"])), {"w": constant(5, 6)}, 13),
     "Add": chain("Add", {"c": constant(2, 1, 1)}),
     "Add two": (flattened(node("Relu", ["x"], "r"), node("Add", ["x", "r"])), {}, 13),
@@ -425,6 +427,14 @@ REFUSED = {
         "operator Clip .*ascending",
     ),
     "power of a value": (two_values("Pow"), "operator Pow .*one constant exponent"),
+    "matrices of other channels": (
+        chain("MatMul", {"w": constant(3, 8, 5)}),
+        r"operator MatMul .*samples of shape \(2, 6, 8\)",
+    ),
+    "vector first": (
+        (flattened(node("MatMul", ["w", "x"])), {"w": constant(6)}, 13),
+        "operator MatMul .*constant vector",
+    ),
     "other ranks": (
         (
             flattened(

@@ -142,6 +142,7 @@ FUNCTIONS = {
     "addmm": lambda m, x: torch.addmm(m.matrix[0], x.flatten(1), m.matrix, beta=2, alpha=3),
     "matmul": lambda m, x: x.reshape(x.size(0), -1) @ m.matrix,
     "matmul vector": lambda m, x: x.reshape(-1, 4, 24) @ m.matrix[:24, 0],
+    "matmul of channels": lambda m, x: (x @ m.matrix[:16, :4].reshape(2, 8, 4)).flatten(1),
     "matmul left": lambda m, x: (m.matrix[:6, :5].t() @ x).flatten(1),
     "linear on rows": lambda m, x: functional.linear(x, m.matrix[:8, :].t()).flatten(1),
     "views": lambda m, x: x.view(x.size(0), -1).unsqueeze(1).squeeze(1).view(-1, 4, 24).contiguous().flatten(1),
