@@ -146,22 +146,26 @@ def l2_radius(spaces: HalfSpaces) -> LinearRadius:
     return _least(spaces, distances, spaces.images[:, None] + step[..., None, None, None] * divergence)
 
 
-def exact_radius(spaces: HalfSpaces, *, backend: Backend = "auto", ground: str = "l1") -> LinearRadius:
+def exact_radius(
+    spaces: HalfSpaces, *, backend: Backend = "auto", ground: str = "l1", nearest: bool = True
+) -> LinearRadius:
     """Lemma 8 without a solver: min over t of the exact W1 from x to the half-space among images nu >= 0.
 
     For the p-th power of a distance, the exact W_p.
 
     One :func:`~flowverify.transport.support.least_budget` for all images and classes. ``nearest`` is a
-    nonnegative image of the mass of x at that distance.
+    nonnegative image of the mass of x at that distance; None where it is not asked for.
     """
     found = least_budget(spaces.normals, spaces.images, spaces.margins, backend=backend, ground=ground)
     result = _least(spaces, found.budget, None)
     cost = parse_ground(ground)
     result = replace(result, radius=cost.radius(result.radius), by_class=cost.radius(result.by_class))
+    if not nearest:
+        return result
     chosen = (spaces.classes == result.target[:, None]).nonzero(as_tuple=True)
     normals, budget, bracket = (value[chosen][:, None] for value in (spaces.normals, found.budget, found.bracket))
-    nearest = nearest_image(normals, spaces.images, budget, bracket, backend=backend, ground=ground)
-    return replace(result, nearest=nearest[:, 0])
+    image = nearest_image(normals, spaces.images, budget, bracket, backend=backend, ground=ground)
+    return replace(result, nearest=image[:, 0])
 
 
 def capped_radius(spaces: HalfSpaces, radius: Tensor, threat: Threat) -> Tensor:
@@ -327,6 +331,7 @@ def program_radius(spaces: HalfSpaces, program: LinearProgram | None = None) -> 
 
 
 INSIDE = 1 - 1e-9  # the exact radius itself is a tie: what is certified is below it, and confirmed there
+ROUNDED = 1 - 1e-11  # radii are computed to this
 STEPS = 4e-9  # relative, of the radii at which that is tried
 BEYOND = 1 + 1e-6  # a witness this much farther is misclassified beyond doubt of rounding
 
@@ -419,7 +424,13 @@ class LinearCertifier(BaseCertifier):
         sure = replace(spaces, margins=torch.where(torch.isnan(left), -torch.inf, left))
         proven = (sure.margins > 0).all(1)
         failures: dict[int, str] = {}
-        radii, lower = (self._solve(of, one, failures) for of, one in ((spaces, Threat(threat.ground)), (sure, threat)))
+        radii = self._solve(spaces, Threat(threat.ground), failures)
+        if self._program is None and threat.cap is None:
+            # What a budget takes off a margin is concave in it: the radius shrinks by the margin's share, and more.
+            share = (sure.margins / spaces.margins).nan_to_num(nan=0.0).clamp(0, 1) * ROUNDED
+            lower = (torch.tensor(radii, dtype=torch.float64) * share.amin(1).cpu()).tolist()
+        else:
+            lower = self._solve(sure, threat, failures)
         limit = threat.largest_radius(self.network.grid)
         certified = self._confirmed(spaces, torch.tensor(lower, dtype=torch.float64) * INSIDE, limit, threat)
         native = self._program is None or threat.ground == "l1"
@@ -474,7 +485,7 @@ class LinearCertifier(BaseCertifier):
     def _solve(self, spaces: HalfSpaces, threat: Threat, failures: dict[int, str]) -> list[float]:
         """Exact radii, or what a cap makes of them; a program that was not solved is a failure of its image."""
         if self._program is None:
-            exact = exact_radius(spaces, ground=threat.ground).radius
+            exact = exact_radius(spaces, ground=threat.ground, nearest=False).radius
             return [float(one) for one in (exact if threat.cap is None else capped_radius(spaces, exact, threat))]
         radii = [0.0] * len(spaces.images)
         for index in range(len(radii)):

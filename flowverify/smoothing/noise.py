@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 
 import numpy as np
-import scipy.stats
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -208,6 +207,8 @@ def upper_bound_of_failure(successes: ArrayLike, samples: int, alpha: float) -> 
     right = np.asarray(successes, dtype=np.float64)
     if right.size and not (right.min() >= 0 and right.max() <= samples):
         raise InvalidInputError(f"successes: given {right.min():g} to {right.max():g}, expected 0 to {samples}")
+    import scipy.stats  # takes longer to load than a few images to certify
+
     bound = scipy.stats.beta.isf(alpha, samples - right + 1, np.maximum(right, 1))
     return np.where(right > 0, bound, 1.0)
 
@@ -223,4 +224,6 @@ def top_two_p_values(first: ArrayLike, second: ArrayLike) -> Floats:
     2 * P(Binomial(first + second, 1/2) >= first), at most 1, for counts ``first`` >= ``second``.
     """
     higher, lower = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    import scipy.stats
+
     return np.asarray(np.minimum(1.0, 2.0 * scipy.stats.binom.sf(higher - 1, higher + lower, 0.5)))
