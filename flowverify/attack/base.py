@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from flowverify.ball import Ball, Threat, WassersteinBall, between, distance_name
 from flowverify.deadline import Deadline
 from flowverify.errors import InvalidInputError
-from flowverify.network.subject import Subject, surplus
+from flowverify.network.subject import Subject, as_direction, surplus
 from flowverify.notebook import counted, html_table
 from flowverify.registry import ATTACKS
 from flowverify.results import Verdict
@@ -103,7 +103,7 @@ class AttackedModel(Subject):
             if not values.requires_grad:  # nothing depends on the image
                 return values.detach().double(), torch.zeros_like(images, dtype=torch.float64)
             (gradient,) = torch.autograd.grad(values.sum(), variable)
-        return values.detach().double(), gradient.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return values.detach().double(), as_direction(gradient.double())
 
     def margins(self, images: Tensor, labels: Tensor) -> Tensor:
         """max over t of f_t - f_y, float64 (B,): positive where misclassified; NaN where a logit is."""

@@ -17,7 +17,7 @@ from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.options import IncompleteOptions
 from flowverify.certifiers.radius import MarginFunction, RadiusSettings, bracket, of_rows, prove
-from flowverify.network.subject import surplus
+from flowverify.network.subject import ascent_direction, surplus
 from flowverify.registry import INCOMPLETE, METHODS
 from flowverify.results import Certificate, Verdict
 
@@ -231,7 +231,7 @@ class Certifier(BaseCertifier):
         that leads nowhere.
         """
         ball = ball.to(dtype=torch.float64)
-        _, gradient = self._linearised(ball.images, labels)
+        _, gradient = ascent_direction(self.precise, ball.images, labels)
         budget = torch.full_like(clean, self.search_settings.first)
         for _ in range(self.search_settings.linear_steps):
             own = ball.with_budget(budget.to(ball.mass) * ball.mass)
@@ -239,14 +239,6 @@ class Certifier(BaseCertifier):
             budget = budget * clean / gain
             budget = torch.where(torch.isfinite(budget) & (budget > 0), budget, self.search_settings.first)
         return budget
-
-    def _linearised(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """By how much another class is above the label at points (B, C, H, W), and its gradient, 0 for none."""
-        with torch.enable_grad():
-            points = points.detach().requires_grad_(True)
-            above = surplus(self.precise(points), labels)
-            (gradient,) = torch.autograd.grad(above.sum(), points)
-        return above.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _refuted(self, ball: Ball, labels: Tensor) -> Tensor:
         """Balls (B,) that hold an image of another class, so that no bound has a positive margin: a short search.
@@ -258,7 +250,7 @@ class Certifier(BaseCertifier):
             return refuted  # what maximises a bound need not lie in the ball
         points = ball.images.double()
         for _ in range(self.search_settings.refuting_steps + 1):
-            above, gradient = self._linearised(points, labels)
+            above, gradient = ascent_direction(self.precise, points, labels)
             refuted = refuted | (above > 0)
             if bool(refuted.all()):
                 break

@@ -33,7 +33,7 @@ from flowverify.errors import DependencyError, InvalidInputError, SolverError
 from flowverify.export.encodings import Encoding, FloatArray, FlowInputs, check_encoding
 from flowverify.export.folder import MANIFEST, load_arrays, model_digest, read_contents
 from flowverify.network import Network
-from flowverify.network.subject import Subject, surplus
+from flowverify.network.subject import Subject, as_direction, surplus
 from flowverify.results import Certificate, Verdict
 
 STEPS = 12
@@ -175,7 +175,7 @@ def descend(subject: Subject, start: Tensor, image: Tensor, label: int, ball: Wa
         noise = torch.randn(NEIGHBOURS, *image.shape, generator=generator, dtype=torch.float64)
         noise[0] = 0
         points = (best + float(image.max()) * 10.0 ** -(2 + step % 4) * noise).requires_grad_(True)
-        slopes = torch.autograd.grad(margins(points).sum(), points)[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        slopes = as_direction(torch.autograd.grad(margins(points).sum(), points)[0])
         vertices = inside.best_moves(-slopes).image
         trials = torch.stack([best + share * (vertex - best) for vertex in vertices for share in SHARES])
         with torch.no_grad():

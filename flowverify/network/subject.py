@@ -155,6 +155,20 @@ def surplus(logits: Tensor, labels: Tensor) -> Tensor:
     return others - logits.gather(1, labels[:, None]).squeeze(1)
 
 
+def ascent_direction(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`surplus` at images (B, C, H, W), and its gradient in them: 0 where that is no number."""
+    with torch.enable_grad():
+        variable = images.detach().requires_grad_(True)
+        values = surplus(network(variable), labels)
+        (gradient,) = torch.autograd.grad(values.sum(), variable)
+    return values.detach(), as_direction(gradient)
+
+
+def as_direction(gradient: Tensor) -> Tensor:
+    """A gradient with 0, no direction, in place of what is no number, or infinite."""
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def close_to(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of logits (B, classes), computed in ``dtype``, in which f_y and the best other one may tie; int64 (N,)."""
     limit = CLOSE * torch.finfo(dtype).eps * logits.abs().amax(1)

@@ -18,6 +18,7 @@ from flowverify.attack.base import MNIST, Schedule
 from flowverify.attack.sinkhorn import LocalCost, project_sinkhorn
 from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError
+from flowverify.network.subject import as_direction
 from flowverify.smoothing.classifier import SmoothedClassifier
 from flowverify.smoothing.noise import check_alpha, check_samples
 from flowverify.smoothing.sampling import derive_key, noisy_images
@@ -152,4 +153,4 @@ def _gradient(
         logits = voter.own(variable + (noisy - base))
         scores = nn.functional.log_softmax(logits, dim=1)[:, label]
         (gradient,) = torch.autograd.grad(-torch.logsumexp(scores, dim=0), variable)
-    return gradient.double().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return as_direction(gradient.double().cpu())

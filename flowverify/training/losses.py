@@ -34,7 +34,7 @@ from flowverify.ball import Threat
 from flowverify.errors import InvalidInputError, UnknownNameError
 from flowverify.grid import Grid
 from flowverify.network import Network
-from flowverify.network.subject import surplus
+from flowverify.network.subject import as_direction, ascent_direction, surplus
 from flowverify.registry import OUTSIDE, find_outside, is_outside
 from flowverify.smoothing.noise import Noise
 from flowverify.smoothing.splitting import Splitting
@@ -184,13 +184,14 @@ class Adversarial:
 
     def _gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """max over t of f_t - f_y, and the gradient in the image of what the attack ascends."""
-        variable = images.detach().requires_grad_(True)
+        if not self._cross_entropy:
+            return ascent_direction(model, images, labels)
         with torch.enable_grad():
+            variable = images.detach().requires_grad_(True)
             logits = model(variable)
-            margins = surplus(logits, labels)
-            ascended = nn.functional.cross_entropy(logits, labels, reduction="sum") if self._cross_entropy else margins
-            (gradient,) = torch.autograd.grad(ascended.sum(), variable)
-        return margins.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, variable)
+        return surplus(logits.detach(), labels), as_direction(gradient)
 
     def _frank_wolfe(
         self, clean: Tensor, current: Tensor, gradient: Tensor, mass: Tensor, radius: float, iteration: int
@@ -259,23 +260,16 @@ class Certified:
         share: float = 1.0,
         refresh: int = 1,
     ) -> None:
-        for name, value, most in (
-            ("radius", radius, float("inf")), ("warm_up", warm_up, 1), ("clean_weight", clean_weight, 1),
-            ("share", share, 1),
-        ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InvalidInputError(f"loss certified: given {name} {value!r}, expected a number")
-            if not 0 <= value <= most:
-                limit = "a number >= 0" if most > 1 else "a number between 0 and 1"
-                raise InvalidInputError(f"loss certified: given {name} {value!r}, expected {limit}")
+        _check_number("certified", "radius", radius, math.inf)
+        for name, value in (("warm_up", warm_up), ("clean_weight", clean_weight), ("share", share)):
+            _check_number("certified", name, value)
         if not isinstance(own_radii, bool):
             raise InvalidInputError(f"loss certified: given own_radii {own_radii!r}, expected true or false")
         self.radius, self.warm_up, self.clean_weight = float(radius), float(warm_up), float(clean_weight)
         if bound not in BOUNDS:
             raise UnknownNameError("bound of certified training", bound, BOUNDS)
         for name, number in (("targets", targets), ("refresh", refresh)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InvalidInputError(f"loss certified: given {name} {number!r}, expected an integer >= 1")
+            _check_count("certified", name, number)
         if share == 0:
             raise InvalidInputError(
                 "loss certified: given share 0, expected a number > 0 (clean_weight 1 trains plainly)"
@@ -382,8 +376,8 @@ class Expressive(Certified):
         super().__init__(clean_weight=clean_weight, **options)
         if mix not in MIXES:
             raise UnknownNameError("mix of expressive losses", mix, MIXES)
-        _check_share("expressive", "worst_weight", worst_weight)
-        _check_steps("expressive", attack_steps)
+        _check_number("expressive", "worst_weight", worst_weight)
+        _check_count("expressive", "attack_steps", attack_steps)
         self.worst_weight, self.mix, self.attack_steps = float(worst_weight), mix, attack_steps
 
     def _scored(
@@ -418,8 +412,8 @@ class SmallBalls(Certified):
 
     def __init__(self, small: float = 0.4, attack_steps: int = 2, **options: Any) -> None:
         super().__init__(**options)
-        _check_share("small-balls", "small", small)
-        _check_steps("small-balls", attack_steps)
+        _check_number("small-balls", "small", small)
+        _check_count("small-balls", "attack_steps", attack_steps)
         self.small, self.attack_steps = float(small), attack_steps
 
     def _scored(
@@ -440,22 +434,24 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, radii: 
     """
     budget, current = Threat().budget(radii, images), images
     for step in range(steps):
-        with torch.enable_grad():
-            variable = current.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(surplus(model(variable), labels).sum(), variable)
-        goal = best_moves(gradient.nan_to_num(), images, budget=budget, ground="l1", cap=None).image.to(images)
+        _, gradient = ascent_direction(model, current, labels)
+        goal = best_moves(gradient, images, budget=budget, ground="l1", cap=None).image.to(images)
         current = current + 2 / (step + 2) * (goal - current)
     return current.detach()
 
 
-def _check_share(loss: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InvalidInputError(f"loss {loss}: given {name} {value!r}, expected a number between 0 and 1")
+def _check_number(loss: str, name: str, value: object, most: float = 1) -> None:
+    """Raises InvalidInputError unless a value is a number between 0 and ``most``."""
+    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not number or not 0 <= value <= most:  # type: ignore[operator]
+        limit = f"a number between 0 and {most:g}" if most < math.inf else "a number >= 0"
+        raise InvalidInputError(f"loss {loss}: given {name} {value!r}, expected {limit}")
 
 
-def _check_steps(loss: str, value: object) -> None:
+def _check_count(loss: str, name: str, value: object) -> None:
+    """Raises InvalidInputError unless a value is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInputError(f"loss {loss}: given attack_steps {value!r}, expected an integer >= 1")
+        raise InvalidInputError(f"loss {loss}: given {name} {value!r}, expected an integer >= 1")
 
 
 class NoisyCrossEntropy:
