@@ -47,7 +47,7 @@ class RadiusSettings:
     growth: float = 2.0
     least_growth: float = 1.2
     exponent: float = 1.5
-    rough_share: float = 0.2
+    rough_share: float = 0.3
     lift: float = 1.03
     sure: float = 3.0
     inside: float = 0.45
