@@ -216,7 +216,7 @@ class Bracket:
     def _exponent(self) -> float:
         """p, from the two evaluations that are nearest to zero; within what is plausible, unless zero is between."""
         points = self._nearest()
-        if len(points) == 2 and points[0][0] != points[1][0]:
+        if self.clean > 0 and len(points) == 2 and points[0][0] != points[1][0]:
             (first, at_first), (second, at_second) = points
             fallen = math.log((self.clean - at_first) / (self.clean - at_second))
             power = fallen / math.log(first / second)

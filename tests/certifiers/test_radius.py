@@ -180,6 +180,20 @@ def test_margins_that_are_just_below_zero_for_long_are_left_behind() -> None:
     assert search.finished and 0.098 < search.low < 0.1
 
 
+def test_a_tie_at_the_image_itself_ends_a_search() -> None:
+    """Less what rounding may hide, the clean margin is below 0; margins in float32 say otherwise."""
+    for margin in (1e-9, -1e-9, math.nan):
+
+        def evaluate(rows: Tensor, budget: Tensor, margin: float = margin) -> Tensor:
+            return torch.full_like(budget, margin)
+
+        zero, clean = torch.zeros(1, dtype=torch.float64), torch.tensor([-1e-13], dtype=torch.float64)
+        for rough in (evaluate, None):
+            found = bracket(evaluate, zero, clean, clean, 2.0, 0.01, RadiusSettings(), rough=rough)
+            budget, _ = prove(lambda rows, budget: torch.full_like(budget, -1.0), found, clean, 0.01, RadiusSettings())
+            assert float(budget) == 0.0
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_proven_has_a_positive_margin_where_searches_were_wrong(seed: int) -> None:
     """Margins in the end are other ones: smaller, larger, rough, or not a number."""
