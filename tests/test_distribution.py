@@ -1,4 +1,4 @@
-"""What is released: one version, a wheel with all of its data, and an archive of the source that makes the same wheel."""
+"""What is released: one version, a wheel with all of its data, and a source archive that makes the same wheel."""
 
 import hashlib
 import os
