@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flowverify.results import Certificate, Verdict
     from flowverify.zoo import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "Certificate": "results",

@@ -58,7 +58,7 @@ class TestEveryFile:
 
 
 def test_no_absolute_paths():
-    suffixes = {".py", ".toml", ".md", ".json", ".yml", ""}
+    suffixes = {".py", ".toml", ".md", ".json", ".yml", ".ipynb", ".cff", ""}
     folders = ("flowverify", "tests", "benchmarks", "models", "docs", ".ci")
     files = [path for name in folders for path in (ROOT / name).rglob("*")] + list(ROOT.glob("*"))
     wrong = re.compile(r"(?<![\w.$:/])/(?:home|root|work|Users|opt|tmp)/[\w.]")
