@@ -8,6 +8,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
+if os.environ.get("FLOWVERIFY_DATA"):  # tests run in folders of their own
+    os.environ["FLOWVERIFY_DATA"] = os.path.abspath(os.environ["FLOWVERIFY_DATA"])
+
 import pytest
 from hypothesis import settings
 
