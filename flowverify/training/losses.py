@@ -39,6 +39,7 @@ from flowverify.registry import OUTSIDE, find_outside, is_outside
 from flowverify.smoothing.noise import Noise
 from flowverify.smoothing.splitting import Splitting
 from flowverify.training.interval_bounds import TrainableBounds
+from flowverify.training.lifted_bounds import LiftedTrainableBounds
 from flowverify.transport.ground import check_ground
 from flowverify.transport.support import best_moves
 
@@ -216,7 +217,7 @@ class Adversarial:
         return (found.image * scale).clamp(min=0, max=self.cap)
 
 
-BOUNDS = ("ibp", "crown-ibp")
+BOUNDS = ("ibp", "crown-ibp", "lifted")
 STEP = 0.02  # of a growing radius, in pixels, beside its growth factor, at the start; falls linearly to 0
 GROWTH, DECAY, DROP = 1.08, 0.93, 0.6
 
@@ -233,9 +234,10 @@ class Certified:
         radius: of the ball (l1 ground), in pixels on normalised images.
         warm_up: share of the training, in [0, 1].
         clean_weight: in [0, 1].
-        bound: ``ibp``, intervals above the first layer; or ``crown-ibp``, CROWN over these intervals for the
-            ``targets`` classes with the largest clean scores beside the label's, and nothing for the others.
-        targets: of crown-ibp.
+        bound: ``ibp``, intervals above the first layer; ``crown-ibp``, CROWN over these intervals for the
+            ``targets`` classes with the largest clean scores beside the label's, and nothing for the others; or
+            ``lifted``, rows of moves for these (:class:`flowverify.training.lifted_bounds.LiftedTrainableBounds`).
+        targets: of crown-ibp and lifted.
         share: of the images of each batch, in (0, 1], that get a worst case; the others only count for the clean
             cross-entropy. The batches are shuffled, so that it is another choice in each epoch. With a half, an
             epoch takes little more than half the time.
@@ -276,7 +278,8 @@ class Certified:
             )
         self._refresh, self._epoch = refresh, -1
         self.own_radii, self.share = own_radii, float(share)
-        self._targets = targets if bound == "crown-ibp" else 0
+        self._kind = LiftedTrainableBounds if bound == "lifted" else TrainableBounds
+        self._targets = targets if bound != "ibp" else 0
         self._radii = torch.zeros(0)
         self._multipliers: dict[str, Tensor] = {}
         self._bounds: TrainableBounds | None = None
@@ -329,7 +332,7 @@ class Certified:
                 "(load_network converts)"
             )
         if self._bounds is None or self._bounds.network is not model:
-            self._bounds = TrainableBounds(model, self._targets, self._refresh)
+            self._bounds = self._kind(model, self._targets, self._refresh)
             self._bounds.multipliers = dict(self._multipliers)
         return self._bounds
 

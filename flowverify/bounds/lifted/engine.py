@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from flowverify.bounds.lifted.rows import (
     rows_of_pixels,
     total,
 )
-from flowverify.bounds.lifted.support import MoveRows, maximum
+from flowverify.bounds.lifted.support import MoveRows, maximum, maximum_value
 from flowverify.bounds.margins import margin_specification
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node
@@ -83,6 +84,8 @@ class LiftedBounds:
         shortest: how many of these steps it takes until their pace says anything.
         trust: rows are made from secants where something else bounds a neuron to less than this share of its own bound.
         chunk_entries: how many entries of rows are held at a time.
+        trained: bounds are differentiable in the network's weights, and it is not copied. Then secants stand where
+            charges would, whose prices are no function that is differentiated.
 
     Raises:
         UnsupportedOperationError: an operation without a rule, named.
@@ -102,9 +105,16 @@ class LiftedBounds:
         shortest: int = 3,
         trust: float = 0.9,
         chunk_entries: int = CHUNK_ENTRIES,
+        trained: bool = False,
     ) -> None:
-        self.steps, self.rate, self.first_share, self.shortest = steps, rate, first_share, shortest
-        self.network = copy.deepcopy(network).to(dtype)
+        self.trained, self.steps, self.rate, self.first_share, self.shortest = (
+            trained,
+            steps,
+            rate,
+            first_share,
+            shortest,
+        )
+        self.network = network if trained else copy.deepcopy(network).to(dtype)
         self.moves, self.trust = moves, trust
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
@@ -176,9 +186,9 @@ class _Batch:
         for node in self.network.nodes:
             if not is_affine(node.operation) and node.name not in self.relaxations:
                 self._relax(node.inputs[0])
-            self._enter(node)
+            self.enter(node)
 
-    def _enter(self, node: Node) -> None:
+    def enter(self, node: Node) -> None:
         found = propagate(node.operation, [self.intervals[name] for name in node.inputs])
         if node.name in self.known:
             found = intersect(found, self.known[node.name])
@@ -204,7 +214,7 @@ class _Batch:
             for query in self._queries(name, open_):
                 rows, _ = self.rows(name, query.coefficients)
                 # Where nothing needs their value, rows above pieces still take off what moves are charged.
-                wanted = tighten or two_piece
+                wanted = tighten or (two_piece and not self.engine.trained)
                 multipliers = self._tighten(name, query, rows, two_piece, tighten) if wanted else None
                 chunks.append((query, replace(rows, multipliers=multipliers)))
         return chunks
@@ -261,17 +271,31 @@ class _Batch:
         else:
             for_upper = for_lower = torch.where(upper > lower, -settled, settled)
         enough = torch.stack([for_upper, for_lower], 2).reshape(batch, -1)
-        found = maximum(
-            rows, self.images, self.budget, feasible=self.engine.feasible, moves=self.engine.moves, enough=enough,
-            guess=self._guess(name, query), tolerance=self.engine.tolerance,
-        )  # fmt: skip
-        self._keep(name, query, found.multiplier)
-        rise, fall = found.value.to(centre.dtype).reshape(batch, len(query), 2, -1).nan_to_num(nan=torch.inf).unbind(2)
+        value, multiplier = self.maximum(rows, enough, self._guess(name, query), self.engine.tolerance)
+        self._keep(name, query, multiplier)
+        rise, fall = value.to(centre.dtype).reshape(batch, len(query), 2, -1).nan_to_num(nan=torch.inf).unbind(2)
         low, high = torch.maximum(lower, centre - fall), torch.minimum(upper, centre + rise)
         self.intervals[name] = tuple(  # type: ignore[assignment]
             query.put(old, new) for old, new in zip(self.intervals[name], (low, high), strict=True)
         )
-        return found.multiplier
+        return multiplier
+
+    def maximum(
+        self, rows: MoveRows, enough: Tensor, guess: Tensor | None, tolerance: float, *, gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The largest value of each row over the balls, and its multiplier, (B, Q * R); see ``support.maximum``.
+
+        Args:
+            gradient: whether it is differentiated in the rows.
+        """
+        options: dict[str, Any] = {
+            "feasible": self.engine.feasible, "moves": self.engine.moves, "tolerance": tolerance, "enough": enough,
+            "guess": guess,
+        }  # fmt: skip
+        if gradient or self.engine.trained:
+            return maximum_value(rows, self.images, self.budget, options)
+        found = maximum(rows, self.images, self.budget, **options)
+        return found.value, found.multiplier
 
     def _guess(self, name: str, query: _Query) -> Tensor | None:
         if self.warm is None:
@@ -300,7 +324,8 @@ class _Batch:
         above = torch.where(bent_above, 0.0, within)
         within = (found.least_right + found.most_left) / 2 if not _pieces(node) else found.least_right
         below = torch.where(bent_below, 0.0, within)
-        if has_chord(node.operation) and getattr(node.operation, "negative_slope", 0.0) >= 0:
+        convex = has_chord(node.operation) and getattr(node.operation, "negative_slope", 0.0) >= 0
+        if convex and not self.engine.trained:
             rows_above = self._bent(name, chunks, bent_above, node.operation)
         else:
             rows_above = self._stored(name, chunks, bent_above, found.most_right, found.least_left, +1)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flowverify.bounds.lifted.rows import Coefficients
-from flowverify.bounds.lifted.support import maximum, maximum_value
 
 if TYPE_CHECKING:
     from flowverify.bounds.lifted.engine import Relaxation, _Batch
@@ -175,16 +174,10 @@ class MarginSearch:
         batch = self.batch
         rows, constant = batch.rows(batch.network.output, Coefficients(picked.rises[:, None], None), choices)
         wanted = picked.active if active is None else active
-        options: dict[str, Any] = {
-            "feasible": batch.engine.feasible, "moves": batch.engine.moves, "tolerance": self.tolerance,
-            "enough": torch.where(wanted, -torch.inf, torch.inf).double(),
-            "guess": self._guess(picked) if guess is None else guess,
-        }  # fmt: skip
-        if gradient:
-            value, multiplier = maximum_value(rows, batch.images, batch.budget, options)
-        else:
-            found = maximum(rows, batch.images, batch.budget, **options)
-            value, multiplier = found.value.to(self.clean.dtype), found.multiplier
+        enough = torch.where(wanted, -torch.inf, torch.inf).double()
+        known = self._guess(picked) if guess is None else guess
+        value, multiplier = batch.maximum(rows, enough, known, self.tolerance, gradient=gradient)
+        value = value.to(self.clean.dtype)
         if self.batch.warm is not None:
             known = self.batch.warm.recall("lifted margins", self.clean.shape[1:])
             known = multiplier.new_zeros(self.clean.shape) if known is None else known

@@ -271,7 +271,7 @@ class _SumOfWindows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, gains: Tensor, stride: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(gains)
+        ctx.save_for_backward(own, gains)
         ctx.stride = stride
         height, width = gains.shape[1:3]
         planes, (h, w) = gains.shape[4:6], gains.shape[6:]
@@ -286,17 +286,20 @@ class _SumOfWindows(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (gains,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        own, gains = ctx.saved_tensors
         height, width = gains.shape[1:3]
         h, w = gains.shape[6:]
-        parts = []
+        parts, of_gains = [], torch.empty_like(gains) if ctx.needs_input_grad[1] else None
         for place in range(height * width):
             i, j = divmod(place, width)
             top, left = i * ctx.stride[0], j * ctx.stride[1]
             window = gradient[..., top : top + h, left : left + w].flatten(2)
             parts.append(window @ gains[:, i, j].flatten(2).transpose(1, 2))
-        return torch.stack(parts, 1), None, None
+            if of_gains is not None:
+                found = own[:, place].transpose(1, 2) @ window
+                of_gains[:, i, j] = found.sum_to_size(len(gains), *found.shape[1:]).reshape(of_gains[:, i, j].shape)
+        return torch.stack(parts, 1), of_gains, None
 
 
 @dataclass(frozen=True, eq=False)
