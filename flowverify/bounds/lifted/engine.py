@@ -29,6 +29,7 @@ from flowverify.bounds.lifted.relaxations import Bend, PoolRelaxation, bent_rows
 from flowverify.bounds.lifted.rows import (
     Coefficients,
     ListedRows,
+    SharedRows,
     StoredRows,
     WindowRows,
     added,
@@ -115,6 +116,9 @@ class LiftedBounds:
             shortest,
         )
         self.network = network if trained else copy.deepcopy(network).to(dtype)
+        # Values whose rows are the same for all images, and of which all entries are worth having at once.
+        pooled = {read for node in network.nodes if isinstance(node.operation, nn.MaxPool2d) for read in node.inputs}
+        self.shared = network.affine_of_input() - pooled if trained else set[str]()
         self.moves, self.trust = moves, trust
         self.feasible, self.dtype, self.tolerance, self.chunk_entries = feasible, dtype, tolerance, chunk_entries
         for node in self.network.nodes:
@@ -241,8 +245,13 @@ class _Batch:
             eye = torch.eye(channels, dtype=dtype, device=device)
             data = torch.cat([eye, -eye])[None, None, :, :, None, None]
             return [_Query(Coefficients(data, part), part, None) for part in torch.split(places, size)]
-        size = max(1, self.engine.chunk_entries // (batch * 2 * moves))
         flat = open_.flatten(1)
+        if name in self.engine.shared:
+            eye = torch.eye(flat.shape[1], dtype=dtype, device=device)
+            data = torch.cat([eye, -eye]).reshape(1, 1, -1, *shape)
+            every = torch.arange(flat.shape[1], device=device).expand(batch, -1)
+            return [_Query(Coefficients(data, None), None, every)]
+        size = max(1, self.engine.chunk_entries // (batch * 2 * moves))
         entries = (~flat).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(flat.sum(1).max())]
         queries = []
         for part in torch.split(entries, size, 1):
@@ -353,6 +362,12 @@ class _Batch:
         if not bool(bent.any()):
             return None
         parts = []
+        if name in self.engine.shared and chunks[0][0].entries is not None:
+            query, rows = chunks[0]
+            up = query.halves(rows.gains)[0 if sign > 0 else 1][0, 0]
+            slopes = [query.pick(slope * bent)[:, 0] for slope in (first, second)]
+            largest, least = torch.maximum(*slopes), torch.minimum(*slopes)
+            return SharedRows(up.clamp(min=0), up.clamp(max=0), largest, least, self.shapes[name])
         for query, rows in chunks:
             up, down = query.halves(rows.gains.expand(len(self.images), *rows.gains.shape[1:]))
             up, down = (up, down) if sign > 0 else (down, up)

@@ -314,6 +314,7 @@ def _rows(
 def _by_entry(members: StoredRows) -> Tensor:
     if isinstance(members, WindowRows):
         return members.gains.flatten(1, 2)
+    assert isinstance(members, ListedRows), "values that pools read have rows of their own for each image"
     channels, height, width = members.shape
     gains = members.gains
     full = gains.new_zeros(gains.shape[0], channels * height * width, *gains.shape[2:])

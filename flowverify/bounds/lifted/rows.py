@@ -325,7 +325,34 @@ class ListedRows:
         return MoveRows(total.reshape(len(total), 1, -1, *self.gains.shape[2:]), origins)
 
 
-StoredRows = WindowRows | ListedRows
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """Rows max(first * P, second * P) above all entries of a value that is affine in the image, first >= second.
+
+    P is the same for all images, so that rows of sums are two products of matrices: first takes where P gains, second
+    where it loses.
+
+    Attributes:
+        gain, loss: max(P, 0) and min(P, 0), (K, ways, C, H, W).
+        first, second: (B, K).
+    """
+
+    gain: Tensor
+    loss: Tensor
+    first: Tensor
+    second: Tensor
+    shape: tuple[int, ...]
+
+    def combine(self, outer: Coefficients) -> MoveRows:
+        """The rows of sums with coefficients >= 0 of the entries."""
+        own = outer.whole(self.shape).data.flatten(3)[:, 0]  # (B, R, entries)
+        own = own.expand(len(self.first), -1, -1)
+        total = (own * self.first[:, None]) @ self.gain.flatten(1) + (own * self.second[:, None]) @ self.loss.flatten(1)
+        origins = torch.zeros(1, 2, dtype=torch.long, device=own.device)
+        return MoveRows(total.reshape(len(total), 1, -1, *self.gain.shape[1:]), origins)
+
+
+StoredRows = WindowRows | ListedRows | SharedRows
 
 
 def rows_of_pixels(coefficients: Coefficients, shape: tuple[int, int, int], moves: Moves = NEIGHBOURS) -> MoveRows:
