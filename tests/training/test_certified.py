@@ -56,7 +56,7 @@ def test_certifies_more_than_a_plain_network(options, factor, plain_radius):
     [
         ("ibp", 3e-3, {"warm_up": 0.8, "clean_weight": 0.8}, 0.15),
         pytest.param("crown-ibp", 1e-3, {"warm_up": 0.5}, 0.6, marks=pytest.mark.slow),
-        pytest.param("lifted", 1e-3, {"warm_up": 0.5}, 0.6, marks=pytest.mark.slow),
+        pytest.param("lifted", 1e-3, {"warm_up": 0.5, "targets": 1, "share": 0.25}, 0.6, marks=pytest.mark.slow),
     ],
 )
 def test_convolutions_are_trained(bound, rate, options, certified):
