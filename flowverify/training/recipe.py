@@ -345,6 +345,25 @@ RECIPES: dict[str, Recipe] = {
             )
             for name, radius, weight in (("mnist-certified", 0.45, 0.9), ("mnist-certified-wide", 0.6, 0.8))
         ),
+        Recipe(
+            name="mnist-certified-lifted",
+            dataset="mnist",
+            architecture="mlp",
+            hidden=(500,),
+            epochs=60,
+            batch_size=512,
+            learning_rate=3e-3,
+            loss="certified",
+            loss_options={
+                "radius": 0.45,
+                "warm_up": 0.2,
+                "clean_weight": 0.9,
+                "share": 0.5,
+                "refresh": 4,
+                "bound": "lifted",
+                "targets": 1,
+            },
+        ),
         _on_noise("mnist-smooth", "wasserstein-noise"),
         _on_noise("mnist-laplace", "laplace-noise"),
         _on_noise("wasserstein-smoothing", "wasserstein-noise"),  # by the name of the method
