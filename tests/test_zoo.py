@@ -20,7 +20,7 @@ from flowverify.training import RECIPES, Recipe, accuracy
 from flowverify.zoo import Card, list_models, load_card, load_model, models_folder, record_certified, save_model
 
 CARDS = list_models()
-TAKE_LONG = {"mnist-certified", "mnist-certified-wide", "mnist-adversarial"}
+TAKE_LONG = {"mnist-certified", "mnist-certified-lifted", "mnist-certified-wide", "mnist-adversarial"}
 
 
 def every_tenth(name: str) -> Dataset:
