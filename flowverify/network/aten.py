@@ -105,13 +105,7 @@ def _matmul(builder: Builder, a: Arguments, label: str) -> Value:
     if isinstance(first, Value) and isinstance(second, Value):
         return compose.matrix_product(builder, first, second, label)
     left = isinstance(second, Value)
-    value, matrix = (second, first) if left else (first, second)
-    if matrix.ndim == 1:
-        if left:
-            raise UnsupportedOperationError("a constant vector times a value is not supported")
-        product = builder.linear(value, matrix[None], None, label)
-        return builder.reshape(product, product.shape[:-1], label)
-    return builder.matrices(value, matrix, label, left=left)
+    return builder.matrices(second if left else first, first if left else second, label, left=left)
 
 
 def _convolution(builder: Builder, a: Arguments, label: str) -> Value:

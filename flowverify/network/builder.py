@@ -256,8 +256,13 @@ class Builder:
         """value @ weights, or weights @ value: a matrix for each matrix of every sample, of its last two dimensions.
 
         Args:
-            weights: their leading dimensions broadcast to those of samples.
+            weights: their leading dimensions broadcast to those of samples; or a vector, behind the value.
         """
+        if weights.ndim == 1:
+            if left:
+                raise UnsupportedOperationError("a constant vector times a value is not supported")
+            product = self.linear(value, weights[None], None, label)
+            return self.reshape(product, product.shape[:-1], label)
         while weights.ndim > 2 and len(weights) == 1:
             weights = weights[0]
         if weights.ndim == 2:
