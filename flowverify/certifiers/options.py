@@ -62,6 +62,8 @@ class AscentSettings:
     slope_step: float = option(0.03, "for the slopes of unstable neurons")
     split_step: float = option(0.2, "for the prices of splits")
     limit_step: float = option(0.05, "for the prices of joint limits")
+    share_step: float = option(0.1, "for the shares of rows of moves")
+    first_share: float = option(0.9, "of rows of moves, where a bound begins")
     decay: float = option(0.98, "of all steps, from one to the next")
     averages: tuple[float, float] = option((0.9, 0.99), "of gradients and of their squares: what is kept of the last")
     rough_tolerance: float = option(1e-3, "of the minimum over the ball, on the way; bounds are sound at any")
@@ -190,6 +192,7 @@ class SearchSettings:
     counterexamples: CounterexampleSettings = CounterexampleSettings()
     program: ProgramSettings = ProgramSettings()
     bound: str = option("lifted", "whose engines bound neurons and margins at the roots")
+    row_entries: int = option(1 << 24, "of rows of moves above ReLUs; none are made use of where there are more")
     compiled: bool = option(True, "numba's kernels on the CPU; without, what runs on a GPU runs there too")
 
 

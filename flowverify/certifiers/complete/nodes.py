@@ -98,12 +98,12 @@ class TreeNodes:
         return sum((unstable.sum(1) for unstable in self.unstable()), count)
 
 
-def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> TreeNodes:
-    """One node without splits for each specification, from bounds (n_k,) that all share."""
+def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor], share: float | None = None) -> TreeNodes:
+    """One node without splits for each specification, from bounds (n_k,) that all share; ``share`` of rows of moves."""
     count = len(rows)
     own_lower, own_upper = ([v.expand(count, -1).clone() for v in group] for group in (lower, upper))
     like = rows.new_zeros(count, dtype=torch.float64)
-    multipliers = initial_multipliers(own_lower, own_upper, count)
+    multipliers = initial_multipliers(own_lower, own_upper, count, share)
     multipliers.guess = multipliers.guess.to(like.device)
     return TreeNodes(
         rows,

@@ -250,6 +250,7 @@ class RadiusSearch:
         if not len(self.specification):
             return math.inf
         known = self._roots.over(problem.ball.ball, self.specification)
+        problem = problem.under(known.above)
         if bool((known.margins > 0).all()) or self._large(known.neurons):
             return float(known.margins.min())
         bounds = neuron_bounds(problem, known=known.neurons, iterations=1)
@@ -319,6 +320,7 @@ class RadiusSearch:
         self._trial = budget
         problem = self.problem(budget)
         known = self._roots.over(problem.ball.ball, self.specification)
+        problem = problem.under(known.above)
         iterations = 1 if self._large(known.neurons) else None
         tree.shrink(problem, neuron_bounds(problem, known=known.neurons, iterations=iterations))
 
@@ -327,6 +329,7 @@ class RadiusSearch:
         self._begun, self._before = self._deadline.left, self.counts.nodes
         problem = self.problem(budget)
         known = self._roots.over(problem.ball.ball, self.specification)
+        problem = problem.under(known.above)
         bounds = neuron_bounds(problem, known=known.neurons, iterations=0 if deadline.stop() else 1)
         tree = Tree(problem, bounds, self.nearest, known=known.margins, counts=self.counts)
         if len(tree.open):

@@ -196,7 +196,7 @@ class Tree:
         self.stuck: list[TreeNodes] = []
         self.done = 0.0
         rows = torch.arange(len(problem.specification), device=problem.specification.device)
-        nodes = roots(rows, bounds.lower, bounds.upper)
+        nodes = roots(rows, bounds.lower, bounds.upper, problem.first_share)
         if known is not None:
             nodes.bound = torch.maximum(nodes.bound, known)
         rest = self._undone(nodes)
