@@ -11,12 +11,13 @@ search, whose last bound is :func:`lower_bound`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowverify.certifiers.complete.problem import Stage
 from flowverify.certifiers.complete.relaxation import (
     Multipliers,
     Relaxation,
@@ -24,7 +25,6 @@ from flowverify.certifiers.complete.relaxation import (
     adam_step_on_sides,
     gains_of,
     left_to_rows,
-    linear_bound,
     lower_bound,
     relax_gradients,
     relax_rows,
@@ -34,13 +34,18 @@ from flowverify.certifiers.options import AscentSettings
 
 @dataclass(frozen=True)
 class Slope:
-    """Bounds (N,) with the sizes of their terms, the ball's multipliers and minimisers, gradients by variable."""
+    """Bounds (N,) with the sizes of their terms, the ball's multipliers and minimisers, gradients by variable.
+
+    ``costs`` is what the relaxation of each neuron costs the bound at the minimiser, (N, n_k) a layer: its coefficient
+    times the difference of what the ReLU makes of what the neuron reads there and of what the relaxation makes of it.
+    """
 
     value: Tensor
     size: Tensor
     multiplier: Tensor
     point: Tensor
     gradients: list[Tensor]
+    costs: list[Tensor]
 
 
 def slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
@@ -57,26 +62,37 @@ def values(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -
     return found.constant + least.value.double()
 
 
-def coefficients(relaxation: Relaxation, multipliers: Multipliers) -> list[Tensor]:
-    """A (N, n_k) on the output of each layer."""
-    if relaxation.compiled:
-        return [layer.coefficients for layer in _compiled_pass(relaxation, multipliers).layers]
-    return linear_bound(relaxation, multipliers).coefficients
-
-
 def traced_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
     """By autograd, on any device."""
     leaves = [v.detach().requires_grad_(True) for v in multipliers.variables]
+    problem = relaxation.problem
+    # With a gradient in the specification all coefficients have one: what the relaxed layers put out.
+    followed = replace(problem, specification=problem.specification.detach().requires_grad_(True))
     with torch.enable_grad():
-        bound = lower_bound(relaxation, Multipliers.of(leaves, multipliers.guess), tolerance=tolerance, point=True)
-        found = torch.autograd.grad(bound.value.sum(), leaves, allow_unused=True)
+        at = Multipliers.of(leaves, multipliers.guess)
+        bound = lower_bound(replace(relaxation, problem=followed), at, tolerance=tolerance, point=True)
+        wanted = [*leaves, *bound.coefficients]
+        found = torch.autograd.grad(bound.value.sum(), wanted, allow_unused=True)
     gradients = [
         torch.zeros_like(leaf) if gradient is None else gradient.nan_to_num()
-        for leaf, gradient in zip(leaves, found, strict=True)
+        for leaf, gradient in zip(wanted, found, strict=True)
     ]
     value = bound.value.detach()
     assert bound.point is not None
-    return Slope(value, value.abs(), bound.multiplier, bound.point.detach(), gradients)
+    outputs, costs = {0: bound.point.detach()}, list[Tensor]()
+    for layer, coefficients in enumerate(bound.coefficients):
+        outputs[layer + 1] = output = gradients[len(leaves) + layer]
+        read = _read(problem.maps.stages[layer], outputs, len(value))
+        costs.append(coefficients.detach() * (read.clamp(min=0) - output))
+    return Slope(value, value.abs(), bound.multiplier, bound.point.detach(), gradients[: len(leaves)], costs)
+
+
+def _read(stage: Stage, outputs: Mapping[int, Tensor], count: int) -> Tensor:
+    """What the neurons of a stage read (N, n), given what its sources put out."""
+    read = stage.bias.expand(count, -1)
+    for source, weight in stage.weights.items():
+        read = torch.addmm(read, outputs[source], weight.T)
+    return read
 
 
 def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
@@ -88,12 +104,10 @@ def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: 
     outputs = {0: least.point}
     heights = _heights(relaxation, least.flow)
     gradients: list[list[Tensor]] = [[], [], [], []]
+    costs = list[Tensor]()
     for layer, known in enumerate(passed.layers):
         coefficients, rest = known.hull, (known.rho, known.steeper, known.flatter)
-        own = problem.maps.stages[layer]
-        read = own.bias.expand(len(coefficients), -1)
-        for source, weight in own.weights.items():
-            read = torch.addmm(read, outputs[source], weight.T)
+        read = _read(problem.maps.stages[layer], outputs, len(coefficients))
         output, by_alpha, by_gamma = (torch.empty_like(coefficients) for _ in range(3))
         theta = multipliers.theta[layer]
         by_theta = torch.empty_like(theta)
@@ -111,11 +125,12 @@ def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: 
             by_share[:, index] = whole * gap
             output[:, index] = inner + share * gap
         outputs[layer + 1] = output
+        costs.append(known.coefficients * (read.clamp(min=0) - output))
         for group, gradient in zip(gradients, (by_alpha, by_gamma, by_theta, by_share), strict=True):
             group.append(gradient)
     value = passed.constant + least.value.double()
     size = passed.constant.abs() + least.value.abs().double()
-    return Slope(value, size, least.multiplier, least.point, [g for group in gradients for g in group])
+    return Slope(value, size, least.multiplier, least.point, [g for group in gradients for g in group], costs)
 
 
 @dataclass(frozen=True)

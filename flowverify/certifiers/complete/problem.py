@@ -216,10 +216,9 @@ class RowsAbove:
         count = sum(len(index) for index in self.index[:stage])
         return RowsAbove(self.index[:stage], self.values[:stage], self.gains[:count])
 
-    def window(self, rows: slice, columns: slice, kind: torch.dtype) -> RowsAbove:
-        """On a part of the image, in this precision: moves within it."""
-        values = tuple(value.to(kind) for value in self.values)
-        return RowsAbove(self.index, values, self.gains[..., rows, columns].to(kind).contiguous())
+    def to(self, kind: torch.dtype) -> RowsAbove:
+        """In this precision."""
+        return RowsAbove(self.index, tuple(value.to(kind) for value in self.values), self.gains.to(kind))
 
 
 @dataclass(frozen=True)
@@ -466,16 +465,16 @@ class Problem:
         for stage in self.maps.stages:
             weights = {s: (w[:, window] if s == 0 else w).to(kind).contiguous() for s, w in stage.weights.items()}
             stages.append(Stage(stage.bias.to(kind), weights))
-        above = None if self.above is None else self.above.window(rows, columns, kind)
+        above = None if self.above is None else self.above.to(kind)
         return AffineMaps(tuple(stages), self.maps.names, len(window)), self.ball.window(rows, columns, kind), above
 
     def _window(self) -> tuple[slice, slice]:
-        """The rows and columns near the mass; all of them where points need no mass to move."""
+        """The rows and columns near the mass; all of them where flows need no mass, as in cycles that rows reward."""
         found = []
         mass, margin = self.ball.image.sum(0) > 0, self.settings.ascent.window
         for axis, size in ((1, mass.shape[0]), (0, mass.shape[1])):
             held = mass.any(axis).nonzero().flatten()
-            if self.ball.positive and len(held):
+            if self.ball.positive and self.above is None and len(held):
                 found.append(slice(max(0, int(held[0]) - margin), min(size, int(held[-1]) + 1 + margin)))
             else:
                 found.append(slice(0, size))

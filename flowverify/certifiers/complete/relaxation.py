@@ -192,11 +192,12 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class Bound:
-    """Lower bounds (N,), the ball's multipliers (N,), and minimisers over the ball (N, pixels) where asked for."""
+    """Lower bounds (N,), the ball's multipliers (N,), minimisers (N, pixels) where asked for, and A by layer."""
 
     value: Tensor
     multiplier: Tensor
     point: Tensor | None
+    coefficients: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,9 +414,9 @@ def lower_bound(
         least, multiplier, nearest = _Concretise.apply(  # type: ignore[no-untyped-call]
             linear.on_image, linear.gains, ball, multipliers.guess, tolerance
         )
-        return Bound(constant + least, multiplier, nearest)
+        return Bound(constant + least, multiplier, nearest, linear.coefficients)
     found = ball.minimum(linear.on_image, multipliers.guess, tolerance, point, linear.gains)
-    return Bound(constant + found.value, found.multiplier, found.point)
+    return Bound(constant + found.value, found.multiplier, found.point, linear.coefficients)
 
 
 class _Concretise(torch.autograd.Function):

@@ -95,10 +95,12 @@ def test_adam_is_that_of_torch_within_the_ranges() -> None:
     sign = torch.tensor([1, -1, 0, 1, -1], dtype=torch.int8).expand(3, 5).contiguous()
     nothing = torch.zeros(3, 5, dtype=torch.float64)
     multipliers = Multipliers([start[0]], [nothing], [start[2]], [start[1]], torch.zeros(3))
-    ways = [Adam(multipliers, AscentSettings(decay=1.0)) for _ in range(2)]
+    settings = AscentSettings(decay=1.0)
+    rates = settings.slope_step, settings.split_step, settings.limit_step, settings.share_step
+    ways = [Adam(multipliers, settings) for _ in range(2)]
     free = [v.clone().requires_grad_(True) for v in multipliers.variables]
     torch_adam = torch.optim.Adam(
-        [{"params": [v], "lr": rate} for v, rate in zip(free, (0.03, 0.2, 0.05, 0.1), strict=True)], betas=(0.9, 0.99),
+        [{"params": [v], "lr": rate} for v, rate in zip(free, rates, strict=True)], betas=(0.9, 0.99),
         maximize=True,
     )  # fmt: skip
     for _ in range(6):
