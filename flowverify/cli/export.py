@@ -164,8 +164,9 @@ def vnncomp(
     """Answer a property of an export, by the contract for tools of the competition VNN-COMP.
 
     The first line of the results file is unsat, sat (then a counterexample follows), unknown, timeout or error. Without
-    a results file the instance is only looked up, as prepare_instance.sh does. Files that are no instance of an export
-    are unknown. Exit code 0: there is an answer; 1: without a results file, no instance of an export; 2: bad input.
+    a results file the instance is looked up, and what takes long to compile is compiled: what prepare_instance.sh does.
+    Files that are no instance of an export are unknown. Exit code 0: there is an answer; 1: without a results file, no
+    instance of an export; 2: bad input.
     """
     if version != CONTRACT:
         raise InvalidInputError(f"version {version!r}: expected {CONTRACT}")
@@ -186,13 +187,14 @@ def vnncomp(
 
 
 def _prepare(onnx: Path, vnnlib: Path) -> None:
-    from flowverify.export.vnncomp import NotExportedError, identify
+    from flowverify.export.vnncomp import NotExportedError, identify, prepare
 
     try:
         question = identify(onnx, vnnlib, _original)
     except NotExportedError as error:
         print_error(one_line(error))
         raise typer.Exit(FAILED) from None
+    prepare(question)
     instance, encoding = question.instance, question.export.encoding.name
     typer.echo(f"label {instance.label} within radius {instance.radius:g} pixels, encoding {encoding}")
 

@@ -17,7 +17,8 @@ import gzip
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.attack.base import FOUND, make_attack
-from flowverify.ball import WassersteinBall
+from flowverify.ball import Threat, WassersteinBall
 from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.certifiers.options import CompleteOptions
@@ -69,7 +70,7 @@ Word = Literal["unsat", "sat", "unknown", "timeout", "error"]
 ATTACK, ATTACK_SHARE = "minimal", 0.3  # and of the time, at most
 STEP = 2.0**-23  # relative: from a float32 number to the next
 FOLDING = 1e-12  # relative, to sums of absolute values: what folding in float64 may be off
-OUTWARD = 1e-12  # relative: what sums of the constraints' numbers may be off
+OUTWARD = 1e-10  # relative: what sums of the constraints' numbers may be off
 EVENLY = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # shares of an even image: mixed in, no rounding makes a pixel negative
 
 
@@ -194,12 +195,13 @@ def requirement(question: Question) -> Requirement:
     arithmetic on the numbers of its files.
 
     Proof. Let X fulfil the property's bounds and constraints. Put c for the lower ends of its box (for l1-penalty, the
-    middle), d for the flow of X - c, and rho for the most that ||X - c||_1 can be: what the budget leaves beyond c, for
-    l1-penalty all of the box. The image of X is nu = mu + A d + h. The defect h is what c and the masses, rounded,
-    miss mu by; ||h||_1 <= eta. With E the bound of :func:`~flowverify.export.encodings.rounding_change` on the
-    difference between the margins of the file and those of the network at nu, within rho,
+    middle), d for the flow that X - c stands for, and rho for the most that ||X - c||_1 >= ||d||_1 can be in the
+    constraints: what the budget leaves beyond c, for l1-penalty all of the box. (Norms are over the flows of X.) The
+    image of X is nu = mu + A d + h. The defect h is what c and the masses, rounded, miss mu by; ||h||_1 <= eta. With E
+    the bound of :func:`~flowverify.export.encodings.rounding_change` on the difference between the margins of the file,
+    without its penalty and allowance, and those of the network at nu, within rho,
 
-        N_t(X) >= m_t(nu) - E,      m_t(nu) >= m_t(mu + A d) - L1 eta,
+        N_t(X) >= m_t(nu) - E,        m_t(nu) >= m_t(mu + A d) - L1 eta,
 
     where L1 bounds the change of a margin for one of a pixel by 1.
 
@@ -210,8 +212,8 @@ def requirement(question: Question) -> Requirement:
     least margin of the ball - L (raised + eta). An unsafe output has N_t(X) <= gap, the allowance and its rounding.
 
     *Penalty.* By the same claim, at any X of the box m_t(mu + A d) + L v is no less than the least margin of the ball,
-    with v = relu(||d||_1 - rho) + the negative mass of mu + A d. The file adds at least weight (v - raised - eta).
-    Beyond rho, E grows by kappa relu(||d||_1 - rho) <= kappa v. So where weight >= L + kappa
+    with v = relu(||X - c||_1 - rho) + the negative mass of mu + A d. The file adds at least weight (v - raised - eta).
+    Beyond rho, E grows by kappa relu(||X - c||_1 - rho) <= kappa v. So where weight >= L + kappa
 
         N_t(X) >= the least margin - gap - E - weight (raised + eta) - L1 eta;
 
@@ -268,19 +270,17 @@ def requirement(question: Question) -> Requirement:
 def lowered(network: Network, label: int, margin: float) -> Network:
     """The network in float64 with the label's logit less by at least ``margin``: certified, its margins are larger."""
     nodes = list(copy.deepcopy(network).double().nodes)
-    last: Any = nodes[-1].operation if nodes else None
-    if not isinstance(last, nn.Linear) or last.bias is None:
-        last = nn.Linear(network.num_classes, network.num_classes, dtype=torch.float64)
-        last.load_state_dict(
-            {
-                "weight": torch.eye(network.num_classes, dtype=torch.float64),
-                "bias": torch.zeros(network.num_classes, dtype=torch.float64),
-            }
-        )
-        nodes.append(Node(f"{network.output}_lowered", last, (network.output,), network.output_shape))
-    with torch.no_grad():
-        last.bias[label] = np.nextafter(float(last.bias[label]) - margin, -math.inf)
-    return Network(network.input_shape, nodes)
+    last, size = nodes[-1].operation if nodes else None, network.num_classes
+    if isinstance(last, nn.Linear):
+        node, weight, known = nodes.pop(), last.weight.data, last.bias
+    else:
+        node = Node(f"{network.output}_lowered", nn.Identity(), (network.output,), network.output_shape)
+        weight, known = torch.eye(size, dtype=torch.float64), None
+    bias = torch.zeros(size, dtype=torch.float64) if known is None else known.data.clone()
+    bias[label] = np.nextafter(float(bias[label]) - margin, -math.inf)
+    layer = nn.Linear(weight.shape[1], size, dtype=torch.float64)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return Network(network.input_shape, [*nodes, replace(node, operation=layer)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +299,14 @@ class Answer:
         values = [("X", self.inputs), ("Y", self.outputs)]
         pairs = [f"({name}_{k} {decimal(value)})" for name, row in values for k, value in enumerate(row.tolist())]
         return f"{self.word}\n({f'{chr(10)} '.join(pairs)})\n"
+
+
+def prepare(question: Question) -> None:
+    """Builds and compiles what :func:`decide` needs, and computes nothing about the image."""
+    threat, positivity = Threat(positive=question.export.positivity), question.export.positivity
+    Certifier(question.network, "fine-tuned" if positivity else "vanilla").prepare(threat)
+    with suppress(UnsupportedOperationError):
+        CompleteCertifier(question.network, "complete" if positivity else "vanilla-complete").prepare(threat)
 
 
 def decide(question: Question, deadline: Deadline) -> Answer:
@@ -385,7 +393,8 @@ def _inputs(question: Question, witness: Tensor) -> Iterator[FloatArray]:
         flow = (1 - share) * move + share * even
         flow *= min(1.0, (1 - share) * budget / max(float(flow.abs().sum()), 1e-300))
         values = question.instance.centre.copy()
-        values[:flows] += torch.cat([flow.clamp(min=0), (-flow).clamp(min=0)] if inputs.form == "split" else [flow])
+        parts = [flow.clamp(min=0), (-flow).clamp(min=0)] if inputs.form == "split" else [flow]
+        values[:flows] += torch.cat(parts).numpy()
         yield values.astype(np.float32).astype(np.float64).clip(prop.lower, prop.upper)
 
 

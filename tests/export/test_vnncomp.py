@@ -15,13 +15,17 @@ import torch
 from typer.testing import CliRunner
 
 from flowverify.ball import WassersteinBall
+from flowverify.certifiers.complete.certifier import CompleteCertifier
 from flowverify.cli import app
 from flowverify.deadline import Deadline
+from flowverify.errors import DependencyError
 from flowverify.export import vnncomp
 from flowverify.export.folder import Source, write_folder
 from flowverify.export.plan import Request
 from flowverify.export.results import read_witness
 from flowverify.export.vnncomp import NotExportedError, decide, identify, lowered, requirement
+from flowverify.network import write_onnx
+from flowverify.zoo import load_model
 from tests.export.exact import least_margin, least_misclassifying_budget, small_image, small_network
 
 ROOT = Path(__file__).parents[2]
@@ -179,16 +183,15 @@ CASES = list(product(("linear", "outputs", "penalty"), ("image", "uniform"), (7,
 
 @pytest.mark.parametrize(("encoding", "reference", "seed"), CASES)
 def test_just_below_the_exact_radius_a_property_is_not_unsat(encoding, reference, seed, tmp_path):
-    """There the ball is certified, and margins are smaller than what the property allows for rounding."""
+    """There the ball is certified, by margins that are smaller than what the property allows for rounding."""
     network, image, label, least = case(seed)
-    radius = least / float(image.sum()) * (1 - 1e-9)
-    from flowverify.certifiers.complete.certifier import CompleteCertifier
-
-    (own,) = CompleteCertifier(network).certify(image[None], torch.tensor([label]), WassersteinBall(radius))
-    assert own.verdict == "certified"
-    asked = question(tmp_path / "out", network, image, encoding, radius, reference=reference)
-    assert decide(asked, Deadline(SECONDS)).word != "unsat"
-    below = question(tmp_path / "below", network, image, encoding, radius * (1 - 1e-4), reference=reference)
+    mass = float(image.sum())
+    asked = question(tmp_path / "out", network, image, encoding, least / mass * (1 - 2e-7), reference=reference)
+    ball = WassersteinBall(asked.instance.budget / mass)
+    (own,) = CompleteCertifier(network).certify(image[None], torch.tensor([label]), ball)
+    assert own.verdict == "certified" and asked.instance.budget < least
+    assert decide(asked, Deadline(SECONDS)).word == "unknown"
+    below = question(tmp_path / "below", network, image, encoding, least / mass * (1 - 1e-4), reference=reference)
     assert decide(below, Deadline(SECONDS)).word == "unsat"
 
 
@@ -210,8 +213,6 @@ def test_no_input_of_a_property_has_less_than_the_margin_of_the_ball(encoding, r
     if positivity:
         ball = min(least_margin(network, image, label, t, budget) for t in targets)
     else:
-        from flowverify.certifiers.complete.certifier import CompleteCertifier
-
         search = CompleteCertifier(network, "vanilla-complete")
         ball = search.least_margin(image, label, WassersteinBall(needed.radius)).lower
     network.float()
@@ -229,7 +230,8 @@ def test_no_input_of_a_property_has_less_than_the_margin_of_the_ball(encoding, r
             else generator.random(len(few))
         )
         values[few] += room * share
-        values[flows:] = np.where(generator.random(len(values) - flows) < 0.5, prop.lower, prop.upper)[flows:]
+        low = generator.random(len(values) - flows) < 0.5
+        values[flows:] = np.where(low, prop.lower[flows:], prop.upper[flows:])
         outputs = graph(torch.from_numpy(values)[None])[0].numpy()
         mapping = {"X": values, "Y": outputs}
         inside = [one for one in prop.constraints if not one.holds(values)]
@@ -318,9 +320,6 @@ class TestWhatIsNoInstance:
 
 
 def test_compressed_files_and_a_model_beside_the_manifest(tmp_path, monkeypatch):
-    from flowverify.network import write_onnx
-    from flowverify.zoo import load_model
-
     monkeypatch.chdir(tmp_path)
     write_onnx(load_model("digits-fc3"), "own.onnx")
     call("export", "own.onnx", "--dataset", "digits", "--out", "out", "--radius", 0.01, "--gzip", "--timeout", 60)
@@ -332,8 +331,6 @@ def test_compressed_files_and_a_model_beside_the_manifest(tmp_path, monkeypatch)
 
 
 def test_without_onnxruntime_counterexamples_are_computed_all_the_same(tmp_path, monkeypatch):
-    from flowverify.errors import DependencyError
-
     def missing(*_):
         raise DependencyError("missing")
 
@@ -392,7 +389,7 @@ class TestScripts:
         (row,) = export(tmp_path / "out", "--radius", 0.01)
         prepared = self.run("prepare_instance", "v1", "digits", *row)
         assert (prepared.returncode, prepared.stderr) == (0, "")
-        assert prepared.stdout == "label 2 within radius 0.01 pixels, encoding linear\n"
+        assert prepared.stdout == "label 0 within radius 0.01 pixels, encoding linear\n"
         done = self.run("run_instance", "v1", "digits", *row, tmp_path / "results.txt", 120)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "results.txt").read_text() == "unsat\n"
