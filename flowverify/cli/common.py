@@ -316,32 +316,6 @@ def ended_by_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class OutOfTime(BaseException):
-    """The time that :func:`ended_after` gives is over; like KeyboardInterrupt, it passes by those who catch errors."""
-
-
-@contextmanager
-def ended_after(seconds: float) -> Iterator[None]:
-    """Within it :class:`OutOfTime` is raised after so many seconds, where the system has such an alarm.
-
-    What runs in native code is waited for.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def ring(number: int, frame: object) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 DESCRIBED = ("flowverify", "torch", "numpy", "auto_LiRPA")
 
 

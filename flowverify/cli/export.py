@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock, Timer
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,14 +25,12 @@ from flowverify.cli.common import (
     Layout,
     Mean,
     Model,
-    OutOfTime,
     Output,
     Source,
     Split,
     Std,
     Weights,
     check_writable,
-    ended_after,
     json_line,
     one_line,
     print_error,
@@ -176,14 +178,39 @@ def vnncomp(
     if timeout is None or not timeout > 0:
         raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0 after the results file")
     check_writable(results, "results")
-    results.write_text("timeout\n", encoding="ascii")  # should everything be ended from outside
+    results.write_text("timeout\n", encoding="ascii")  # until there is an answer
+    seconds = timeout - min(RESERVED + RESERVED_SHARE * timeout, timeout / 2)
     try:
-        text, note = _answer(onnx, vnnlib, timeout - min(RESERVED + RESERVED_SHARE * timeout, timeout / 2))
+        with _ended_after(seconds):
+            text, note = _answer(onnx, vnnlib, seconds)
     except BaseException:
         results.write_text("error\n", encoding="ascii")
         raise
     results.write_text(text, encoding="ascii")
     typer.echo(text.splitlines()[0] + (f" ({one_line(note)})" if note else ""))
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Ends the process after so many seconds within it, exit code 0, whatever is being computed."""
+    lock, done = Lock(), False
+
+    def end() -> None:
+        with lock:
+            if not done:
+                typer.echo("timeout")
+                sys.stdout.flush()
+                os._exit(0)
+
+    timer = Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            done = True
+        timer.cancel()
 
 
 def _prepare(onnx: Path, vnnlib: Path) -> None:
@@ -202,20 +229,15 @@ def _prepare(onnx: Path, vnnlib: Path) -> None:
 def _answer(onnx: Path, vnnlib: Path, seconds: float) -> tuple[str, str]:
     """The contents of the results file, and what to say of it."""
     from flowverify.deadline import Deadline
+    from flowverify.export.vnncomp import NotExportedError, decide, identify
 
     deadline = Deadline(seconds)
     try:
-        with ended_after(seconds):
-            from flowverify.export.vnncomp import NotExportedError, decide, identify
-
-            try:
-                answer = decide(identify(onnx, vnnlib, _original), deadline)
-            except NotExportedError as error:
-                print_error(one_line(error))
-                return "unknown\n", ""
-            return answer.text(), answer.note
-    except OutOfTime:
-        return "timeout\n", ""
+        answer = decide(identify(onnx, vnnlib, _original), deadline)
+    except NotExportedError as error:
+        print_error(one_line(error))
+        return "unknown\n", ""
+    return answer.text(), answer.note
 
 
 def _original(folder: Path, manifest: dict[str, Any], shape: tuple[int, int, int]) -> Network:

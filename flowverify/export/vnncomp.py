@@ -58,7 +58,7 @@ from flowverify.export.encodings import (
     take_apart,
 )
 from flowverify.export.folder import MANIFEST, load_arrays, model_digest
-from flowverify.export.plan import Instance, Request, plan, write_property
+from flowverify.export.plan import Instance, Property, Request, plan, write_property
 from flowverify.export.results import descend, read_manifest, repaired, run_onnx
 from flowverify.network import Network, Node, onnx_model
 from flowverify.network.subject import Subject
@@ -194,12 +194,13 @@ def requirement(question: Question) -> Requirement:
     within it, or without positivity of all mu + A d with ||d||_1 within it. Then the property has no solution, in real
     arithmetic on the numbers of its files.
 
-    Proof. Let X fulfil the property's bounds and constraints. Put c for the lower ends of its box (for l1-penalty, the
-    middle), d for the flow that X - c stands for, and rho for the most that ||X - c||_1 >= ||d||_1 can be in the
-    constraints: what the budget leaves beyond c, for l1-penalty all of the box. (Norms are over the flows of X.) The
-    image of X is nu = mu + A d + h. The defect h is what c and the masses, rounded, miss mu by; ||h||_1 <= eta. With E
-    the bound of :func:`~flowverify.export.encodings.rounding_change` on the difference between the margins of the file,
-    without its penalty and allowance, and those of the network at nu, within rho,
+    Proof. Let X fulfil the property's bounds and constraints. Put c for the inputs that stand for mu, d for the flow
+    that X - c stands for, and rho for the most that ||X - c||_1 >= ||d||_1 can be in the constraints (norms are over
+    the flows of X): what the budget leaves beyond c, and twice what the box, rounded outward, leaves below c; for
+    l1-penalty all of the box. The image of X is nu = mu + A d + h. The defect h is what the image of c, and masses that
+    the box leaves room for, miss mu by; ||h||_1 <= eta. With E the bound of
+    :func:`~flowverify.export.encodings.rounding_change` on the difference between the margins of the file, without its
+    penalty and allowance, and those of the network at nu, within rho,
 
         N_t(X) >= m_t(nu) - E,        m_t(nu) >= m_t(mu + A d) - L1 eta,
 
@@ -223,21 +224,17 @@ def requirement(question: Question) -> Requirement:
     second L1 eta is more than enough for what rounding does to the columns of the masses.
     """
     network, encoding, instance = question.export, question.export.encoding, question.instance
-    inputs, prop, mu = network.inputs, instance.property, question.image
+    inputs, prop, mu, centre = network.inputs, instance.property, question.image, instance.centre
     flows, mass = inputs.flows, float(mu.sum())
-    split = inputs.form == "split"
-    centre = prop.lower if split else instance.centre
-    if split:
-        most = math.fsum(instance.centre[:flows]) + instance.budget
-        reach = scalar_up(most * (1 + OUTWARD)) - math.fsum(centre[:flows]) + OUTWARD * most
+    if inputs.form == "split":
+        spent = math.fsum(centre[:flows])
+        most = scalar_up((spent + instance.budget) * (1 + OUTWARD))
+        reach = most - spent + 2 * math.fsum(np.maximum(centre - prop.lower, 0)[:flows]) + OUTWARD * most
     else:
         reach = math.fsum(np.maximum(prop.upper - centre, centre - prop.lower)) * (1 + OUTWARD)
-    wobble = float((prop.upper - prop.lower)[flows:].sum()) if inputs.mass_inputs else 0.0
-    defect = float((inputs.image(centre) - mu).abs().sum()) + wobble + OUTWARD * mass
-    raised = 0.0
-    if network.positivity:
-        offset = inputs.offset.flatten().numpy()
-        raised = 2 * STEP * mass if inputs.mass_inputs else float((round_up(offset) - offset).sum())
+    room = float((prop.upper - prop.lower)[flows:].sum()) if inputs.mass_inputs else 0.0
+    defect = float((inputs.image(centre) - mu).abs().sum()) + room + OUTWARD * mass
+    raised = _raised(network, prop) if network.positivity else 0.0
 
     parts = take_apart(question.network)
     tail = append_rows(parts.tail, margin_rows(parts.classes, instance.label))
@@ -265,6 +262,21 @@ def requirement(question: Question) -> Requirement:
             )
     margin = gap + float(rounding(reach).max()) + folding + steepest * (raised + defect) + 2 * pixel * defect
     return Requirement(reach / mass * (1 + OUTWARD), margin * (1 + SLACK), impossible)
+
+
+def _raised(network: ExportedNetwork, prop: Property) -> float:
+    """By how much all pixels together may be less than 0 in the constraints, as R was rounded up."""
+    inputs = network.inputs
+    if network.encoding.name == "linear":
+        least = prop.lower.copy()
+        least[: inputs.flows] = 0
+        bounds = np.array([-one.bound for one in prop.constraints[1:]])
+        return float(np.maximum(bounds - inputs.image(least).flatten().numpy(), 0).sum())
+    reference = inputs.reference.numpy()
+    gained = round_up(reference) - reference
+    if inputs.mass_inputs:
+        gained *= prop.upper[inputs.flows :][: inputs.grid.channels, None, None]
+    return float(gained.sum())
 
 
 def lowered(network: Network, label: int, margin: float) -> Network:

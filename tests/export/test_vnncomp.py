@@ -341,11 +341,23 @@ def test_without_onnxruntime_counterexamples_are_computed_all_the_same(tmp_path,
     check_counterexample(row, tmp_path / "results.txt")
 
 
-@pytest.mark.parametrize("timeout", [1e-4, 0.5])
+@pytest.mark.parametrize("timeout", [1e-3, 1.0, 4.0])
 def test_tiny_timeouts(timeout, tmp_path):
+    """In a process of its own, which ends by itself."""
     (row,) = export(tmp_path / "out", "--radius", 0.05)
-    word, _ = answer(row, tmp_path / "results.txt", timeout)
-    assert word == "timeout" if timeout < 1e-3 else word in ("timeout", "unsat", "sat", "unknown")
+    command = [sys.executable, "-m", "flowverify", "vnncomp", "v1", "c", *map(str, row), str(tmp_path / "r.txt")]
+    done = subprocess.run([*command, str(timeout)], capture_output=True, text=True, check=False)
+    word = (tmp_path / "r.txt").read_text().splitlines()[0]
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(word)
+    assert word == "timeout" if timeout < 0.1 else word in ("timeout", "unsat", "sat", "unknown")
+
+
+def test_a_deadline_that_is_over(tmp_path):
+    network, image, _, least = case(7)
+    asked = question(tmp_path / "out", network, image, "linear", 0.9 * least / float(image.sum()))
+    assert decide(asked, Deadline(1e-9)).word in ("timeout", "unsat")
+    stopped = Deadline(60.0, clock=iter(range(0, 10**9, 100)).__next__)
+    assert decide(asked, stopped).word in ("timeout", "unsat")
 
 
 class TestCalls:
