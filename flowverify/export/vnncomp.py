@@ -403,11 +403,13 @@ def _inputs(question: Question, witness: Tensor) -> Iterator[FloatArray]:
         even = flow_by_tree(mu[None], mu.mean((-1, -2), keepdim=True).expand_as(mu)[None], mass_tolerance=1e-6)[0]
     for share in EVENLY:
         flow = (1 - share) * move + share * even
-        flow *= min(1.0, (1 - share) * budget / max(float(flow.abs().sum()), 1e-300))
-        values = question.instance.centre.copy()
-        parts = [flow.clamp(min=0), (-flow).clamp(min=0)] if inputs.form == "split" else [flow]
-        values[:flows] += torch.cat(parts).numpy()
-        yield values.astype(np.float32).astype(np.float64).clip(prop.lower, prop.upper)
+        scale = (1 - share) * budget / max(float(flow.abs().sum()), 1e-300)
+        # Where pixels may be negative, the way goes on beyond the witness: there the class is a clearer one.
+        for factor in (min(1.0, scale),) if question.export.positivity else (scale, min(1.0, scale)):
+            scaled, values = factor * flow, question.instance.centre.copy()
+            parts = [scaled.clamp(min=0), (-scaled).clamp(min=0)] if inputs.form == "split" else [scaled]
+            values[:flows] += torch.cat(parts).numpy()
+            yield values.astype(np.float32).astype(np.float64).clip(prop.lower, prop.upper)
 
 
 def _outputs(model: bytes, values: FloatArray) -> FloatArray:

@@ -247,6 +247,25 @@ def test_no_input_of_a_property_has_less_than_the_margin_of_the_ball(encoding, r
     assert seen > 100
 
 
+@pytest.mark.parametrize("encoding", ["linear", "outputs", "penalty"])
+def test_counterexamples_that_are_no_images(encoding, tmp_path):
+    """Without positivity there are some nearer than any image, and they answer the property too."""
+    found = 0
+    for seed in (5, 6, 7, 8):
+        network, image = small_network(seed, "linear"), small_image(seed + 100)
+        label = int(network(image[None]).argmax())
+        flows, images = (least_misclassifying_budget(network, image, label, positive) for positive in (False, True))
+        network.float()
+        if flows < 0.9 * images:
+            radius = (flows + min(images, 2 * flows)) / 2 / float(image.sum())
+            asked = question(tmp_path / str(seed), network, image, encoding, radius, positivity=False)
+            answer = decide(asked, Deadline(SECONDS))
+            assert answer.word == "sat" and asked.instance.property.holds(answer.inputs, answer.outputs)
+            assert bool((asked.export.inputs.image(answer.inputs) < 0).any())
+            found += 1
+    assert found
+
+
 def test_a_weight_that_makes_more_unsafe_than_the_ball(tmp_path):
     network, image, _, least = case(7)
     radius = 0.5 * least / float(image.sum())
