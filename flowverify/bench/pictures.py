@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MOST_CASES = 1000  # worst cases of a page
 MOST_BYTES = 2_500_000  # of its images, and as many of its worst cases
 ARROWS = 150  # of one worst case, the largest
+TIE = 1e-6  # relative: counterexamples lie next to ties, and other batches round otherwise
 DIRECTIONS = {(1, 0): 0, (0, 1): 1, (-1, 0): 2, (0, -1): 3}
 
 
@@ -150,7 +151,7 @@ def _certificate(task: Task, record: Record, radius: float, witnesses: Mapping[K
 def _check(cases: Sequence[WorstCase], pairs: Sequence[tuple[Record, float]]) -> None:
     """Raises DataError: an image that was kept as a counterexample is none."""
     for case, (record, _) in zip(cases, pairs, strict=True):
-        if case.counterexample and case.margins[1] >= 0:
+        if case.counterexample and case.margins[1] > TIE * (1 + abs(case.margins[0])):
             raise DataError(
                 f"image kept for {record['task']}, image {record['index']}: is classified as {case.label}, expected "
                 "a counterexample"
@@ -185,7 +186,7 @@ def case_entry(case: WorstCase, by: str) -> dict[str, Any]:
         "by": by if case.counterexample else "",
         "rival": case.rival,
         "predicted": case.predicted,
-        "margins": [round(margin, 4) for margin in case.margins],
+        "margins": [float(f"{margin:.5g}") for margin in case.margins],
         "distance": round(case.distance, 5),
         "exact": case.exact,
         "above": brighter(case.worst, white).replace("orange", "shown as white").replace("clipped", "shown as white"),
