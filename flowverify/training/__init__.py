@@ -1,6 +1,6 @@
 """Training of image classifiers, reproducible from a recipe and its seed."""
 
-from flowverify.training.interval_bounds import TrainableBounds
+from flowverify.training.bounds import TrainableBounds
 from flowverify.training.loop import EpochReport, TrainingResult, accuracy, train, train_and_save
 from flowverify.training.losses import (
     LOSSES,
