@@ -122,7 +122,7 @@ class TreeSettings:
     row_iterations: int = option(5, "for those that rows of moves bound as well")
     leaf_iterations: int = option(50, "for nodes whose ReLUs are all decided")
     leaf_paces: tuple[float, ...] = option((0.15, 2.0, 20.0), "factors of the steps, one after the other, at these")
-    few_open: int = option(24, "unstable neurons: nodes with no more are polished")
+    few_open: int = option(24, "unstable neurons: nodes with no more are polished, where there are no rows of moves")
     polishing_iterations: int = option(40, "for those")
     polishing_pace: float = option(0.15, "factor of the steps for those")
     batch: int = option(128, "nodes at a time for each thread")

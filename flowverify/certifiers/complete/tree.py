@@ -345,8 +345,11 @@ class Tree:
     def _polish(self, nodes: TreeNodes) -> TreeNodes:
         """More and smaller steps where few ReLUs are open: many splits, whose multipliers are worth more than new ones.
 
-        Without it the search is slow where the margin is nearly zero, next to the nearest counterexample.
+        Without it the search is slow where the margin is nearly zero, next to the nearest counterexample. Rows of moves
+        leave it too little to gain.
         """
+        if self.problem.above is not None:
+            return nodes
         few = nodes.open_neurons() <= self.settings.few_open
         last = (few & self._undone(nodes)).nonzero().flatten()
         if not len(last):
