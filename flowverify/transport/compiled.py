@@ -229,13 +229,12 @@ class _Batch:
             jobs.extend(
                 (index, layout, first, min(first + chunk, self.problems)) for first in range(0, self.problems, chunk)
             )
-        if workers == 1 or len(jobs) == 1:
-            for job in jobs:
+
+        def each(first: int, last: int) -> None:
+            for job in jobs[first:last]:
                 work(*job)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            for outcome in [pool.submit(work, *job) for job in jobs]:
-                outcome.result()
+
+        share_out(each, len(jobs))
 
 
 def mass_layout(mass: Array) -> tuple[Array, Array, Array]:
