@@ -161,7 +161,7 @@ class CounterexampleSettings:
     descent_steps: int = option(8, "linearisations")
     overshoot: float = option(1.02, "factor of the change that the linearisation asks for")
     farther: float = option(1.2, "than the nearest counterexample: not worth a look")
-    halvings: int = option(40, "on the way back")
+    sections: int = option(16, "of the way back, and again of the one in which the class changes")
     nudges: tuple[float, ...] = option(
         (0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "beyond the boundary, of the way to it"
     )

@@ -6,6 +6,7 @@ Nothing is believed here: a point counts only after it was replayed (:mod:`flowv
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from threading import RLock
 from typing import Any, Protocol
 
@@ -123,22 +124,24 @@ class NearestCounterexample:
         """Pulls a misclassified point to the boundary along the segment from the image, and replays it."""
         away = self._price(point)
         low, high = 0.0, 1.0
-        for _ in range(self._settings.halvings):
-            middle = (low + high) / 2
-            if float(self.margins(self._between(point, middle)[None])) < 0:
-                high = middle
-            else:
-                low = middle
-            if high - low < 1e-12:
-                break
+        if away > self.budget:
+            high = self.budget / away
+            if not float(self.margins(self._between(point, [high]))) < 0:
+                return  # farther than the nearest one known
+        sections = self._settings.sections
+        while high - low > 1e-12:
+            shares = [low + (high - low) * k / sections for k in range(1, sections)]
+            wrong = (self.margins(self._between(point, shares)) < 0).tolist()
+            first = wrong.index(True) if any(wrong) else len(shares)
+            low, high = [low, *shares, high][first : first + 2]
         if away * high >= self.budget:
             return
         for nudge in self._settings.nudges:
-            if self._keep(self._between(point, min(1.0, high * (1 + nudge)))):
+            if self._keep(self._between(point, [min(1.0, high * (1 + nudge))])[0]):
                 return
         # The network's own precision rounds the margins next to the boundary away: farther out, up to the point itself.
         shares = torch.linspace(high, 1.0, self._settings.retries, dtype=point.dtype, device=point.device)[1:].tolist()
-        farther = torch.stack([self._between(point, share) for share in shares])
+        farther = self._between(point, shares)
         labels = torch.full((len(farther),), self.label, device=point.device)
         for candidate in farther[self._subject.fooled(farther, labels)]:
             if self._keep(candidate):
@@ -152,8 +155,10 @@ class NearestCounterexample:
             self.budget, self.witness = reached, candidate
         return math.isfinite(reached)
 
-    def _between(self, point: Tensor, share: float) -> Tensor:
-        between = point if share >= 1 else self.image + share * (point - self.image)
+    def _between(self, point: Tensor, shares: Sequence[float]) -> Tensor:
+        """So far on the way from the image to a point, (N, C, H, W)."""
+        share = point.new_tensor(shares).reshape(-1, *[1] * point.ndim)
+        between = torch.where(share >= 1, point, self.image + share * (point - self.image))
         return between.clamp(min=0) if self.positive else between
 
     def _replayed(self, point: Tensor) -> float:
