@@ -1,21 +1,34 @@
-"""The charts of a report: curves, boxes and times of tasks, on axes that may be shared, and how each is drawn as SVG.
+"""What a report draws: charts of tasks as SVG, and their images, with the worst of their balls.
 
-Radii for different ground costs, caps or data sets are different numbers: each such threat has axes of its own. Charts
-have the colours of the page's style sheet; its script makes them answer.
+Charts are curves, boxes and times of tasks, on axes that may be shared. Radii for different ground costs, caps or data
+sets are different numbers: each such threat has axes of its own. Charts have the colours of the page's style sheet; its
+script makes them answer.
+
+Pictures are drawn by the page's own script: images as they lie in their files, pixel by pixel, and arrows as numbers;
+each image as it is, and for as many results as a page can hold, the worst of its ball.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowverify.bench import sources
 from flowverify.bench.sources import title_of
 from flowverify.bench.statistics import FAILURES, TaskRecords, quantiles, radius_of
+from flowverify.bench.tasks import Record
 from flowverify.curves import Curve, Run, curves_of
+from flowverify.errors import FlowverifyError
+from flowverify.figures import WorstCase, worst_cases
+from flowverify.figures.files import brighter, white_of, window
+from flowverify.notebook import data_address
+
+if TYPE_CHECKING:
+    from flowverify.data import Dataset
+    from flowverify.network import Network
 
 SHOWN_POINTS = 2000  # of a scatter plot, so that the page stays small
 
@@ -253,3 +266,133 @@ def box_chart(box: Box, across: float) -> str:
         f'<rect x="{first}" width="{max(0.4, third - first):g}" y="1.5" height="9"/>'
         f'<line class="median" x1="{middle}" x2="{middle}" y1="0" y2="12"/></svg>'
     )
+
+
+MOST_CASES = 1000  # worst cases of a page
+MOST_BYTES = 2_500_000  # of its images, and as many of its worst cases
+ARROWS = 150  # of one worst case, the largest
+DIRECTIONS = {(1, 0): 0, (0, 1): 1, (-1, 0): 2, (0, -1): 3}
+
+
+@dataclass
+class Pictures:
+    """What a page shows of its images.
+
+    Attributes:
+        images: by data set and position, as addresses.
+        cases: by the number of a task and the position of an image.
+        wanted: how many results have a worst case.
+        failures: why there are none, by data set or model.
+    """
+
+    images: dict[str, dict[int, str]] = field(default_factory=dict)
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    wanted: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def radius_shown(one: TaskRecords, record: Record) -> float | None:
+    """The radius at which the worst of the ball is shown; None where there is nothing to see."""
+    if one.task.kind not in ("certify", "attack") or record["verdict"] in ("misclassified", "error"):
+        return None
+    radius = record.get("radius") or one.task.settings.get("radius") or record.get("upper_radius")
+    return float(radius) if radius and math.isfinite(radius) else None
+
+
+def pictures(tasks: Sequence[TaskRecords], most: int = MOST_CASES, most_bytes: int = MOST_BYTES) -> Pictures:
+    """The images of all tasks, and the worst cases of the first images of every task: as many as there is room for.
+
+    A model or a data set that is not there any more leaves its pictures out.
+    """
+    found, room = Pictures(), most_bytes
+    data: dict[str, Dataset] = {}
+    for one in tasks:
+        if one.task.kind not in ("certify", "attack"):
+            continue
+        key = sources.short_data(one.task.settings["data"])
+        try:
+            if key not in data and key not in found.failures:
+                data[key] = sources.dataset(one.task.settings["data"])
+        except FlowverifyError as error:
+            found.failures[key] = str(error)
+        shown = found.images.setdefault(key, {})
+        for record in one.records if key in data else []:
+            place = record["index"]
+            if place not in shown and room > 0:
+                image = data[key].images[place].double()
+                shown[place] = data_address(image.numpy(), white_of(image))
+                room -= len(shown[place])
+    _draw_cases(found, tasks, data, most, most_bytes)
+    return found
+
+
+def _draw_cases(found: Pictures, tasks: Sequence[TaskRecords], data: dict[str, Dataset], most: int, room: int) -> None:
+    chosen: dict[int, list[tuple[Record, float]]] = {}
+    for number, record, radius in _in_turn(tasks):
+        found.wanted += 1
+        if found.wanted <= most:
+            chosen.setdefault(number, []).append((record, radius))
+    for number, pairs in chosen.items():
+        task = tasks[number].task
+        key, model = sources.short_data(task.settings["data"]), sources.short(task.settings["model"])
+        if key not in data or model in found.failures:
+            continue
+        try:
+            sources.check_digest(task.settings)
+            network = sources.network(task.settings["model"], data[key].input_shape)
+            cases = _cases(network, data[key], pairs, task.settings["ground"], task.settings.get("cap"))
+        except FlowverifyError as error:  # the records may have come from elsewhere, without model and data
+            found.failures[model] = str(error)
+            continue
+        for (record, _), case in zip(pairs, cases, strict=True):
+            entry = case_entry(case)
+            room -= len(entry["other"]) + 12 * len(entry["arrows"])
+            if room > 0:
+                found.cases[f"{number}/{record['index']}"] = entry
+
+
+def _in_turn(tasks: Sequence[TaskRecords]) -> Iterator[tuple[int, Record, float]]:
+    """The first result of every task, the second of every task, and so on, of those that have a worst case."""
+    lists = [sorted(one.records, key=lambda record: record["index"]) for one in tasks]
+    for rank in range(max(map(len, lists), default=0)):
+        for number, (one, records) in enumerate(zip(tasks, lists, strict=True)):
+            if rank < len(records) and (radius := radius_shown(one, records[rank])) is not None:
+                yield number, records[rank], radius
+
+
+def _cases(
+    network: Network, data: Dataset, pairs: Sequence[tuple[Record, float]], ground: str, cap: float | None
+) -> list[WorstCase]:
+    images = data.images[[record["index"] for record, _ in pairs]]
+    labels, radii = [record["label"] for record, _ in pairs], [radius for _, radius in pairs]
+    return worst_cases(network, images, labels, radii, ground, cap)
+
+
+def case_entry(case: WorstCase) -> dict[str, Any]:
+    """A worst case as plain JSON values: its image, the arrows of the flow, and what its captions say."""
+    change, white = case.change, white_of(case.image)
+    colours = case.image.shape[0] == 3
+    arrows = change.arrows(by_channel=colours, most=ARROWS)
+    left, top, right, bottom = window(change)
+    strongest = arrows[0].amount if arrows else 1.0
+    return {
+        "other": data_address(case.worst.numpy(), white),
+        "size": [case.image.shape[-1], case.image.shape[-2]],
+        "view": [left, top, right - left + 1, bottom - top + 1],
+        "arrows": [
+            [
+                *arrow.start,
+                DIRECTIONS[arrow.end[0] - arrow.start[0], arrow.end[1] - arrow.start[1]],
+                round(math.sqrt(arrow.amount / strongest), 2),
+                arrow.channel if colours else -1,
+            ]
+            for arrow in arrows
+        ],
+        "all": len(change.arrows(by_channel=colours, most=10**9)),
+        "rival": case.rival,
+        "predicted": case.predicted,
+        "margins": [round(margin, 4) for margin in case.margins],
+        "distance": round(case.distance, 5),
+        "exact": case.exact,
+        "above": brighter(case.worst, white).replace("orange", "shown as white").replace("clipped", "shown as white"),
+    }

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import flowverify as fv
 from flowverify.bench import report, sources
-from flowverify.bench.pictures import pictures
+from flowverify.bench.charts import pictures
 from flowverify.cli import app
 from flowverify.figures import worst_cases
 from flowverify.notebook import SIGNATURE

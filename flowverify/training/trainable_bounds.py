@@ -16,6 +16,11 @@ On the CPU, compiled kernels dilate rows, sixteen at once, and remember where va
 :mod:`flowverify.transport.dilation`, with the rows side by side in the lanes of vector registers: buffers are laid out
 (pixel, lane). Unsigned offsets keep the inner loops free of the handling of negative ones, which would keep them from
 being vectorised.
+
+Intervals let every neuron spend the whole budget, so that they cannot train convolutional networks, where thousands of
+neurons each have the worst that can be done to them. Lifted bounds share one budget: rows of moves (theory, section 21).
+The flow that a row's maximum takes is its gradient (Danskin's theorem), and the rows of a layer are products of those
+below.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowverify.bounds.intervals import Interval, propagate
+from flowverify.bounds.lifted.engine import LiftedBounds, _Batch
+from flowverify.bounds.lifted.rows import Coefficients
 from flowverify.bounds.relaxations import pull_back, relaxable
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node, is_affine, operation_name
@@ -561,3 +568,51 @@ def _linear_differences(lower: Tensor, upper: Tensor, layer: nn.Linear, labels: 
     spread = (radius @ spreads.T).reshape(-1, classes, classes)[torch.arange(len(labels), device=labels.device), labels]
     difference: Tensor = middle - middle.gather(1, labels[:, None]) + spread
     return difference
+
+
+TOLERANCE = 1e-2  # relative gap at which the search for a row's maximum stops; it is a bound wherever it stops
+
+
+class LiftedTrainableBounds(TrainableBounds):
+    """As :class:`TrainableBounds`, by rows of moves above the first layer.
+
+    Where it pays to move mass around cycles of more than two moves, the gradient is that of the steepest pair of moves.
+
+    Args:
+        targets: how many classes are bounded: those with the largest clean scores beside the label's.
+
+    Raises:
+        InvalidInputError: a network that is affine as a whole.
+        UnsupportedOperationError: an operation that lifted bounds have no rule for, named.
+    """
+
+    def __init__(self, network: Network, targets: int = 1, refresh: int = 1) -> None:
+        super().__init__(network, 0, refresh)
+        self.targets = min(targets, network.num_classes - 1)
+        dtype = next(network.parameters()).dtype
+        self._lifted = LiftedBounds(network, dtype=dtype, tolerance=TOLERANCE, trained=True)
+
+    def bound(self, images: Tensor, labels: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Clean logits, and upper bounds of f_t - f_y over the ball around each image, both (B, classes).
+
+        The bound of t = y is 0; classes that get none are at minus infinity.
+        """
+        known: dict[str, Interval] = {
+            name: self._affine(name, self.rows(name), images, budget)[1] for name in self._frontier
+        }
+        ball = _Batch(self._lifted, images, budget, known)
+        for node in self.network.nodes:
+            if not is_affine(node.operation) and node.name not in ball.relaxations:
+                read = node.inputs[0]
+                ball.relax_readers(read, ball.bound(read, tighten=read not in self._frontier))
+            ball.enter(node)
+        logits = ball.values[self.network.output]
+        classes = logits.detach().scatter(1, labels[:, None], -torch.inf).topk(self.targets, 1).indices
+        identity = torch.eye(self.network.num_classes, dtype=logits.dtype, device=logits.device)
+        rises = identity[classes] - identity[labels][:, None]
+        rows, constant = ball.rows(self.network.output, Coefficients(rises[:, None], None))
+        every = torch.full(rises.shape[:2], -torch.inf, dtype=torch.float64, device=logits.device)
+        excess, _ = ball.maximum(rows, every, None, TOLERANCE)
+        bounds = (rises @ logits[..., None]).squeeze(-1) + constant + excess
+        worst = torch.full_like(logits, -torch.inf).scatter(1, classes, bounds)
+        return logits, worst.scatter(1, labels[:, None], 0.0)
