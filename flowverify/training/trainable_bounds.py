@@ -18,9 +18,9 @@ On the CPU, compiled kernels dilate rows, sixteen at once, and remember where va
 being vectorised.
 
 Intervals let every neuron spend the whole budget, so that they cannot train convolutional networks, where thousands of
-neurons each have the worst that can be done to them. Lifted bounds share one budget: rows of moves (theory, section 21).
-The flow that a row's maximum takes is its gradient (Danskin's theorem), and the rows of a layer are products of those
-below.
+neurons each have the worst that can be done to them. The rows of moves of lifted bounds (theory, section 21) share one
+budget. The flow that a row's maximum takes is its gradient (Danskin's theorem), and the rows of a layer are products of
+those below.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import flowverify as fv
 from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
-from flowverify.export.marabou import MarabouCertifier, MarabouProcess, Outcome, marabou_missing
+from flowverify.export.marabou import MarabouCertifier, MarabouProcess, marabou_missing
+from flowverify.export.outside import Outcome
 from flowverify.results import Verdict
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
