@@ -279,7 +279,7 @@ class AlphaBetaCrownOptions:
         "", "The Python that has what abcrown.py needs; else that of FLOWVERIFY_ABCROWN_PYTHON, else this one."
     )
     device: str = option("cpu", "Where it computes: cpu or cuda.")
-    config: str = option("", "A YAML file with more of its settings, of general, solver, bab and attack.")
+    config: str = option("", "YAML with more of its settings: general, solver, bab, attack; for l1-penalty solver.")
 
     def __post_init__(self) -> None:
         _check_outside("alpha-beta-crown", self.encoding, ABCROWN_ENCODINGS, self.timeout)

@@ -297,6 +297,13 @@ class TestSettings:
         with pytest.raises(error, match=message):
             stand_in.certifier(config=str(own))
 
+    def test_of_branching_are_not_for_its_own_ball(self, stand_in, tmp_path):
+        own = tmp_path / "own.yaml"
+        own.write_text("bab: {clip_n_verify: {clip_input_domain: {enabled: true}}}\n")
+        assert stand_in.certifier(config=str(own)).options.encoding == "penalty"
+        with pytest.raises(InvalidInputError, match="section 'bab', expected only solver"):
+            stand_in.certifier(config=str(own), encoding="l1-penalty")
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
