@@ -200,13 +200,14 @@ def verona_module(
             self._key: Any = None
             self._certifier: Any = None
 
-        def certifier(self, network: Any, shape: tuple[int, ...], target: int | None) -> Any:
+        def certifier(self, network: Any, shape: Any, target: int | None) -> Any:
             """The last one is kept: epsilons are asked about one after the other."""
             key = (network, shape, target)
             if self._key != key:
-                path = getattr(network, "path", None)
-                is_onnx = path is not None and Path(path).suffix == ".onnx"
-                model = path if is_onnx else getattr(loaded := network.load_pytorch_model(), "torch_model", loaded)
+                model: Any = getattr(network, "path", None)
+                if model is None or Path(model).suffix != ".onnx":
+                    wrapper = network.load_pytorch_model()
+                    model = getattr(wrapper, "torch_model", wrapper)
                 self._certifier = make_certifier(model, method, input_shape=shape, target=target, **options)
                 self._key = key
             return self._certifier

@@ -235,7 +235,7 @@ class TestVerona:
 
     def test_errors_are_an_outcome_with_the_reason(self, verona, tmp_path):
         found = verona(verona_module("fine-tuned"), 0.1, data=-torch.ones(1, 8, 8))
-        assert found.result == "ERR" and "negative" in found.err
+        assert found.result == "ERR" and "value -1.0 at (0, 0, 0, 0), expected finite and >= 0" in found.err
         found = verona(verona_module("fine-tuned"), 0.1, data=torch.ones(64))
         assert found.result == "ERR" and "input shape" in found.err
         found = verona(verona_module("fine-tuned", input_shape=(1, 9, 9)), 0.1)

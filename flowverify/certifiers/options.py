@@ -257,7 +257,7 @@ class MarabouOptions:
         _check_outside("marabou", self.encoding, MARABOU_ENCODINGS, self.timeout)
 
 
-ABCROWN_ENCODINGS = ("penalty", "l1-penalty")
+ABCROWN_ENCODINGS = ("both", "l1-penalty", "penalty")
 DEVICES = ("cpu", "cuda")
 
 
@@ -271,7 +271,7 @@ class AlphaBetaCrownOptions:
     """
 
     encoding: str = option(
-        "penalty", "How alpha-beta-crown is asked: penalty (a box), or l1-penalty (an L1 ball of its own)."
+        "both", "How alpha-beta-crown is asked: l1-penalty (its own L1 ball), penalty (a box), or both in turn."
     )
     timeout: float = option(300.0, "Seconds for an image and a radius.")
     program: str = option("", "Its abcrown.py, or a program that runs it; else that of FLOWVERIFY_ABCROWN.")
@@ -279,7 +279,7 @@ class AlphaBetaCrownOptions:
         "", "The Python that has what abcrown.py needs; else that of FLOWVERIFY_ABCROWN_PYTHON, else this one."
     )
     device: str = option("cpu", "Where it computes: cpu or cuda.")
-    config: str = option("", "YAML with more of its settings: general, solver, bab, attack; for l1-penalty solver.")
+    config: str = option("", "YAML with more of its settings: general and solver; for penalty bab and attack, too.")
 
     def __post_init__(self) -> None:
         _check_outside("alpha-beta-crown", self.encoding, ABCROWN_ENCODINGS, self.timeout)

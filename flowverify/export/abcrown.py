@@ -33,9 +33,9 @@ from flowverify.settings import read_yaml
 GRACE = 60.0  # seconds beyond its own limit that it has for its imports, for reading files and for ending
 POLL = 0.05  # seconds between two looks at a process
 PROGRAM, PYTHON = "FLOWVERIFY_ABCROWN", "FLOWVERIFY_ABCROWN_PYTHON"
-# Other sections say what is asked, and that is said here. What some of its ways of branching make of an L1 ball has
-# radius 0 (release 2025.12 forgets the radius where it shrinks or splits input boxes), so that they would prove all.
-SECTIONS = {"penalty": ("general", "solver", "bab", "attack"), "l1-penalty": ("solver",)}
+SECTIONS = ("general", "solver", "bab", "attack")  # the others say what is asked, and that is said here
+# Where it shrinks or splits the box of an L1 ball, release 2025.12 forgets the radius, and would prove everything.
+OWN_BALL_SECTIONS = ("general", "solver")
 WITHOUT_ATTACK = "without attack"
 # Bounds in float32 would leave rounding out of a proof; convolutions behind a dense layer need matrices.
 DEFAULTS = {"general": {"double_fp": True, "conv_mode": "matrix"}}
@@ -99,7 +99,7 @@ class AlphaBetaCrown:
 
     def __init__(self, options: AlphaBetaCrownOptions, clock: Callable[[], float] = time.perf_counter) -> None:
         self._command = abcrown_command(options.program, options.python)
-        self._settings = own_settings(options.config, SECTIONS[options.encoding])
+        self._settings = own_settings(options.config)
         self._device, self._clock = options.device, clock
 
     def solve(self, asked: Mapping[str, Any], inputs: int, folder: Path, timeout: float) -> Outcome:
@@ -114,12 +114,16 @@ class AlphaBetaCrown:
         results, witness, config = (folder / name for name in ("results.txt", "counterexample.txt", "config.yaml"))
         for path in (results, witness):
             path.unlink(missing_ok=True)
-        demanded = {
+        demanded: dict[str, Any] = {
             "general": {"device": self._device, "results_file": str(results), "save_adv_example": True},
             "attack": {"cex_path": str(witness)},
             "bab": {"timeout": float(timeout), "decision_thresh": 0.0},
         }
-        settings = merged(DEFAULTS, self._settings, asked, demanded)
+        by_files, own = "vnnlib_path" in asked["specification"], self._settings
+        if not by_files:
+            own = {name: section for name, section in own.items() if name in OWN_BALL_SECTIONS}
+            demanded["general"]["complete_verifier"] = "bab"
+        settings = merged(DEFAULTS, own, asked, demanded)
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
         with tempfile.TemporaryFile() as log:
             try:
@@ -131,7 +135,7 @@ class AlphaBetaCrown:
                 return self._outcome("timeout", start, f"it did not stop by itself after {timeout:g} s; {said}")
             if code:
                 return self._outcome("error", start, f"it ended with exit code {code}; {said}")
-            word = _answer(results, log, "vnnlib_path" in settings.get("specification", {}))
+            word = _answer(results, log, by_files)
         result = next((result for form, result in WORDS.items() if re.fullmatch(form, word)), "error")
         if result == "error":
             answer = f"it answered {word[:200]!r}" if word else "it gave no answer"
@@ -153,7 +157,7 @@ class AlphaBetaCrown:
         return Outcome(result, self._clock() - start, message=f"alpha-beta-crown: {message}" if message else "")
 
 
-def own_settings(path: str, sections: Sequence[str]) -> dict[str, Any]:
+def own_settings(path: str) -> dict[str, Any]:
     """The settings of a user's YAML file, by section; of no file, none.
 
     Raises:
@@ -166,8 +170,8 @@ def own_settings(path: str, sections: Sequence[str]) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
         raise InvalidInputError(f"config {path}: expected sections of settings, as alpha-beta-CROWN has them")
     for section in found:
-        if section not in sections:
-            raise InvalidInputError(f"config {path}: section {section!r}, expected only {', '.join(sections)}")
+        if section not in SECTIONS:
+            raise InvalidInputError(f"config {path}: section {section!r}, expected only {', '.join(SECTIONS)}")
     return found
 
 
@@ -210,9 +214,9 @@ def run_alone(
         process.wait()
 
 
-def _answer(results: Path, log: BinaryIO, files: bool) -> str:
+def _answer(results: Path, log: BinaryIO, by_files: bool) -> str:
     """The word in the file of results, or in the log for data of a loader, whose results are pickled; "" for none."""
-    if files:
+    if by_files:
         with suppress(OSError, UnicodeDecodeError):
             return results.read_text(encoding="utf-8").partition("\n")[0].strip()
         return ""
@@ -225,6 +229,8 @@ class AlphaBetaCrownCertifier(OutsideCertifier):
     """alpha-beta-CROWN on the exported network: certified, falsified with a replayed image, or neither.
 
     It claims what :class:`~flowverify.export.outside.OutsideCertifier` does.
+
+    Its own L1 ball proves most, and has no attack; the box has one. Asked both ways, each has half of the time.
 
     Args:
         options: how it is run and asked.
@@ -258,6 +264,10 @@ class AlphaBetaCrownCertifier(OutsideCertifier):
         except DependencyError as error:
             return str(error).partition(": ")[2]
         return ""
+
+    @property
+    def file_encodings(self) -> Sequence[str]:
+        return ("l1-penalty", "penalty") if self.encoding == "both" else (self.encoding,)
 
     def ask(self, onnx: Path, vnnlib: Path, export: Export, instance: Instance, way: str, timeout: float) -> Outcome:
         folder, inputs = onnx.parent, export.network.inputs

@@ -299,13 +299,14 @@ class MarabouCertifier(OutsideCertifier):
         return marabou_missing()
 
     @property
-    def file_encoding(self) -> str:
-        return "linear" if self.encoding == "cuts" else self.encoding
+    def file_encodings(self) -> Sequence[str]:
+        return ("linear" if self.encoding == "cuts" else self.encoding,)
 
-    def _answer(self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export) -> Found:
+    def _answer(
+        self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export, end: float
+    ) -> Found:
         """By cuts, where they are asked for; then by files, about the classes that are still open."""
         (instance,) = export.instances
-        end = self._clock() + self.timeout
         if self.encoding == "cuts":
             decision = self._by_cuts(folder, image, label, ball, export, end - (1 - SHARE) * self.timeout)
             if decision.shown is not None or not decision.undecided:

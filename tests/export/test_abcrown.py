@@ -102,7 +102,7 @@ class StandIn:
         return json.loads((self.folder / "runs.json").read_text())
 
     def certifier(self, clock=None, method="fine-tuned", **options):
-        given = AlphaBetaCrownOptions(program=str(self.program), **options)
+        given = AlphaBetaCrownOptions(program=str(self.program), **{"encoding": "penalty", **options})
         return AlphaBetaCrownCertifier(case()[0], method, options=given, **({"clock": clock} if clock else {}))
 
     def certify(self, radius=0.01, **options):
@@ -136,7 +136,7 @@ CENTRE = {"word": "sat", "values": [0.0] * 48}  # the image itself, which is no 
 
 class TestAnswers:
     def test_unsat_is_certified(self, stand_in):
-        found = stand_in.answers("unsat").certify(0.01)
+        found = stand_in.answers("unsat").certify(0.01, clock=lambda: 0.0)
         assert (found.verdict, found.bound, found.radius) == (Verdict.CERTIFIED, "alpha-beta-crown", 0.01)
         (settings,) = stand_in.runs
         assert settings["general"]["double_fp"] is True and settings["general"]["device"] == "cpu"
@@ -270,6 +270,24 @@ class TestOwnBall:
         assert stand_in.answers(answer).certify(encoding="l1-penalty").verdict is verdict
 
 
+class TestBoth:
+    def test_its_own_ball_is_asked_about_first(self, stand_in):
+        assert stand_in.answers("safe").certify(encoding="both").verdict is Verdict.CERTIFIED
+        assert "vnnlib_path" not in stand_in.runs[0]["specification"]
+
+    def test_then_the_box_with_what_time_is_left(self, stand_in):
+        _, high, values = nearest()
+        stand_in.answers("unknown", {"word": "sat", "values": values})
+        found = stand_in.certify(1.02 * high, encoding="both", clock=lambda: 0.0, timeout=100.0)
+        assert found.verdict is Verdict.FALSIFIED
+        assert [run["bab"]["timeout"] for run in stand_in.runs] == [50.0, 100.0]  # no time has passed
+
+    @pytest.mark.parametrize("answers", [("saf", "timeout"), ("unknown", "saf")])
+    def test_an_error_is_not_hidden(self, stand_in, answers):
+        found = stand_in.answers(*answers).certify(encoding="both")
+        assert found.verdict is Verdict.ERROR and "it answered 'saf'" in found.note
+
+
 class TestSettings:
     def test_of_a_file_reach_it_unless_they_are_what_is_asked(self, stand_in, tmp_path):
         own = tmp_path / "own.yaml"
@@ -299,15 +317,20 @@ class TestSettings:
 
     def test_of_branching_are_not_for_its_own_ball(self, stand_in, tmp_path):
         own = tmp_path / "own.yaml"
-        own.write_text("bab: {clip_n_verify: {clip_input_domain: {enabled: true}}}\n")
-        assert stand_in.certifier(config=str(own)).options.encoding == "penalty"
-        with pytest.raises(InvalidInputError, match="section 'bab', expected only solver"):
-            stand_in.certifier(config=str(own), encoding="l1-penalty")
+        own.write_text("bab: {max_domains: 9}\ngeneral: {complete_verifier: auto, seed: 3}\nsolver: {batch_size: 7}\n")
+        stand_in.answers("unknown", "timeout").certify(config=str(own), encoding="both")
+        ball, box = stand_in.runs
+        assert "max_domains" not in ball["bab"] and box["bab"]["max_domains"] == 9
+        assert (ball["general"]["complete_verifier"], box["general"]["complete_verifier"]) == ("bab", "auto")
+        assert ball["general"]["seed"] == box["general"]["seed"] == 3 and ball["solver"] == box["solver"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"encoding": "linear"}, "encoding for alpha-beta-crown 'linear': expected one of l1-penalty, penalty"),
+            (
+                {"encoding": "linear"},
+                "encoding for alpha-beta-crown 'linear': expected one of both, l1-penalty",
+            ),
             ({"timeout": 0.0}, "timeout: given 0.0"),
             ({"device": "tpu"}, "device of alpha-beta-crown 'tpu': expected one of cpu, cuda"),
         ],
@@ -332,14 +355,15 @@ class TestProgram:
         assert abcrown_command(python=sys.executable)[0] == sys.executable
         assert abcrown_command(str(paths[2])) == [str(paths[2])]
         engine = AlphaBetaCrown(AlphaBetaCrownOptions(program=str(paths[2])))
-        outcome = engine.solve({}, 48, tmp_path, 1.0)
+        outcome = engine.solve({"specification": {}}, 48, tmp_path, 1.0)
         assert outcome.result == "error" and "exit code 3" in outcome.message
 
     def test_what_cannot_be_run_is_an_error(self, tmp_path):
         path = tmp_path / "binary"
         path.write_bytes(b"\x7fELF, but not really")
         path.chmod(0o755)
-        outcome = AlphaBetaCrown(AlphaBetaCrownOptions(program=str(path))).solve({}, 48, tmp_path, 1.0)
+        engine = AlphaBetaCrown(AlphaBetaCrownOptions(program=str(path)))
+        outcome = engine.solve({"specification": {}}, 48, tmp_path, 1.0)
         assert outcome.result == "error" and "it cannot be run (Exec format error)" in outcome.message
 
     @pytest.mark.parametrize(
@@ -377,14 +401,14 @@ class TestUse:
     def test_in_the_library(self, stand_in):
         network, image, label = case()
         options = {"engine": "alpha-beta-crown", "program": str(stand_in.program), "timeout": 9}
-        stand_in.answers("unsat", "unsat")
+        stand_in.answers("safe", "safe-incomplete")
         assert fv.certify(network, image, label, WassersteinBall(0.01), **options).verdict == "certified"
         vanilla = fv.certify(network, image, label, WassersteinBall(0.01), "vanilla", **options)
         assert (vanilla.verdict, vanilla.method) == ("certified", "vanilla")
 
     def test_on_the_command_line(self, stand_in, monkeypatch):
         monkeypatch.setenv(PROGRAM, str(stand_in.program))
-        stand_in.answers("unsat", "timeout")
+        stand_in.answers("safe", "unknown", "timeout")
         arguments = ["verify", "digits-fc3", "--engine", "alpha-beta-crown", "--radius", "0.02", "--index", "0:2"]
         done = CliRunner().invoke(app, [*arguments, "--timeout", "9", "--json"])
         assert done.exit_code == 0, done.output
