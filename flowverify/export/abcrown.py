@@ -115,7 +115,13 @@ class AlphaBetaCrown:
         for path in (results, witness):
             path.unlink(missing_ok=True)
         demanded: dict[str, Any] = {
-            "general": {"device": self._device, "results_file": str(results), "save_adv_example": True},
+            "general": {
+                "device": self._device,
+                "results_file": str(results),
+                "save_adv_example": True,
+                "csv_name": None,  # which would name other questions
+                "root_path": "",
+            },
             "attack": {"cex_path": str(witness)},
             "bab": {"timeout": float(timeout), "decision_thresh": 0.0},
         }

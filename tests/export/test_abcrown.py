@@ -317,12 +317,14 @@ class TestSettings:
 
     def test_of_branching_are_not_for_its_own_ball(self, stand_in, tmp_path):
         own = tmp_path / "own.yaml"
-        own.write_text("bab: {max_domains: 9}\ngeneral: {complete_verifier: auto, seed: 3}\nsolver: {batch_size: 7}\n")
+        general = "{complete_verifier: auto, seed: 3, csv_name: other.csv, root_path: elsewhere}"
+        own.write_text(f"bab: {{max_domains: 9}}\ngeneral: {general}\nsolver: {{batch_size: 7}}\n")
         stand_in.answers("unknown", "timeout").certify(config=str(own), encoding="both")
         ball, box = stand_in.runs
         assert "max_domains" not in ball["bab"] and box["bab"]["max_domains"] == 9
         assert (ball["general"]["complete_verifier"], box["general"]["complete_verifier"]) == ("bab", "auto")
         assert ball["general"]["seed"] == box["general"]["seed"] == 3 and ball["solver"] == box["solver"]
+        assert ball["general"]["csv_name"] is box["general"]["csv_name"] is None and not ball["general"]["root_path"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
