@@ -19,7 +19,7 @@ from flowverify.errors import DataError, DependencyError, FlowverifyError, Inval
 from flowverify.export.abcrown import PROGRAM, PYTHON, AlphaBetaCrown, AlphaBetaCrownCertifier, abcrown_command
 from flowverify.results import Verdict
 from flowverify.transport.references import flow_by_transport
-from tests.export.exact import small_image, small_network
+from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
 pytest.importorskip("onnxruntime")
 
@@ -397,6 +397,23 @@ class TestProgram:
         assert absent.status is Status.ABSENT and "no program is named; install" in absent.detail
         monkeypatch.setenv(PROGRAM, str(stand_in.program))
         assert {one.name: one for one in examine()}["alpha-beta-crown"].status is Status.OK
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(AlphaBetaCrownCertifier.missing()), reason=AlphaBetaCrownCertifier.missing() or "it is there")
+@pytest.mark.parametrize(("seed", "kind"), [(2, "convolution"), (5, "linear")])
+def test_the_real_one_contradicts_no_exact_program(seed, kind):
+    network, image = small_network(seed, kind), small_image(100 + seed)
+    label = network(image[None]).argmax(1)
+    exact = least_misclassifying_budget(network, image, int(label)) / float(image.sum())
+    engine = AlphaBetaCrownCertifier(network, options=AlphaBetaCrownOptions(timeout=40.0))
+    low, above, high = (
+        engine.certify(image[None], label, WassersteinBall(factor * exact))[0].verdict for factor in (0.5, 1.01, 1.5)
+    )
+    assert low is Verdict.CERTIFIED
+    assert {above, high} <= {Verdict.FALSIFIED, Verdict.UNKNOWN, Verdict.TIMEOUT}
+    if kind == "linear":  # its attack finds nothing on the other
+        assert high is Verdict.FALSIFIED
 
 
 class TestUse:
