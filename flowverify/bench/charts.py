@@ -1,34 +1,37 @@
-"""What a report draws: charts of tasks as SVG, and their images, with the worst of their balls.
+"""What a report draws: charts of tasks as SVG, and their images, with what was found for them.
 
 Charts are curves, boxes and times of tasks, on axes that may be shared. Radii for different ground costs, caps or data
 sets are different numbers: each such threat has axes of its own. Charts have the colours of the page's style sheet; its
 script makes them answer.
 
-Pictures are drawn by the page's own script: images as they lie in their files, pixel by pixel, and arrows as numbers;
-each image as it is, and for as many results as a page can hold, the worst of its ball.
+Images are shown as they are, and for as many results as a page can hold, with the adversarial image of an attack, or
+the counterexample of a complete method, if the run has kept it; or else with the worst case of the ball to first order.
+All of it is what the page's own script draws: images as they lie in their files, pixel by pixel, and arrows as numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flowverify.bench import sources
 from flowverify.bench.sources import title_of
 from flowverify.bench.statistics import FAILURES, TaskRecords, quantiles, radius_of
-from flowverify.bench.tasks import Record
+from flowverify.bench.tasks import Key, Record, Task, unpacked
 from flowverify.curves import Curve, Run, curves_of
-from flowverify.errors import FlowverifyError
-from flowverify.figures import WorstCase, worst_cases
+from flowverify.errors import DataError, FlowverifyError
+from flowverify.figures import WorstCase, cases_of
 from flowverify.figures.files import brighter, white_of, window
 from flowverify.notebook import data_address
+from flowverify.results import Certificate, Verdict
 
 if TYPE_CHECKING:
     from flowverify.data import Dataset
-    from flowverify.network import Network
 
 SHOWN_POINTS = 2000  # of a scatter plot, so that the page stays small
 
@@ -271,6 +274,7 @@ def box_chart(box: Box, across: float) -> str:
 MOST_CASES = 1000  # worst cases of a page
 MOST_BYTES = 2_500_000  # of its images, and as many of its worst cases
 ARROWS = 150  # of one worst case, the largest
+TIE = 1e-6  # relative: counterexamples lie next to ties, and other batches round otherwise
 DIRECTIONS = {(1, 0): 0, (0, 1): 1, (-1, 0): 2, (0, -1): 3}
 
 
@@ -281,7 +285,7 @@ class Pictures:
     Attributes:
         images: by data set and position, as addresses.
         cases: by the number of a task and the position of an image.
-        wanted: how many results have a worst case.
+        wanted: how many results have a case.
         failures: why there are none, by data set or model.
     """
 
@@ -292,17 +296,25 @@ class Pictures:
 
 
 def radius_shown(one: TaskRecords, record: Record) -> float | None:
-    """The radius at which the worst of the ball is shown; None where there is nothing to see."""
+    """The radius of the ball whose worst case is shown where nothing was found; None where there is nothing to see."""
     if one.task.kind not in ("certify", "attack") or record["verdict"] in ("misclassified", "error"):
         return None
     radius = record.get("radius") or one.task.settings.get("radius") or record.get("upper_radius")
     return float(radius) if radius and math.isfinite(radius) else None
 
 
-def pictures(tasks: Sequence[TaskRecords], most: int = MOST_CASES, most_bytes: int = MOST_BYTES) -> Pictures:
-    """The images of all tasks, and the worst cases of the first images of every task: as many as there is room for.
+def pictures(
+    tasks: Sequence[TaskRecords],
+    witnesses: Mapping[Key, str],
+    most: int = MOST_CASES,
+    most_bytes: int = MOST_BYTES,
+) -> Pictures:
+    """The images of all tasks, and the cases of the first images of every task: as many as there is room for.
 
     A model or a data set that is not there any more leaves its pictures out.
+
+    Args:
+        witnesses: the images that were found, by task and position, packed.
     """
     found, room = Pictures(), most_bytes
     data: dict[str, Dataset] = {}
@@ -322,11 +334,18 @@ def pictures(tasks: Sequence[TaskRecords], most: int = MOST_CASES, most_bytes: i
                 image = data[key].images[place].double()
                 shown[place] = data_address(image.numpy(), white_of(image))
                 room -= len(shown[place])
-    _draw_cases(found, tasks, data, most, most_bytes)
+    _draw_cases(found, tasks, witnesses, data, most, most_bytes)
     return found
 
 
-def _draw_cases(found: Pictures, tasks: Sequence[TaskRecords], data: dict[str, Dataset], most: int, room: int) -> None:
+def _draw_cases(
+    found: Pictures,
+    tasks: Sequence[TaskRecords],
+    witnesses: Mapping[Key, str],
+    data: dict[str, Dataset],
+    most: int,
+    room: int,
+) -> None:
     chosen: dict[int, list[tuple[Record, float]]] = {}
     for number, record, radius in _in_turn(tasks):
         found.wanted += 1
@@ -340,12 +359,15 @@ def _draw_cases(found: Pictures, tasks: Sequence[TaskRecords], data: dict[str, D
         try:
             sources.check_digest(task.settings)
             network = sources.network(task.settings["model"], data[key].input_shape)
-            cases = _cases(network, data[key], pairs, task.settings["ground"], task.settings.get("cap"))
+            certificates = [_certificate(task, *pair, witnesses) for pair in pairs]
+            images = data[key].images[[record["index"] for record, _ in pairs]]
+            cases = cases_of(network, images, certificates)
+            _check(cases, pairs)
         except FlowverifyError as error:  # the records may have come from elsewhere, without model and data
             found.failures[model] = str(error)
             continue
         for (record, _), case in zip(pairs, cases, strict=True):
-            entry = case_entry(case)
+            entry = case_entry(case, str(task.settings.get("attack") or task.settings.get("method")))
             room -= len(entry["other"]) + 12 * len(entry["arrows"])
             if room > 0:
                 found.cases[f"{number}/{record['index']}"] = entry
@@ -360,16 +382,32 @@ def _in_turn(tasks: Sequence[TaskRecords]) -> Iterator[tuple[int, Record, float]
                 yield number, records[rank], radius
 
 
-def _cases(
-    network: Network, data: Dataset, pairs: Sequence[tuple[Record, float]], ground: str, cap: float | None
-) -> list[WorstCase]:
-    images = data.images[[record["index"] for record, _ in pairs]]
-    labels, radii = [record["label"] for record, _ in pairs], [radius for _, radius in pairs]
-    return worst_cases(network, images, labels, radii, ground, cap)
+def _certificate(task: Task, record: Record, radius: float, witnesses: Mapping[Key, str]) -> Certificate:
+    """What a picture is drawn of: the image that was found, or without one the ball of a radius."""
+    text = witnesses.get((task.name, record["index"]))
+    return Certificate(
+        Verdict.UNKNOWN if text is None else Verdict.FALSIFIED, record["label"], None, "", "",
+        task.settings["ground"], radius, None, 0.0, cap=task.settings.get("cap"),
+        witness=None if text is None else torch.from_numpy(unpacked(text)),
+    )  # fmt: skip
 
 
-def case_entry(case: WorstCase) -> dict[str, Any]:
-    """A worst case as plain JSON values: its image, the arrows of the flow, and what its captions say."""
+def _check(cases: Sequence[WorstCase], pairs: Sequence[tuple[Record, float]]) -> None:
+    """Raises DataError: an image that was kept as a counterexample is none."""
+    for case, (record, _) in zip(cases, pairs, strict=True):
+        if case.counterexample and case.margins[1] > TIE * (1 + abs(case.margins[0])):
+            raise DataError(
+                f"image kept for {record['task']}, image {record['index']}: is classified as {case.label}, expected "
+                "a counterexample"
+            )
+
+
+def case_entry(case: WorstCase, by: str) -> dict[str, Any]:
+    """A case as plain JSON values: its image, the arrows of the flow, and what its captions say.
+
+    Args:
+        by: what found it, if it is a counterexample.
+    """
     change, white = case.change, white_of(case.image)
     colours = case.image.shape[0] == 3
     arrows = change.arrows(by_channel=colours, most=ARROWS)
@@ -389,9 +427,10 @@ def case_entry(case: WorstCase) -> dict[str, Any]:
             for arrow in arrows
         ],
         "all": len(change.arrows(by_channel=colours, most=10**9)),
+        "by": by if case.counterexample else "",
         "rival": case.rival,
         "predicted": case.predicted,
-        "margins": [round(margin, 4) for margin in case.margins],
+        "margins": [float(f"{margin:.5g}") for margin in case.margins],
         "distance": round(case.distance, 5),
         "exact": case.exact,
         "above": brighter(case.worst, white).replace("orange", "shown as white").replace("clipped", "shown as white"),

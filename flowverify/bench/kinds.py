@@ -30,13 +30,14 @@ from pydantic import AfterValidator, Field, WrapValidator
 
 from flowverify.bench import sources
 from flowverify.bench.statistics import ON_WORD
-from flowverify.bench.tasks import Context, Defaults, Kind, Prepared, Record, Run, Task
+from flowverify.bench.tasks import WITNESS, Context, Defaults, Kind, Prepared, Record, Run, Task, packed
 from flowverify.bounds.recipes import BOUNDS
 from flowverify.certifiers.options import DOMAINS
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError
 from flowverify.export.folder import MANIFEST, load_arrays, model_digest
 from flowverify.export.results import WORDS, collect, read_manifest
 from flowverify.registry import ATTACKS, COMPLETE, INCOMPLETE, LINEAR, METHODS
+from flowverify.results import Certificate, Verdict
 from flowverify.settings import (
     Natural,
     Number,
@@ -239,8 +240,14 @@ class _Certification(Prepared):
             found = self._certifier.search(chosen.images, chosen.labels, self._ball.threat)
         else:
             found = self._certifier.certify(chosen.images, chosen.labels, self._ball)
-        records: list[dict[str, Any]] = [certificate.to_json() for certificate in found]
-        return records
+        return [self._record(one) for one in found]
+
+    def _record(self, one: Certificate) -> Record:
+        """With the counterexample, unless it lies beyond the radius that was decided."""
+        record: Record = one.to_json()
+        if one.witness is not None and (self._searching or one.verdict is Verdict.FALSIFIED):
+            record[WITNESS] = packed(one.witness.cpu().numpy())
+        return record
 
 
 AttackName = Annotated[str, OneOf(tuple(ATTACKS), outside=True)]
@@ -303,6 +310,7 @@ class _Attack(Prepared):
         record.pop("outcome")
         if record["verdict"] == "falsified":
             record["upper_radius"] = distance
+            record[WITNESS] = packed(found.images[index].cpu().numpy())
         return record
 
 

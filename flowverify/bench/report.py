@@ -29,7 +29,7 @@ from flowverify.bench.statistics import (
     measured,
     quantiles,
 )
-from flowverify.bench.store import read_folder
+from flowverify.bench.store import read_folder, read_witnesses
 from flowverify.bench.tasks import Record
 from flowverify.bounds.recipes import BOUNDS
 from flowverify.certifiers.base import CLOSED, count_closed, ends_of, median_upper
@@ -198,7 +198,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
     except OSError as error:
         raise DataError(f"{target}: cannot be made ({error.strerror}), expected a folder or a new name") from error
     named = titles(one.task for one in tasks)
-    shown = pictures(tasks)
+    shown = pictures(tasks, read_witnesses(folder))
     curves = _curves(tasks)
     page = _HTML.get_template("report.html.jinja").render(
         suite=suite,

@@ -1,4 +1,7 @@
-"""The folder of a run: its suite, its records (:mod:`flowverify.records`), and the log of its processes."""
+"""The folder of a run: its suite, its records (:mod:`flowverify.records`), and the log of its processes.
+
+Images that attacks and complete methods found are kept in a file beside the records, which stay lines to be read.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from flowverify.bench.suite import Suite
-from flowverify.bench.tasks import Key, Record
+from flowverify.bench.tasks import WITNESS, Key, Record
 from flowverify.errors import DataError, InvalidInputError
 from flowverify.records import RecordFile, read_records, write_whole
 
-RECORDS, SUITE, RUNS = "records.jsonl", "suite.json", "runs.jsonl"
-NEEDED = ("task", "index", "verdict")
+RECORDS, SUITE, RUNS, WITNESSES = "records.jsonl", "suite.json", "runs.jsonl", "witnesses.jsonl"
+NEEDED, IMAGE_OF = ("task", "index", "verdict"), ("task", "index", WITNESS)
 
 
 def key_of(record: Record) -> Key:
@@ -31,6 +34,7 @@ class Store(RecordFile[Key]):
 
     def __init__(self, folder: str | Path, suite: Suite) -> None:
         self.folder = Path(folder)
+        self._witnesses: RecordFile[Key] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / SUITE).is_file():
@@ -55,7 +59,27 @@ class Store(RecordFile[Key]):
             known = self.records.get(key_of(record))
             if known is not None and known["verdict"] not in ("error", "timeout"):
                 raise InvalidInputError(f"record {key_of(record)} is in {self.path} already")
-        super().append(records)
+        self._keep_witnesses(records)
+        super().append([{name: value for name, value in one.items() if name != WITNESS} for one in records])
+
+    def _keep_witnesses(self, records: Sequence[Record]) -> None:
+        """Before their records: one that is there has its image, whenever this ends."""
+        found = {key_of(one): {name: one[name] for name in IMAGE_OF} for one in records if WITNESS in one}
+        if not found:
+            return
+        try:
+            if self._witnesses is None:
+                self._witnesses = RecordFile(self.folder / WITNESSES, key_of, IMAGE_OF)
+            self._witnesses.append(list(found.values()))
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        self._witnesses.records.clear()  # they are for reports; of several of one image the last counts
+
+    def close(self) -> None:
+        """Lets others write to the folder."""
+        if self._witnesses is not None:
+            self._witnesses.close()
+        super().close()
 
     def log(self, entry: dict[str, Any]) -> None:
         """Adds a line about a run, which no result depends on."""
@@ -104,6 +128,16 @@ def read_folder(folder: str | Path) -> tuple[Suite, list[Record], list[dict[str,
     known = {key_of(record): record for record in read_records(folder / RECORDS, NEEDED)}
     order = [(task.name, index) for task in suite.tasks for index in task.positions]
     return suite, [known[key] for key in order if key in known], read_records(folder / RUNS)
+
+
+def read_witnesses(folder: str | Path) -> dict[Key, str]:
+    """The images that were found, packed (:func:`flowverify.bench.tasks.unpacked`), by task and position.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    found = read_records(Path(folder) / WITNESSES, IMAGE_OF)
+    return {key_of(one): one[WITNESS] for one in found}
 
 
 def _read_suite(path: Path) -> Suite:

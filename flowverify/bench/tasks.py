@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from pydantic import Field
 
+from flowverify.errors import DataError
 from flowverify.records import Record as Record
 from flowverify.registry import Entry, Registry
 from flowverify.settings import Settings, settings
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from flowverify.bench.sources import Data
 
 Key = tuple[str, int]  # of a record: the name of its task, and the position of its image
+WITNESS = "witness"  # of a record on its way to the store, which keeps it elsewhere: the image found, packed
+
+
+def packed(image: npt.NDArray[Any]) -> str:
+    """An image (C, H, W), to the last digit, as text of a length that zeros and float32 numbers add little to."""
+    values = np.ascontiguousarray(image, dtype=np.float64)
+    planes = np.ascontiguousarray(values.view(np.uint8).reshape(-1, values.itemsize).T)  # like bytes side by side
+    shape = "x".join(map(str, values.shape))
+    return f"{shape}:{base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()}"
+
+
+def unpacked(text: str) -> npt.NDArray[Any]:
+    """The image of :func:`packed`, float64 (C, H, W).
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        head, _, body = text.partition(":")
+        planes = np.frombuffer(zlib.decompress(base64.b64decode(body, validate=True)), dtype=np.uint8)
+        return np.ascontiguousarray(planes.reshape(8, -1).T).view(np.float64).reshape(*map(int, head.split("x")))
+    except (ValueError, zlib.error) as error:
+        raise DataError(f"image {text[:20]!r}: is damaged ({error}), expected what a run has kept") from error
 
 
 @dataclass(frozen=True)

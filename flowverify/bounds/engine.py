@@ -128,6 +128,7 @@ class Batch:
         effort: how tight the margins need to be.
         margins: lower bounds of the margins from other engines, (B, S); None before there are any.
         widened: whether what is known of affine values allows for rounding.
+        runs: of the engines that bound it, by name.
     """
 
     ball: Ball
@@ -137,10 +138,15 @@ class Batch:
     effort: Effort = field(default_factory=Effort)
     margins: Tensor | None = None
     widened: bool = False
+    runs: dict[str, Run] = field(default_factory=dict)
 
 
 class Run(Protocol):
-    """One batch on its way through one engine."""
+    """One batch on its way through one engine.
+
+    ``rows_above(name)`` (optional), of a batch of one ball: rows of moves above what an activation puts out, less what
+    that is at the image, once the margins are known (:class:`flowverify.bounds.lifted.rows.ListedRows`); or None.
+    """
 
     def tighten(self, name: str, wanted: Tensor) -> Interval:
         """Bounds (B, *shape) of a value that an activation reads, given ``batch.intervals`` of the values below.

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,24 @@ from flowverify.bounds.relaxations import crosses_zero
 from flowverify.errors import BoundError, FlowverifyError, InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network, Node, fold
 from flowverify.network.rounding import RunningError, SumsOfTerms, is_steep
+
+if TYPE_CHECKING:
+    from flowverify.bounds.lifted.rows import ListedRows
+
+
+@dataclass(frozen=True, eq=False)
+class Everything:
+    """What is known about a network over a batch of balls.
+
+    Attributes:
+        neurons: lower and upper bounds (B, *shape) of what each activation reads.
+        margins: lower bounds (B, S).
+        rows: of moves, above what each activation puts out, less what that is at the image; None for none.
+    """
+
+    neurons: list[Interval]
+    margins: Tensor
+    rows: list[ListedRows | None]
 
 
 class MarginBounds:
@@ -147,13 +167,30 @@ class MarginBounds:
 
     def neurons(self, ball: Ball) -> list[Interval]:
         """Lower and upper bounds (B, *shape) of what each activation reads, in the order of the activations."""
-        return self.neurons_and_margins(ball)[0]
+        batch = Batch(ball.to(dtype=self.dtype))
+        self._bounded(batch)
+        return self._read(batch)
 
-    def neurons_and_margins(self, ball: Ball, specification: Tensor | None = None) -> tuple[list[Interval], Tensor]:
-        """Bounds as :meth:`neurons`, and lower bounds (B, S) of linear functions (B, S, classes) of the output."""
+    def everything(self, ball: Ball, specification: Tensor, most: int = 0) -> Everything:
+        """Bounds of neurons as :meth:`neurons`, of linear functions (B, S, classes) of the output, and rows of moves.
+
+        Args:
+            most: no rows, where they would have more entries.
+        """
         batch = Batch(ball.to(dtype=self.dtype))
         margins = self._bounded(batch, specification)
-        return [batch.intervals[node.inputs[0]] for node in self.network.activations], margins
+        activations = self.network.activations
+        rows: list[ListedRows | None] = [None] * len(activations)
+        moves = 4 * self.network.grid.pixels
+        if sum(math.prod(node.shape) for node in activations) * moves <= most:
+            for run in batch.runs.values():
+                above = getattr(run, "rows_above", None)
+                if above is not None:
+                    rows = [above(node.name) for node in activations]
+        return Everything(self._read(batch), margins, rows)
+
+    def _read(self, batch: Batch) -> list[Interval]:
+        return [batch.intervals[node.inputs[0]] for node in self.network.activations]
 
     def _bounded(self, batch: Batch, specification: Tensor | None = None) -> Tensor:
         """The margins, where there is a specification, and the intervals of the batch; without engines that fail."""
@@ -226,6 +263,7 @@ class MarginBounds:
         for name, engine in self._engines.items():
             with _blaming(name):
                 runs[name] = engine.start(batch)
+        batch.runs = runs
         error = self._start(batch)
         for node in self._intervals.above:
             self._enter(node, batch, runs["interval"], error)

@@ -62,6 +62,8 @@ class AscentSettings:
     slope_step: float = option(0.03, "for the slopes of unstable neurons")
     split_step: float = option(0.2, "for the prices of splits")
     limit_step: float = option(0.05, "for the prices of joint limits")
+    share_step: float = option(0.2, "for the shares of rows of moves")
+    first_share: float = option(0.9, "of rows of moves, where a bound begins")
     decay: float = option(0.98, "of all steps, from one to the next")
     averages: tuple[float, float] = option((0.9, 0.99), "of gradients and of their squares: what is kept of the last")
     rough_tolerance: float = option(1e-3, "of the minimum over the ball, on the way; bounds are sound at any")
@@ -108,7 +110,7 @@ class BranchingSettings:
     few_nodes: int = option(32, "so many, near the roots of a tree")
     better_child: float = option(1.0, "its weight beside the worse one's")
     tolerance: float = option(1e-2, "of the minimum over the ball")
-    tightened: int = option(6, "neurons of every layer that get new bounds after a split below them")
+    tightened: int = option(6, "neurons of every layer that get new bounds after a split below them, without rows")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class TreeSettings:
 
     root_iterations: int = option(30, "for the bounds of roots")
     iterations: int = option(10, "for the bounds of children")
+    row_iterations: int = option(5, "for those that rows of moves bound as well")
     leaf_iterations: int = option(50, "for nodes whose ReLUs are all decided")
     leaf_paces: tuple[float, ...] = option((0.15, 2.0, 20.0), "factors of the steps, one after the other, at these")
     few_open: int = option(24, "unstable neurons: nodes with no more are polished")
@@ -147,7 +150,7 @@ class ScheduleSettings:
     late: tuple[float, ...] = option((0.6, 0.75, 0.88), "shares of the budget after which unfinished trees shrink")
     lowered: float = option(0.4, "by this share of the way to what is proven")
     closing: float = option(0.95, "of the tolerance: what the last tree leaves between itself and the counterexample")
-    easy_nodes: int = option(400, "after which a tree is worth better bounds of the neurons")
+    easy_nodes: int = option(400, "after which a tree without rows is worth better bounds of the neurons")
     least_radius: float = option(1e-9, "pixels: a search that has proven nothing at this radius ends")
 
 
@@ -190,6 +193,7 @@ class SearchSettings:
     counterexamples: CounterexampleSettings = CounterexampleSettings()
     program: ProgramSettings = ProgramSettings()
     bound: str = option("lifted", "whose engines bound neurons and margins at the roots")
+    row_entries: int = option(1 << 24, "of rows of moves above ReLUs; none are made use of where there are more")
     compiled: bool = option(True, "numba's kernels on the CPU; without, what runs on a GPU runs there too")
 
 

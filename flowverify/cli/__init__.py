@@ -15,7 +15,7 @@ from flowverify.cli.attack import attack
 from flowverify.cli.bench import bench, plot, report
 from flowverify.cli.check import check
 from flowverify.cli.common import Command, Group
-from flowverify.cli.export import export
+from flowverify.cli.export import export, vnncomp
 from flowverify.cli.lists import add_lists
 from flowverify.cli.models import demo, doctor, models, train
 from flowverify.cli.smooth import smooth
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (verify, check, attack, export, bench, report, plot, models, doctor, train, demo):
+for command in (verify, check, attack, export, vnncomp, bench, report, plot, models, doctor, train, demo):
     app.command(cls=Command)(command)
 app.add_typer(smooth, name="smooth")
 add_lists(app)

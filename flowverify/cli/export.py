@@ -1,10 +1,17 @@
-"""``flowverify export``: networks and properties for outside verifiers, and their answers read back."""
+"""``flowverify export``: networks and properties for outside verifiers, and their answers read back.
+
+``flowverify vnncomp`` answers such properties itself, by the contract for tools of the competition VNN-COMP.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from threading import Lock, Timer
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +30,10 @@ from flowverify.cli.common import (
     Split,
     Std,
     Weights,
+    check_writable,
     json_line,
+    one_line,
+    print_error,
     progress_bar,
     user_errors,
 )
@@ -31,6 +41,7 @@ from flowverify.cli.job import load_inputs
 from flowverify.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from flowverify.network import Network
     from flowverify.results import Certificate
 
 
@@ -91,7 +102,8 @@ def export(
     network, data = load_inputs(given, dataset, split, data_dir)
     positions = list(parse_index(index, len(data)))
     chosen = data[positions]
-    origin = Origin(model, data.name, split, tuple(positions))
+    loading = {name: value for name, value in given.settings.items() if name != "model"}
+    origin = Origin(model, data.name, split, tuple(positions), loading)
     with progress_bar(quiet=json) as bar:
         task = bar.add_task(f"{model} on {data.name}", total=len(positions) * len(radius))
         manifest = write_folder(
@@ -136,3 +148,101 @@ def _collect(source: Source, folder: Path, results: Path, *, json: bool) -> None
         sys.stdout.flush()
     if any(certificate.verdict is Verdict.ERROR for _, certificate in found):
         raise typer.Exit(FAILED)
+
+
+CONTRACT = "v1"  # of the competition's scripts
+RESERVED, RESERVED_SHARE = 1.0, 0.02  # of the time, in seconds and as a share: to start with, and to end in
+
+
+@user_errors
+def vnncomp(
+    version: Annotated[str, typer.Argument(help=f"Of the contract: {CONTRACT}.")],
+    category: Annotated[str, typer.Argument(help="Of the benchmark; it makes no difference.")],
+    onnx: Annotated[Path, typer.Argument(help="A network that was exported, in its folder.")],
+    vnnlib: Annotated[Path, typer.Argument(help="A property of it, in its folder.")],
+    results: Annotated[Path | None, typer.Argument(help="The file for the answer.", show_default=False)] = None,
+    timeout: Annotated[float | None, typer.Argument(help="Seconds.", show_default=False)] = None,
+) -> None:
+    """Answer a property of an export, by the contract for tools of the competition VNN-COMP.
+
+    The first line of the results file is unsat, sat (then a counterexample follows), unknown, timeout or error. Without
+    a results file the instance is looked up, and what takes long to compile is compiled: what prepare_instance.sh does.
+    Files that are no instance of an export are unknown. Exit code 0: there is an answer; 1: without a results file, no
+    instance of an export; 2: bad input.
+    """
+    if version != CONTRACT:
+        raise InvalidInputError(f"version {version!r}: expected {CONTRACT}")
+    if results is None:
+        _prepare(onnx, vnnlib)
+        return
+    if timeout is None or not timeout > 0:
+        raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0 after the results file")
+    check_writable(results, "results")
+    results.write_text("timeout\n", encoding="ascii")  # until there is an answer
+    seconds = timeout - min(RESERVED + RESERVED_SHARE * timeout, timeout / 2)
+    try:
+        with _ended_after(seconds):
+            text, note = _answer(onnx, vnnlib, seconds)
+    except BaseException:
+        results.write_text("error\n", encoding="ascii")
+        raise
+    results.write_text(text, encoding="ascii")
+    typer.echo(text.splitlines()[0] + (f" ({one_line(note)})" if note else ""))
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Ends the process after so many seconds within it, exit code 0, whatever is being computed."""
+    lock, done = Lock(), False
+
+    def end() -> None:
+        with lock:
+            if not done:
+                typer.echo("timeout")
+                sys.stdout.flush()
+                os._exit(0)
+
+    timer = Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            done = True
+        timer.cancel()
+
+
+def _prepare(onnx: Path, vnnlib: Path) -> None:
+    from flowverify.export.vnncomp import NotExportedError, identify, prepare
+
+    try:
+        question = identify(onnx, vnnlib, _original)
+    except NotExportedError as error:
+        print_error(one_line(error))
+        raise typer.Exit(FAILED) from None
+    prepare(question)
+    instance, encoding = question.instance, question.export.encoding.name
+    typer.echo(f"label {instance.label} within radius {instance.radius:g} pixels, encoding {encoding}")
+
+
+def _answer(onnx: Path, vnnlib: Path, seconds: float) -> tuple[str, str]:
+    """The contents of the results file, and what to say of it."""
+    from flowverify.deadline import Deadline
+    from flowverify.export.vnncomp import NotExportedError, decide, identify
+
+    deadline = Deadline(seconds)
+    try:
+        answer = decide(identify(onnx, vnnlib, _original), deadline)
+    except NotExportedError as error:
+        print_error(one_line(error))
+        return "unknown\n", ""
+    return answer.text(), answer.note
+
+
+def _original(folder: Path, manifest: dict[str, Any], shape: tuple[int, int, int]) -> Network:
+    """The network that was exported: from where the manifest says, or else a file of that name beside the manifest."""
+    name = str(manifest["model"])
+    beside = folder / Path(name).name
+    given = str(beside) if not Path(name).exists() and beside.is_file() else name
+    return Source(given, **manifest.get("loading", {})).load(shape)

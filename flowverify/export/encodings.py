@@ -374,17 +374,17 @@ def build(
     if encoding.penalised and penalty_weight is None:
         penalty_weight = exact_penalty_weight(parts, inputs, tail)
     weight = None if penalty_weight is None or not encoding.penalised else scalar_up(penalty_weight)
-    graph = _first_and(parts, inputs, tail)
+    graph = first_and(parts, inputs, tail)
     error = rounding_change(graph, torch.from_numpy(centres), torch.from_numpy(budgets), inputs.flows).amax(0)
     allowance = scalar_up(float(error.max()) * (1 if encoding.per_label else 2) * (1 + SLACK))
     if encoding.name == "outputs":
         raised = append_rows(
             parts.tail, torch.cat([rows, rows]), torch.tensor([0.0, allowance]).repeat_interleave(classes)
         )
-        graph = _with_constraint_outputs(_first_and(parts, inputs, raised), inputs, positivity, 2 * classes)
+        graph = _with_constraint_outputs(first_and(parts, inputs, raised), inputs, positivity, 2 * classes)
     elif encoding.penalised:
         lowered = append_rows(parts.tail, rows, torch.full((classes - 1,), -allowance))
-        graph = _first_and(parts, inputs, lowered)
+        graph = first_and(parts, inputs, lowered)
         graph = _with_penalty(graph, inputs, positivity, most_flow, weight)
     return ExportedNetwork(graph, inputs, encoding, positivity, classes, label, allowance, weight)
 
@@ -448,8 +448,8 @@ def margin_rows(classes: int, label: int) -> Tensor:
     return identity[label] - identity[[t for t in range(classes) if t != label]]
 
 
-def _first_and(parts: Parts, inputs: FlowInputs, tail: Graph) -> Graph:
-    """tail(W J X + (W R + b)) as a graph over X."""
+def first_and(parts: Parts, inputs: FlowInputs, tail: Graph) -> Graph:
+    """tail(W J X + (W R + b)) as a graph over X, in float64."""
     first = nn.Linear(inputs.size, len(parts.bias), dtype=torch.float64)
     bias = parts.bias + parts.weight @ inputs.offset.flatten()
     first.load_state_dict({"weight": inputs.rows(parts.weight), "bias": bias})

@@ -16,8 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Source:
     dataset: str
     split: str
     indices: tuple[int, ...]  # of the images, in the data set
+    loading: Mapping[str, str] = field(default_factory=dict)  # what the model's file does not say about itself
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def write_folder(
         manifest = {
             "flowverify": flowverify.__version__,
             "model": source.model,
+            "loading": dict(source.loading),
             "model_sha256": model_digest(network),
             "dataset": source.dataset,
             "split": source.split,

@@ -15,6 +15,7 @@ data from a loader of one's own come with a radius; hence the few lines of Pytho
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,12 @@ class Comparison:
     relation: Relation
     bound: float
 
+    def holds(self, values: FloatArray) -> bool:
+        """Whether variables of these values fulfil it; the sum's sign is that of exact arithmetic."""
+        terms = [*(float(values[k]) for k in self.plus), *(-float(values[k]) for k in self.minus), -self.bound]
+        excess = math.fsum(terms)
+        return excess >= 0 if self.relation == ">=" else excess <= 0
+
 
 @dataclass(frozen=True, eq=False)
 class Property:
@@ -72,6 +79,16 @@ class Property:
     constraints: tuple[Comparison, ...]
     unsafe: tuple[tuple[Comparison, ...], ...]
     outputs: int
+
+    def holds(self, inputs: FloatArray, outputs: FloatArray) -> bool:
+        """Whether these inputs, with these outputs of the network, are what the property asks for."""
+        inside = bool(np.all((self.lower <= inputs) & (inputs <= self.upper)))
+        values = {"X": inputs, "Y": outputs}
+        return (
+            inside
+            and all(one.holds(values[one.variable]) for one in self.constraints)
+            and any(all(one.holds(values[one.variable]) for one in case) for case in self.unsafe)
+        )
 
 
 def make_property(

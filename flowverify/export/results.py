@@ -114,8 +114,8 @@ def falsify(
     return Replay(False, reason=f"replay: the original network keeps the label, margin {margins[0]:.3g}")
 
 
-def run_onnx(path: Path, values: FloatArray) -> FloatArray:
-    """The outputs of an ONNX file for one input vector, by onnxruntime on the CPU.
+def run_onnx(model: Path | bytes, values: FloatArray) -> FloatArray:
+    """The outputs of an ONNX file, or of its contents, for one input vector, by onnxruntime on the CPU.
 
     Raises:
         DependencyError: onnxruntime is not installed.
@@ -126,7 +126,9 @@ def run_onnx(path: Path, values: FloatArray) -> FloatArray:
         raise DependencyError("replaying witnesses needs onnxruntime: pip install 'flowverify[runtime]'") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
     name = session.get_inputs()[0].name
     outputs = session.run(None, {name: values.astype(np.float32)[None]})[0][0]
     return np.asarray(outputs, dtype=np.float64)

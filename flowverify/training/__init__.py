@@ -1,5 +1,6 @@
 """Training of image classifiers, reproducible from a recipe and its seed."""
 
+from flowverify.training.bounds import TrainableBounds
 from flowverify.training.loop import EpochReport, TrainingResult, accuracy, train, train_and_save
 from flowverify.training.losses import (
     LOSSES,
@@ -12,7 +13,6 @@ from flowverify.training.losses import (
     StatefulLoss,
 )
 from flowverify.training.recipe import ARCHITECTURES, RECIPES, Recipe, build_architecture, find_recipe, read_recipe
-from flowverify.training.trainable_bounds import TrainableBounds
 
 __all__ = [
     "ARCHITECTURES",

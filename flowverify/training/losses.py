@@ -38,7 +38,7 @@ from flowverify.network.subject import as_direction, ascent_direction, surplus
 from flowverify.registry import OUTSIDE, find_outside, is_outside
 from flowverify.smoothing.noise import Noise
 from flowverify.smoothing.splitting import Splitting
-from flowverify.training.trainable_bounds import LiftedTrainableBounds, TrainableBounds
+from flowverify.training.bounds import LiftedTrainableBounds, TrainableBounds
 from flowverify.transport.ground import check_ground
 from flowverify.transport.support import best_moves
 
@@ -235,7 +235,7 @@ class Certified:
         clean_weight: in [0, 1].
         bound: ``ibp``, intervals above the first layer; ``crown-ibp``, CROWN over these intervals for the
             ``targets`` classes with the largest clean scores beside the label's, and nothing for the others; or
-            ``lifted``, rows of moves for these (:class:`flowverify.training.trainable_bounds.LiftedTrainableBounds`).
+            ``lifted``, rows of moves for these (:class:`flowverify.training.bounds.LiftedTrainableBounds`).
         targets: of crown-ibp and lifted.
         share: of the images of each batch, in (0, 1], that get a worst case; the others only count for the clean
             cross-entropy. The batches are shuffled, so that it is another choice in each epoch. With a half, an

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,14 @@ from suites import misbehaving, records, run_local, write_suite
 from typer.testing import CliRunner
 
 import flowverify as fv
+from flowverify.attack.base import make_attack
 from flowverify.bench import report, sources
 from flowverify.bench.charts import pictures
+from flowverify.bench.tasks import packed
 from flowverify.cli import app
 from flowverify.figures import worst_cases
-from flowverify.notebook import SIGNATURE
+from flowverify.figures.files import white_of
+from flowverify.notebook import SIGNATURE, data_address
 
 SUITE = """
 name: small <suite>
@@ -299,15 +303,50 @@ class TestReport:
         wanted = {(row[0], row[1]) for row in page.content["rows"] if row[10] is not None}
         assert shown == wanted and len(shown) > 40
         network, data = fv.load_model("digits-fc3").double(), fv.load_dataset("digits")
-        for number, index in sorted(shown)[::7]:
+        for number, index in [place for place in sorted(shown) if not tasks[place[0]]["attack"]][::7]:
             case = cases[f"{number}/{index}"]
             row = next(row for row in page.content["rows"] if row[:2] == [number, index])
             (one,) = worst_cases(fv.load_model("digits-fc3"), data.images[index : index + 1], [row[2]], [row[10]])
             assert case["distance"] == pytest.approx(one.distance, abs=1e-5) and case["rival"] == one.rival
             logits = network(one.worst[None].double())[0]
             assert case["margins"][1] == pytest.approx(float(logits[row[2]] - logits[one.rival]), abs=1e-3)
-            assert case["arrows"] and len(case["arrows"]) <= case["all"]
+            assert case["arrows"] and len(case["arrows"]) <= case["all"] and case["by"] == ""
         assert all("distance" in task for task in tasks if "data" in task)
+
+    def test_adversarial_images_are_those_that_were_found(self, page, finished):
+        (number,) = [k for k, task in enumerate(page.content["tasks"]) if task.get("attack")]
+        data, network = fv.load_dataset("digits"), fv.load_model("digits-fc3")
+        again = make_attack("minimal", network, effort="fast")
+        attacked = of_task(finished[0], "^attack")
+        found = [record for record in attacked if record["verdict"] == "falsified"]
+        assert len(found) > 5 and not any("witness" in record for record in attacked)
+        for record in found[::3]:
+            index = record["index"]
+            chunk = slice(index // 5 * 5, index // 5 * 5 + 5)  # images that are attacked together
+            result = again.minimise(data.images[chunk], data.labels[chunk])
+            case, image = page.content["cases"][f"{number}/{index}"], result.images[index % 5]
+            assert case["by"] == "minimal" and case["predicted"] == record["prediction"] != record["label"]
+            assert case["distance"] == pytest.approx(record["upper_radius"], abs=1e-5) and case["margins"][1] < 0
+            assert case["other"] == data_address(image.numpy(), white_of(data.images[index].double()))
+        assert "the adversarial image that an attack or a complete method found" in " ".join(page.text.split())
+        (script,) = page.scripts[1:]
+        assert "Adversarial image, found by ${found.by} at radius" in script and "worst case within" in script
+
+    def test_without_the_images_that_were_found_there_are_worst_cases(self, finished, tmp_path):
+        """As in folders of earlier versions; what is kept and is none is said to be so."""
+        shutil.copytree(finished[0] / "out", tmp_path / "out")
+        kept = tmp_path / "out" / "witnesses.jsonl"
+        lines = kept.read_text().splitlines()
+        assert len(lines) > 5
+        kept.unlink()
+        run("report", tmp_path / "out")
+        page = Page((tmp_path / "out" / "report.html").read_text())
+        assert page.content["cases"] and not any(case["by"] for case in page.content["cases"].values())
+        first = json.loads(lines[0])
+        clean = packed(fv.load_dataset("digits").images[first["index"]].numpy())
+        kept.write_text(json.dumps({**first, "witness": clean}) + "\n")
+        run("report", tmp_path / "out")
+        assert "expected a counterexample" in Page((tmp_path / "out" / "report.html").read_text()).text
 
     def test_attacks_have_their_radius_at_the_upper_end(self, page):
         (number,) = [k for k, task in enumerate(page.content["tasks"]) if task.get("attack")]
@@ -348,7 +387,7 @@ class TestReport:
         assert len(page.content["rows"]) == 20 and len(page.content["cases"]) == 7
         text = " ".join(page.text.split())
         assert "The table has the first 20 of 60 results, by image; records.csv has all." in text
-        assert re.search(r"The worst cases of 7 of \d+ results are in this page", text)
+        assert re.search(r"The pictures of 7 of \d+ results are in this page", text)
         monkeypatch.setattr(report, "pictures", partial(pictures, most_bytes=700))
         run("report", finished[0] / "out", "--out", tmp_path)
         page = Page((tmp_path / "report.html").read_text())

@@ -114,6 +114,7 @@ def test_an_image_is_two_clicks_away_with_its_worst_case_and_the_flow(look):
     assert "Image 4 of digits test" in dialog.inner_text()
     assert dialog.locator("figure").count() == 3 and dialog.locator("svg polygon").count() > 0
     assert "proven of the whole ball: at least" in dialog.inner_text()
+    assert "First-order worst case within" in dialog.inner_text()
     sizes = page.evaluate("[...document.querySelectorAll('dialog img')].map((one) => one.naturalWidth)")
     assert sizes == [8, 8, 8]
     page.locator("#share").fill("30")

@@ -1,5 +1,6 @@
 """The store: nothing is lost, nothing doubled, and nothing of another suite is touched."""
 
+import base64
 import json
 import multiprocessing
 import os
@@ -7,10 +8,18 @@ import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
-from suites import misbehaving, records, run_local
+import torch
+from suites import misbehaving, records, run_local, write_suite
 
-from flowverify.bench.store import Store, read_folder
+import flowverify as fv
+from flowverify.bench.kinds import Certify
+from flowverify.bench.report import write_report
+from flowverify.bench.session import complete, environment
+from flowverify.bench.store import Store, read_folder, read_witnesses
+from flowverify.bench.suite import read_suite
+from flowverify.bench.tasks import Context, packed, unpacked
 from flowverify.errors import DataError, InvalidInputError
 
 
@@ -40,6 +49,61 @@ def test_a_record_is_not_doubled(suite, tmp_path):
         store.append([record(1, "error")])
         store.append([record(1)])
     assert records(tmp_path / "out")["misbehaving", 1]["verdict"] == "certified"
+
+
+def test_images_that_were_found_are_kept_beside_the_records(suite, tmp_path):
+    first, second = np.random.default_rng(0).random((2, 3, 4, 5)), np.zeros((1, 2, 2))
+    with Store(tmp_path / "out", suite) as store:
+        store.append([record(0, "falsified", witness=packed(first)), record(1)])
+        store.append([record(2, "error", witness=packed(first[0, None]))])
+        store.append([record(3, "error", witness=packed(first)), record(3, "falsified", witness=packed(second))])
+        store.append([record(2, "falsified", witness=packed(second))])
+        assert all("witness" not in one for one in store.records.values())
+    assert "witness" not in (tmp_path / "out" / "records.jsonl").read_text()
+    found = read_witnesses(tmp_path / "out")
+    assert set(found) == {("misbehaving", 0), ("misbehaving", 2), ("misbehaving", 3)}
+    np.testing.assert_array_equal(unpacked(found["misbehaving", 0]), first)
+    np.testing.assert_array_equal(unpacked(found["misbehaving", 2]), second)
+    assert read_witnesses(tmp_path) == {}
+
+
+def test_counterexamples_of_complete_methods_are_on_the_page(tmp_path):
+    run = {"methods": "complete", "radii": [0.005, 0.5]}
+    text = {"name": "s", "data": {"name": "digits", "index": "0:2"}, "models": "digits-fc3", "runs": [run]}
+    suite = read_suite(write_suite(tmp_path, text))
+    own = {"environment": environment()}
+    with Store(tmp_path / "out", suite) as store:
+        for task in suite.tasks:
+            for job in task.jobs():
+                found = Certify().prepare(task, Context()).run(job.positions)
+                store.append([complete(job, k, one | own, Context()) for k, one in enumerate(found)])
+        verdicts = {key: one["verdict"] for key, one in store.records.items()}
+    refuted = {(suite.tasks[1].name, 0), (suite.tasks[1].name, 1)}
+    assert {key for key, verdict in verdicts.items() if verdict == "falsified"} == refuted
+    witnesses = read_witnesses(tmp_path / "out")
+    assert set(witnesses) == refuted
+    network, data = fv.load_model("digits-fc3").double(), fv.load_dataset("digits")
+    for (_, index), packed_image in witnesses.items():
+        image = torch.from_numpy(unpacked(packed_image))
+        assert int(network(image[None]).argmax()) != int(data.labels[index])
+        assert float(image.sum()) == pytest.approx(float(data.images[index].double().sum()), rel=1e-9)
+    page = write_report(tmp_path / "out")[0].read_text()
+    cases = json.loads(page.split("<script", 2)[1].partition(">")[2].partition("</script>")[0])["cases"]
+    assert {key: case["by"] for key, case in cases.items()} == {
+        "0/0": "",
+        "0/1": "",
+        "1/0": "complete",
+        "1/1": "complete",
+    }
+
+
+def test_images_take_little_room_and_damage_is_found():
+    image = np.random.default_rng(0).random((1, 28, 28)).astype(np.float32).astype(np.float64)
+    image[image < 0.8] = 0
+    assert len(packed(image)) < 0.25 * len(base64.b64encode(image.tobytes()))
+    for text in ("", "1x2:", "1x2x2:" + packed(image).partition(":")[2], packed(image)[:-5]):
+        with pytest.raises(DataError, match="is damaged"):
+            unpacked(text)
 
 
 def test_an_error_superseded_before_a_kill(suite, tmp_path):

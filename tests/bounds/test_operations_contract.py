@@ -39,7 +39,7 @@ from flowverify.errors import UnsupportedOperationError
 from flowverify.network import INPUT, Network, Node, ScaleShift
 from flowverify.network.lowering import keeps_for_export, lower
 from flowverify.network.operations import OPERATIONS, RECORDS, STEEP, operation_name, output_shape
-from flowverify.training.trainable_bounds import TrainableBounds
+from flowverify.training.bounds import TrainableBounds
 from flowverify.transport.support import support
 
 SQUARE, OBLONG, VECTOR = (2, 5, 5), (1, 5, 4), (6,)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowverify.training.trainable_bounds import _by_torch, _DilatedRows, dilate_rows, transport_costs
+from flowverify.training.bounds import _by_torch, _DilatedRows, dilate_rows, transport_costs
 from flowverify.transport.dilation import dilate, lipschitz_constant
 
 SHAPES = [(1, 1, 5, 7), (3, 2, 4, 6), (17, 1, 6, 6), (33, 3, 1, 8)]
@@ -79,7 +79,7 @@ def test_gradient_without_the_kernel_is_the_same(monkeypatch: pytest.MonkeyPatch
     for by_torch in (False, True):
         variable = rows.clone().requires_grad_(True)
         if by_torch:  # as on a device that the kernel does not run on
-            monkeypatch.setattr("flowverify.training.trainable_bounds._compiled", _by_torch)
+            monkeypatch.setattr("flowverify.training.bounds._compiled", _by_torch)
             forward = _DilatedRows.forward
 
             def on_device(ctx, *arguments, forward=forward):

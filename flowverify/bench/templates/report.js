@@ -154,10 +154,12 @@
     else if (found) {
       const y = row[LABEL], t = found.rival;
       panels.append(figure(`Original: f${y} - f${t} = ${short(found.margins[0])}`, make("img", { src: source, alt: `The original, ${name(row)}` })));
-      const other = make("img", { src: found.other, alt: "The worst case", id: "other" });
-      const words = `${found.exact ? "W" : "Nearly the w"}orst case to first order at radius ${short(row[SHOWN])}: predicted ${found.predicted}, ` +
+      const other = make("img", { src: found.other, alt: found.by ? "The adversarial image" : "The worst case", id: "other" });
+      const what = found.by ? `Adversarial image, found by ${found.by} at radius ${short(found.distance)}`
+        : `${found.exact ? "First-order" : "Nearly the first-order"} worst case within ${short(row[SHOWN])}`;
+      const words = `${what}: predicted ${found.predicted}, ` +
         `f${y} - f${t} = ${short(found.margins[1])}` +
-        (row[STATUS] === "certified" && row[MARGIN] !== null ? `; proven of the whole ball: at least ${short(row[MARGIN])}` : "") +
+        (!found.by && row[STATUS] === "certified" && row[MARGIN] !== null ? `; proven of the whole ball: at least ${short(row[MARGIN])}` : "") +
         (found.above ? `. ${found.above}` : "");
       panels.append(figure(words, make("div", { class: "stack" }, make("img", { src: source, alt: "" }), other)));
       const left = found.all > found.arrows.length ? `; the largest ${found.arrows.length} of ${found.all} arrows` : "";

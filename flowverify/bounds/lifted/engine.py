@@ -33,6 +33,7 @@ from flowverify.bounds.lifted.rows import (
     StoredRows,
     WindowRows,
     added,
+    listed,
     pull_back,
     rows_of_pixels,
     total,
@@ -628,6 +629,18 @@ class LiftedRun:
         with torch.no_grad():
             self._relax_below(self.network.output)
             return self.own.margins_of(specification, self.batch.margins)
+
+    def rows_above(self, name: str) -> ListedRows | None:
+        with torch.no_grad():
+            relaxation = self.own.relaxations[name]
+            if not isinstance(relaxation, Relaxation) or relaxation.chord is None or len(self.own.images) != 1:
+                return None
+            rows = relaxation.rows_above
+            if rows is None or isinstance(rows, SharedRows) or self.own.engine.moves is not NEIGHBOURS:
+                return None
+            rows = listed(rows, self.network.input_shape[-2:])
+            bent = relaxation.chord.bent.flatten()[rows.index[0]]  # the others have a line, and a row of zeros
+            return ListedRows(rows.index[:, bent], rows.gains[:, bent], rows.shape)
 
     def _relax_below(self, name: str) -> None:
         """Relaxes the activations that stand before a value, where they are not yet.

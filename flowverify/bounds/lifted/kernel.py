@@ -18,6 +18,7 @@ from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, UNIT
 
 Array = NDArray[Any]
 
+APART = 1e-9  # relative
 MAX_STEPS = 40
 
 
@@ -383,23 +384,25 @@ def solve_rows(
         values[index], multipliers[index] = min(simple, (price * budget + total) * inflated), best_at
         _clear(y, touched, reached)
         if flows.shape[0] > 0:
+            # Beside the multipliers, where no two paths tie: a flow of one, priced as another, would break the budget.
             flow = flows[index]
-            share, circulates = 0.0, low > 0.0
+            _, reached, total, cost = _prices(
+                gains, offsets, starts, count, high * (1 + APART), mass, np.inf, longest, y, steps, following, queue,
+                queued, touched, chosen,
+            )  # fmt: skip
+            _follow(place, shape, 1.0, mass, y, following, offsets, touched, reached, flow)
+            _clear(y, touched, reached)
+            circulates, high_cost = low > 0.0, cost
             if low > 0.0:
                 complete, reached, total, cost = _prices(
-                    gains, offsets, starts, count, low, mass, np.inf, longest, y, steps, following, queue, queued,
-                    touched, chosen,
+                    gains, offsets, starts, count, low * (1 - APART), mass, np.inf, longest, y, steps, following, queue,
+                    queued, touched, chosen,
                 )  # fmt: skip
                 if complete and cost > budget:
-                    share, circulates = (budget - high_cost) / (cost - high_cost), False
+                    share, circulates = min(1.0, (budget - high_cost) / (cost - high_cost)), False
+                    flow *= 1 - share
                     _follow(place, shape, share, mass, y, following, offsets, touched, reached, flow)
                 _clear(y, touched, reached)
-            _, reached, total, cost = _prices(
-                gains, offsets, starts, count, high, mass, np.inf, longest, y, steps, following, queue, queued, touched,
-                chosen,
-            )  # fmt: skip
-            _follow(place, shape, 1 - share, mass, y, following, offsets, touched, reached, flow)
-            _clear(y, touched, reached)
             if circulates:
                 flow[best_entry if one < 0 else one] += (budget - high_cost) / 2
                 flow[best_entry if other < 0 else other] += (budget - high_cost) / 2

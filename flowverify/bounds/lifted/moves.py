@@ -59,13 +59,17 @@ class Moves:
         gains: Tensor = _Gains.apply(coefficients, self.offsets)  # type: ignore[no-untyped-call]
         return gains
 
+    def entering(self, flow: Tensor) -> Tensor:
+        """What enters each pixel less what leaves it, (..., C, H, W), of flows (..., ways, C, H, W) that stay."""
+        return _entering(flow, self.offsets)
+
 
 class _Gains(torch.autograd.Function):
     """c_j - c_i of every move that stays; backward, what enters a pixel less what leaves it."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, offsets: tuple[tuple[int, int], ...]) -> Tensor:
-        ctx.offsets, ctx.shape = offsets, coefficients.shape
+        ctx.offsets = offsets
         *leading, height, width = coefficients.shape
         gains = coefficients.new_empty(*leading[:-1], len(offsets), leading[-1], height, width)
         for way, offset in enumerate(offsets):
@@ -78,14 +82,17 @@ class _Gains(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        *_, height, width = ctx.shape
-        result = gradient.new_zeros(ctx.shape)
-        for way, offset in enumerate(ctx.offsets):
-            here, there = _ends(offset, height, width)
-            moved = _part(gradient[..., way, :, :, :], here)
-            _part(result, there).add_(moved)
-            _part(result, here).sub_(moved)
-        return result, None
+        return _entering(gradient, ctx.offsets), None
+
+
+def _entering(flow: Tensor, offsets: tuple[tuple[int, int], ...]) -> Tensor:
+    result = flow.new_zeros(*flow.shape[:-4], *flow.shape[-3:])
+    for way, offset in enumerate(offsets):
+        here, there = _ends(offset, *flow.shape[-2:])
+        moved = _part(flow[..., way, :, :, :], here)
+        _part(result, there).add_(moved)
+        _part(result, here).sub_(moved)
+    return result
 
 
 Part = tuple[tuple[int, int], tuple[int, int]]  # of a grid: the first and last rows and columns

@@ -355,6 +355,20 @@ class SharedRows:
 StoredRows = WindowRows | ListedRows | SharedRows
 
 
+def listed(rows: WindowRows | ListedRows, size: tuple[int, int]) -> ListedRows:
+    """The same rows, on the whole grid of this size."""
+    if isinstance(rows, ListedRows):
+        return rows
+    batch, height, width, channels = rows.gains.shape[:4]
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(rows.gains.device)
+    origins = places * places.new_tensor(rows.stride) + places.new_tensor(rows.offset)
+    gains = rows.gains.reshape(batch, height * width, channels, *rows.gains.shape[4:])
+    order = torch.arange(height * width, device=places.device)[:, None]
+    index = torch.arange(channels, device=places.device) * height * width + order
+    whole = whole_grid(MoveRows(gains, origins), size)
+    return ListedRows(index.flatten()[None], whole, (channels, height, width))
+
+
 def rows_of_pixels(coefficients: Coefficients, shape: tuple[int, int, int], moves: Moves = NEIGHBOURS) -> MoveRows:
     """The rows of linear functions of the image: exact, for every move."""
     if coefficients.origins is None:

@@ -252,6 +252,7 @@ def windows_of(planes: Tensor, rows: MoveRows) -> Tensor:
 SEARCH_STEPS = 16
 ROUNDS = 200
 UNIT = 2.0**-53
+APART = 1e-9  # relative
 
 
 def largest_slope(gains: Tensor, moves: Moves) -> tuple[Tensor, Tensor]:
@@ -308,7 +309,12 @@ def swept(gains: Tensor, images: Tensor, budget: Tensor, moves: Moves) -> tuple[
     multiplier, prices = prices_at(gains, best_at, moves)
     value = (multiplier * budget + (mass * prices).flatten(2).sum(2)) * (1 + (images[0].numel() + 8) * 2 * UNIT)
     simple = largest_slope(gains, moves)[0] * budget * (1 + 8 * UNIT)
-    return torch.minimum(value, simple), best_at, _flow(gains, best_at, mass, moves)
+    # Beside the multipliers, where no two ways tie: a flow of one, priced as another, would break the budget.
+    right, left = (_flow(gains, at, mass, moves) for at in (high * (1 + APART), low * (1 - APART)))
+    right_cost, left_cost = ((flow * moves.priced(flow)).flatten(2).sum(2) for flow in (right, left))
+    share = ((budget - right_cost) / (left_cost - right_cost)).clamp(0, 1)
+    share = torch.where(known & (left_cost > budget), share, 0.0)[..., None, None, None, None]
+    return torch.minimum(value, simple), best_at, (1 - share) * right + share * left
 
 
 def prices_at(gains: Tensor, multiplier: Tensor, moves: Moves) -> tuple[Tensor, Tensor]:

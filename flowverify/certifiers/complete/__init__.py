@@ -13,10 +13,11 @@ Whose question it is, and until when: certificates (``certifier``) and the radiu
 margins over one ball of the network as matrices. It starts from bounds by other engines (``neuron_bounds``).
 
 From below, bounds: a Lagrangian dual that any multipliers make sound (``relaxation``, theory section 16), whose
-multipliers Adam raises (``ascent``) along gradients that are compiled, in single precision.
-Where the budget is small, several neurons cannot all reach their extremes: joint limits (theory section 17). What that
-leaves open is a ``tree`` of ``nodes``, each with the phases of some ReLUs decided, new bounds of the others
-(``neuron_bounds``), and a linear program where all are decided; threads share out the rows of a batch.
+multipliers Adam raises (``ascent``) along gradients that are compiled, in single precision. All neurons share one
+budget: rows of moves, made at the root, bound ReLUs in every node (section 16); for ground costs other than l1 and
+for caps, joint limits of several neurons take their place (section 17). What the root leaves open is a ``tree`` of
+``nodes``, each with the phases of some ReLUs decided, new bounds of the others (``neuron_bounds``), and a linear
+program where all are decided; threads share out the rows of a batch.
 
 From above: the minimisers of all these bounds, and descents, as starts for the nearest counterexample
 (``counterexamples``); every one is replayed exactly.

@@ -11,18 +11,20 @@ search, whose last bound is :func:`lower_bound`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowverify.certifiers.complete.problem import Stage
 from flowverify.certifiers.complete.relaxation import (
     Multipliers,
     Relaxation,
     adam_step,
     adam_step_on_sides,
-    linear_bound,
+    gains_of,
+    left_to_rows,
     lower_bound,
     relax_gradients,
     relax_rows,
@@ -32,13 +34,18 @@ from flowverify.certifiers.options import AscentSettings
 
 @dataclass(frozen=True)
 class Slope:
-    """Bounds (N,) with the sizes of their terms, the ball's multipliers and minimisers, gradients by variable."""
+    """Bounds (N,) with the sizes of their terms, the ball's multipliers and minimisers, gradients by variable.
+
+    ``costs`` is what the relaxation of each neuron costs the bound at the minimiser, (N, n_k) a layer: its coefficient
+    times the difference of what the ReLU makes of what the neuron reads there and of what the relaxation makes of it.
+    """
 
     value: Tensor
     size: Tensor
     multiplier: Tensor
     point: Tensor
     gradients: list[Tensor]
+    costs: list[Tensor]
 
 
 def slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
@@ -50,46 +57,57 @@ def values(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -
     """The bounds alone, (N,), float64."""
     if not relaxation.compiled:
         return lower_bound(relaxation, multipliers, tolerance=tolerance).value.double()
-    constant, on_image, _ = _compiled_pass(relaxation, multipliers)
-    return constant + relaxation.problem.ball.minimum(on_image, multipliers.guess, tolerance).value.double()
-
-
-def coefficients(relaxation: Relaxation, multipliers: Multipliers) -> list[Tensor]:
-    """A (N, n_k) on the output of each layer."""
-    if relaxation.compiled:
-        return [known[0] for known in _compiled_pass(relaxation, multipliers)[2]]
-    return linear_bound(relaxation, multipliers).coefficients
+    found = _compiled_pass(relaxation, multipliers)
+    least = relaxation.problem.ball.minimum(found.on_image, multipliers.guess, tolerance, gains=found.gains)
+    return found.constant + least.value.double()
 
 
 def traced_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
     """By autograd, on any device."""
     leaves = [v.detach().requires_grad_(True) for v in multipliers.variables]
+    problem = relaxation.problem
+    # With a gradient in the specification all coefficients have one: what the relaxed layers put out.
+    followed = replace(problem, specification=problem.specification.detach().requires_grad_(True))
     with torch.enable_grad():
-        bound = lower_bound(relaxation, Multipliers.of(leaves, multipliers.guess), tolerance=tolerance, point=True)
-        found = torch.autograd.grad(bound.value.sum(), leaves, allow_unused=True)
+        at = Multipliers.of(leaves, multipliers.guess)
+        bound = lower_bound(replace(relaxation, problem=followed), at, tolerance=tolerance, point=True)
+        wanted = [*leaves, *bound.coefficients]
+        found = torch.autograd.grad(bound.value.sum(), wanted, allow_unused=True)
     gradients = [
         torch.zeros_like(leaf) if gradient is None else gradient.nan_to_num()
-        for leaf, gradient in zip(leaves, found, strict=True)
+        for leaf, gradient in zip(wanted, found, strict=True)
     ]
     value = bound.value.detach()
     assert bound.point is not None
-    return Slope(value, value.abs(), bound.multiplier, bound.point.detach(), gradients)
+    outputs, costs = {0: bound.point.detach()}, list[Tensor]()
+    for layer, coefficients in enumerate(bound.coefficients):
+        outputs[layer + 1] = output = gradients[len(leaves) + layer]
+        read = _read(problem.maps.stages[layer], outputs, len(value))
+        costs.append(coefficients.detach() * (read.clamp(min=0) - output))
+    return Slope(value, value.abs(), bound.multiplier, bound.point.detach(), gradients[: len(leaves)], costs)
+
+
+def _read(stage: Stage, outputs: Mapping[int, Tensor], count: int) -> Tensor:
+    """What the neurons of a stage read (N, n), given what its sources put out."""
+    read = stage.bias.expand(count, -1)
+    for source, weight in stage.weights.items():
+        read = torch.addmm(read, outputs[source], weight.T)
+    return read
 
 
 def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: float) -> Slope:
     """By compiled kernels, on the CPU."""
     problem = relaxation.problem
-    constant, on_image, known = _compiled_pass(relaxation, multipliers)
-    least = problem.ball.minimum(on_image, multipliers.guess, tolerance, True)
+    passed = _compiled_pass(relaxation, multipliers)
+    least = problem.ball.minimum(passed.on_image, multipliers.guess, tolerance, True, passed.gains)
     assert least.point is not None
     outputs = {0: least.point}
-    gradients: list[list[Tensor]] = [[], [], []]
-    for layer in range(problem.stage):
-        coefficients, *rest = known[layer]
-        own = problem.maps.stages[layer]
-        read = own.bias.expand(len(coefficients), -1)
-        for source, weight in own.weights.items():
-            read = torch.addmm(read, outputs[source], weight.T)
+    heights = _heights(relaxation, least.flow)
+    gradients: list[list[Tensor]] = [[], [], [], []]
+    costs = list[Tensor]()
+    for layer, known in enumerate(passed.layers):
+        coefficients, rest = known.hull, (known.rho, known.steeper, known.flatter)
+        read = _read(problem.maps.stages[layer], outputs, len(coefficients))
         output, by_alpha, by_gamma = (torch.empty_like(coefficients) for _ in range(3))
         theta = multipliers.theta[layer]
         by_theta = torch.empty_like(theta)
@@ -98,38 +116,83 @@ def compiled_slope(relaxation: Relaxation, multipliers: Multipliers, tolerance: 
             multipliers.alpha[layer].numpy(), *_limits(relaxation, layer), theta.numpy(), *(v.numpy() for v in rest),
             read.numpy(), output.numpy(), by_alpha.numpy(), by_gamma.numpy(), by_theta.numpy(),
         )  # fmt: skip
+        by_share = torch.zeros_like(multipliers.share[layer])
+        if known.part is not None and problem.above is not None:
+            index = problem.above.index[layer]
+            share, inner, whole = multipliers.share[layer][:, index], output[:, index], known.coefficients[:, index]
+            open_ = (relaxation.lower[layer][:, index] < 0) & (relaxation.upper[layer][:, index] > 0) & (whole < 0)
+            gap = torch.where(open_, heights[layer] - inner, 0.0)
+            by_share[:, index] = whole * gap
+            output[:, index] = inner + share * gap
         outputs[layer + 1] = output
-        for group, gradient in zip(gradients, (by_alpha, by_gamma, by_theta), strict=True):
+        costs.append(known.coefficients * (read.clamp(min=0) - output))
+        for group, gradient in zip(gradients, (by_alpha, by_gamma, by_theta, by_share), strict=True):
             group.append(gradient)
-    value = constant + least.value.double()
-    size = constant.abs() + least.value.abs().double()
-    return Slope(value, size, least.multiplier, least.point, [g for group in gradients for g in group])
+    value = passed.constant + least.value.double()
+    size = passed.constant.abs() + least.value.abs().double()
+    return Slope(value, size, least.multiplier, least.point, [g for group in gradients for g in group], costs)
 
 
-def _compiled_pass(relaxation: Relaxation, multipliers: Multipliers) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
-    """The constants, the functions on the image, and of each layer A, rho, U and D; by the compiled kernels."""
+@dataclass(frozen=True)
+class _Layer:
+    """Of one layer: A, the parts of it that are left to the hull and to rows, rho, U and D."""
+
+    coefficients: Tensor
+    hull: Tensor
+    part: Tensor | None
+    rho: Tensor
+    steeper: Tensor
+    flatter: Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The constants, the functions on the image, what rows add on its flows, and the layers."""
+
+    constant: Tensor
+    on_image: Tensor
+    gains: Tensor | None
+    layers: list[_Layer]
+
+
+def _heights(relaxation: Relaxation, flow: Tensor | None) -> Sequence[Tensor]:
+    """What rows bound each layer's ReLUs by at flows (N, ways, C, H, W), (N, K_k)."""
+    above, stage = relaxation.problem.above, relaxation.problem.stage
+    if flow is None or above is None:
+        return ()
+    above = above.below(stage)
+    found = flow.flatten(1) @ above.gains.flatten(1).T + torch.cat(above.values)
+    return torch.split(found, [len(index) for index in above.index], 1)
+
+
+def _compiled_pass(relaxation: Relaxation, multipliers: Multipliers) -> _Pass:
+    """By the compiled kernels."""
     problem, specification = relaxation.problem, relaxation.problem.specification
     stages, stage = problem.maps.stages, problem.stage
     constant = (specification @ stages[stage].bias).double()
     carried = {source: specification @ weight for source, weight in stages[stage].weights.items()}
-    known: list[tuple[Tensor, ...]] = [()] * stage
+    layers = list[_Layer]()
     for layer in range(stage - 1, -1, -1):
         alpha = multipliers.alpha[layer]
         coefficients = carried.pop(layer + 1, torch.zeros_like(alpha))
+        hull, part = left_to_rows(relaxation, coefficients, multipliers, layer)
         rho, steeper, flatter = (torch.empty_like(coefficients) for _ in range(3))
         relax_rows(
-            coefficients.numpy(), relaxation.lower[layer].numpy(), relaxation.upper[layer].numpy(), alpha.numpy(),
+            hull.numpy(), relaxation.lower[layer].numpy(), relaxation.upper[layer].numpy(), alpha.numpy(),
             multipliers.gamma[layer].numpy(), *_limits(relaxation, layer), multipliers.theta[layer].numpy(),
             rho.numpy(), steeper.numpy(), flatter.numpy(), constant.numpy(),
         )  # fmt: skip
         constant += rho @ stages[layer].bias
-        known[layer] = coefficients, rho, steeper, flatter
+        if part is not None and problem.above is not None:
+            constant += part @ problem.above.values[layer]
+        layers.append(_Layer(coefficients, hull, part, rho, steeper, flatter))
         for source, weight in stages[layer].weights.items():
             carried[source] = torch.addmm(carried[source], rho, weight) if source in carried else rho @ weight
     on_image = carried.get(0)
     if on_image is None:
         on_image = specification.new_zeros(len(specification), problem.maps.pixels)
-    return constant, on_image, known
+    layers.reverse()
+    return _Pass(constant, on_image, gains_of(relaxation, [layer.part for layer in layers]), layers)
 
 
 def _limits(relaxation: Relaxation, layer: int) -> tuple[object, ...]:
@@ -225,13 +288,14 @@ class Adam:
     def step(self, gradients: Sequence[Tensor], signs: Sequence[Tensor], compiled: bool) -> None:
         layers, own = len(signs), self._settings
         keep, keep_square = own.averages
-        steps = own.slope_step * self._pace, own.split_step * self._pace, own.limit_step * self._pace
+        paces = own.slope_step, own.split_step, own.limit_step, own.share_step
+        steps = [pace * self._pace for pace in paces]
         first, second = 1 - keep ** (self._taken + 1), 1 - keep_square ** (self._taken + 1)
         for index, gradient in enumerate(gradients):
             kind, layer = divmod(index, layers)
             rate = steps[kind] * own.decay**self._taken
             value, mean, square = self.values[index], self._means[index], self._squares[index]
-            low, high = ((0.0, 1.0), (-torch.inf, torch.inf), (0.0, torch.inf))[kind]
+            low, high = ((0.0, 1.0), (-torch.inf, torch.inf), (0.0, torch.inf), (0.0, 1.0))[kind]
             if compiled:
                 arrays = (value.numpy(), gradient.numpy(), mean.numpy(), square.numpy())
                 if kind == 1:

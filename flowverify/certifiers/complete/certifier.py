@@ -61,7 +61,7 @@ class CompleteCertifier(BaseCertifier):
         settings = self.options.settings
         searched = relus_only(self.precise)
         self.maps = affine_maps(searched, settings.maps)
-        self.roots = Roots(searched, settings.bound, settings.neurons.tolerance)
+        self.roots = Roots(searched, settings.bound, settings.neurons.tolerance, settings.row_entries)
 
     @classmethod
     def check_network(cls, network: Network) -> None:

@@ -10,7 +10,9 @@ that they may replace those of the neurons of any node, and the bound of a root.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from flowverify.bounds.engine import EngineOptions
 from flowverify.bounds.margins import MarginBounds
 from flowverify.certifiers.complete.ascent import ascend
 from flowverify.certifiers.complete.nodes import TreeNodes, branch, join, roots
-from flowverify.certifiers.complete.problem import Problem
+from flowverify.certifiers.complete.problem import Problem, RowsAbove
 from flowverify.certifiers.complete.relaxation import (
     JointLimits,
     Relaxation,
@@ -30,6 +32,9 @@ from flowverify.certifiers.complete.relaxation import (
 )
 from flowverify.deadline import Deadline
 from flowverify.network import Network
+
+if TYPE_CHECKING:
+    from flowverify.bounds.lifted.rows import ListedRows
 
 WEIGHED = 1e-14  # relative: what dividing a weight by the neuron's bounds, and adding a few, may round
 
@@ -120,7 +125,7 @@ def upper_bounds(
     node = owner.repeat_interleave(patterns)
     lower, upper, signs = ([v[node] for v in group[:layer]] for group in (nodes.lower, nodes.upper, nodes.signs))
     joint = [limits[node] for limits in nodes.joint[:layer]]
-    multipliers = initial_multipliers(lower, upper, len(node))
+    multipliers = initial_multipliers(lower, upper, len(node), problem.first_share)
     multipliers.theta = [limits.largest.new_zeros(len(node), limits.groups) for limits in joint]
     relaxation = Relaxation.of(problem.at(layer, rows), lower, upper, signs, joint)
     return -ascend(relaxation, multipliers, settings.iterations).value.reshape(kinds, patterns)
@@ -266,7 +271,8 @@ def improve(
 
 def _crown(problem: Problem, known: NeuronBounds, iterations: int) -> Tensor:
     relaxation = Relaxation.of(problem, known.lower, known.upper)
-    multipliers = initial_multipliers(relaxation.lower, relaxation.upper, len(relaxation))
+    share = problem.first_share if iterations > 1 else None
+    multipliers = initial_multipliers(relaxation.lower, relaxation.upper, len(relaxation), share)
     multipliers.guess = multipliers.guess.to(problem.specification.device)
     if iterations == 1:
         return lower_bound(relaxation, multipliers, tolerance=problem.settings.neurons.tolerance).value
@@ -278,7 +284,7 @@ def _grow(problem: Problem, start: Tensor, known: NeuronBounds, deadline: Deadli
     settings, workers, stage = problem.settings.neurons, problem.workers, problem.stage
     count = len(problem.specification)
     everything = torch.arange(count, device=start.device)
-    tree = roots(everything, known.lower[:stage], known.upper[:stage])
+    tree = roots(everything, known.lower[:stage], known.upper[:stage], problem.first_share)
     tree.bound = start.clone()
     tree = limit_jointly(problem, 0, tree, problem.settings.joint.neuron_bounds, deadline)
     tree = join(
@@ -330,10 +336,12 @@ class RootBounds:
     Attributes:
         neurons: of what each ReLU reads.
         margins: lower bounds (R,) of the specification's rows.
+        above: rows of moves above ReLUs; None for none.
     """
 
     neurons: NeuronBounds
     margins: Tensor
+    above: RowsAbove | None = None
 
 
 class Roots:
@@ -343,10 +351,11 @@ class Roots:
         network: in float64.
         bound: a name in :data:`flowverify.bounds.recipes.BOUNDS`, or MODULE:NAME.
         tolerance: of maxima over the ball; bounds are sound at any.
+        entries: rows of moves above ReLUs are asked for where they have no more.
     """
 
-    def __init__(self, network: Network, bound: str, tolerance: float) -> None:
-        self._network, self._bound, self._tolerance = network, bound, tolerance
+    def __init__(self, network: Network, bound: str, tolerance: float, entries: int = 0) -> None:
+        self._network, self._bound, self._tolerance, self._entries = network, bound, tolerance, entries
         self._engines: dict[Threat, MarginBounds] = {}
 
     def over(self, ball: Ball, specification: Tensor) -> RootBounds:
@@ -356,10 +365,29 @@ class Roots:
             self._engines[ball.threat] = MarginBounds(
                 self._network, ball.threat, self._bound, dtype=torch.float64, options=options
             )
-        neurons, margins = self._engines[ball.threat].neurons_and_margins(ball, specification[None])
+        exact = ball.threat.ground == "l1" and ball.threat.cap is None
+        everything = self._engines[ball.threat].everything(ball, specification[None], self._entries if exact else 0)
         found = NeuronBounds([], [])
-        for low, high in neurons:
+        for low, high in everything.neurons:
             # What is not a number bounds nothing.
             found.lower.append(low[0].flatten().nan_to_num(nan=-torch.inf))
             found.upper.append(high[0].flatten().nan_to_num(nan=torch.inf))
-        return RootBounds(found, margins[0].nan_to_num(nan=-torch.inf))
+        margins = everything.margins[0].nan_to_num(nan=-torch.inf)
+        return RootBounds(found, margins, self._above(ball.images, everything.rows))
+
+    def _above(self, image: Tensor, rows: Sequence[ListedRows | None]) -> RowsAbove | None:
+        """Rows of all layers as one; those that are not numbers are left out."""
+        if all(one is None for one in rows):
+            return None
+        index, values, gains = list[Tensor](), list[Tensor](), list[Tensor]()
+        at_image = self._network.values(image.double())
+        for node, one in zip(self._network.activations, rows, strict=True):
+            value = at_image[node.name][0].flatten()
+            chosen = value.new_zeros(0, dtype=torch.int64)
+            if one is not None:
+                usable = torch.isfinite(one.gains[0]).flatten(1).all(1)
+                chosen = one.index[0][usable]
+                gains.append(one.gains[0][usable])
+            index.append(chosen)
+            values.append(value[chosen])
+        return RowsAbove(tuple(index), tuple(values), torch.cat(gains))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowverify.certifiers.complete.ascent import coefficients, values
+from flowverify.certifiers.complete.ascent import slope, values
 from flowverify.certifiers.complete.problem import Problem
 from flowverify.certifiers.complete.relaxation import (
     JointLimits,
@@ -98,12 +98,12 @@ class TreeNodes:
         return sum((unstable.sum(1) for unstable in self.unstable()), count)
 
 
-def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor]) -> TreeNodes:
-    """One node without splits for each specification, from bounds (n_k,) that all share."""
+def roots(rows: Tensor, lower: Sequence[Tensor], upper: Sequence[Tensor], share: float | None = None) -> TreeNodes:
+    """One node without splits for each specification, from bounds (n_k,) that all share; ``share`` of rows of moves."""
     count = len(rows)
     own_lower, own_upper = ([v.expand(count, -1).clone() for v in group] for group in (lower, upper))
     like = rows.new_zeros(count, dtype=torch.float64)
-    multipliers = initial_multipliers(own_lower, own_upper, count)
+    multipliers = initial_multipliers(own_lower, own_upper, count, share)
     multipliers.guess = multipliers.guess.to(like.device)
     return TreeNodes(
         rows,
@@ -147,10 +147,9 @@ def branch(problem: Problem, nodes: TreeNodes, enough: float = 0.0) -> tuple[Tre
     relaxation, multipliers = nodes.relaxation(problem).reduced(), nodes.multipliers.to(torch.float32)
     many = settings.root_candidates if len(nodes) <= settings.few_nodes else settings.candidates
     choices, valid, start = [], [], 0
-    for index, (own, unstable) in enumerate(
-        zip(coefficients(relaxation, multipliers), nodes.unstable()[: problem.stage], strict=True)
-    ):
-        score = _score(own, relaxation.lower[index], relaxation.upper[index], unstable)
+    costs = slope(relaxation, multipliers, settings.tolerance).costs
+    for index, unstable in enumerate(nodes.unstable()[: problem.stage]):
+        score = _score(costs[index], relaxation.lower[index], relaxation.upper[index], unstable)
         best = score.topk(min(many, score.shape[1]), dim=1)
         choices.append(best.indices + start)
         valid.append(torch.isfinite(best.values))
@@ -197,17 +196,15 @@ def _split(relaxation: Relaxation, nodes: TreeNodes, parents: Tensor, neuron: Te
 def most_relaxed(problem: Problem, nodes: TreeNodes, count: int) -> list[Tensor | None]:
     """The neurons whose relaxation costs most, (N, ``count``) at most for each layer above the first."""
     relaxation = nodes.relaxation(problem).reduced()
-    weights = coefficients(relaxation, nodes.multipliers.to(torch.float32))
+    costs = slope(relaxation, nodes.multipliers.to(torch.float32), problem.settings.branching.tolerance).costs
     chosen: list[Tensor | None] = [None]
     for layer, unstable in enumerate(nodes.unstable()):
         if layer > 0:
-            score = _score(weights[layer], relaxation.lower[layer], relaxation.upper[layer], unstable)
+            score = _score(costs[layer], relaxation.lower[layer], relaxation.upper[layer], unstable)
             chosen.append(score.topk(min(count, score.shape[1]), dim=1).indices)
     return chosen
 
 
-def _score(coefficient: Tensor, lower: Tensor, upper: Tensor, unstable: Tensor) -> Tensor:
-    """What a neuron's relaxation can cost: the intercept of its upper line; a little for its lower lines."""
-    triangle = -lower * upper / (upper - lower).clamp(min=torch.finfo(lower.dtype).tiny)
-    cost = coefficient.abs() * torch.where(coefficient < 0, triangle, 1e-3 * torch.minimum(upper, -lower))
-    return torch.where(unstable, cost, -torch.inf)
+def _score(cost: Tensor, lower: Tensor, upper: Tensor, unstable: Tensor) -> Tensor:
+    """What a neuron's relaxation costs; of those that cost nothing, the neurons with the longest ends first."""
+    return torch.where(unstable, cost.clamp(min=0) + 1e-6 * torch.minimum(upper, -lower), -torch.inf)

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Ball
+from flowverify.bounds.lifted.moves import NEIGHBOURS
+from flowverify.bounds.lifted.support import MoveRows, maximum
 from flowverify.certifiers.options import DEFAULTS, AffineMapSettings, SearchSettings
 from flowverify.errors import UnsupportedOperationError
 from flowverify.network import Network, is_affine, operation_name
@@ -189,19 +191,51 @@ def _matrices(
     return {name: part.contiguous() for name, part in zip(wanted, parts, strict=True)}
 
 
+@dataclass(frozen=True, eq=False)
+class RowsAbove:
+    """Rows of moves above what some ReLUs put out: relu(z) <= value + gains . m for every flow m of the ball.
+
+    Such bounds know that the budget is shared (theory, sections 16 and 21). They hold on the whole ball, and so on
+    every node of a tree over it.
+
+    Attributes:
+        index: the neurons of each ReLU layer that have a row, (K_k,).
+        values: what they put out at the image, (K_k,) a layer.
+        gains: of one layer's rows after the other's, (K, ways, C, H, W), by the pixel that the mass leaves.
+    """
+
+    index: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    gains: Tensor
+
+    def __len__(self) -> int:
+        return len(self.gains)
+
+    def below(self, stage: int) -> RowsAbove:
+        """Those of the layers below a stage."""
+        count = sum(len(index) for index in self.index[:stage])
+        return RowsAbove(self.index[:stage], self.values[:stage], self.gains[:count])
+
+    def to(self, kind: torch.dtype) -> RowsAbove:
+        """In this precision."""
+        return RowsAbove(self.index, tuple(value.to(kind) for value in self.values), self.gains.to(kind))
+
+
 @dataclass(frozen=True)
 class Minimum:
-    """min of c . nu over the ball, one row a function.
+    """min of c . nu over the ball, one row a function; with rows, of c . (image + A m) + g . m over its flows m.
 
     Attributes:
         value: a sound lower bound, exact to the tolerance, (N,).
         multiplier: to start the next search from, (N,).
         point: where it is attained, (N, pixels), if it was asked for.
+        flow: which leads there, (N, ways, C, H, W), with rows.
     """
 
     value: Tensor
     multiplier: Tensor
     point: Tensor | None
+    flow: Tensor | None = None
 
 
 class SingleBall:
@@ -240,8 +274,11 @@ class SingleBall:
         guess: Tensor | None = None,
         tolerance: float = 1e-9,
         point: bool = False,
+        gains: Tensor | None = None,  # g, (N, ways, C, H, W)
     ) -> Minimum:
         coefficients = coefficients.detach()
+        if gains is not None:
+            return self._minimum_with_rows(coefficients, gains.detach(), guess, tolerance, point)
         if self._compiled:
             excess, multiplier, nearest = self._solver(coefficients.dtype).solve(-coefficients, guess, tolerance, point)
             centre = coefficients @ self.flat  # not finite if any coefficient is not: then the excess says nothing
@@ -253,6 +290,21 @@ class SingleBall:
         )  # fmt: skip
         nearest = None if found.maximiser is None else found.maximiser[0].flatten(1)
         return Minimum(coefficients @ self.flat - found.excess[0], found.multiplier[0].double(), nearest)
+
+    def _minimum_with_rows(
+        self, coefficients: Tensor, gains: Tensor, guess: Tensor | None, tolerance: float, point: bool
+    ) -> Minimum:
+        whole = NEIGHBOURS.gains(coefficients.reshape(-1, *self.image.shape)).add_(gains).neg_()
+        corner = torch.zeros(1, 2, dtype=torch.long, device=whole.device)
+        found = maximum(
+            MoveRows(whole[None, None], corner), self.image[None], coefficients.new_tensor([self.budget]).double(),
+            feasible=self.positive, guess=None if guess is None else guess[None], tolerance=tolerance, flow=point,
+        )  # fmt: skip
+        flow, nearest = None, None
+        if found.flow is not None:
+            flow = found.flow[0, 0]
+            nearest = self.flat + NEIGHBOURS.entering(flow).flatten(1)
+        return Minimum(coefficients @ self.flat - found.value[0], found.multiplier[0], nearest, flow)
 
     @property
     def _compiled(self) -> bool:
@@ -356,6 +408,7 @@ class Problem:
         specification: (R, n_stage).
         settings: of the search.
         workers: do chunks of rows at a time.
+        above: rows of moves above ReLUs, on balls that are programmes; None for none.
     """
 
     maps: AffineMaps
@@ -364,13 +417,21 @@ class Problem:
     specification: Tensor
     settings: SearchSettings = DEFAULTS
     workers: Workers = field(default_factory=Workers)
-    _reduced: dict[torch.dtype, tuple[AffineMaps, SingleBall]] = field(default_factory=dict, repr=False)
+    above: RowsAbove | None = None
+    _reduced: dict[torch.dtype, tuple[AffineMaps, SingleBall, RowsAbove | None]] = field(
+        default_factory=dict, repr=False
+    )
 
     @classmethod
     def outputs(cls, maps: AffineMaps, ball: SingleBall, settings: SearchSettings = DEFAULTS) -> Problem:
         """Each of the network's outputs."""
         bias = maps.stages[-1].bias
         return cls(maps, ball, maps.layers, torch.eye(len(bias), dtype=bias.dtype, device=bias.device), settings)
+
+    @property
+    def first_share(self) -> float | None:
+        """The share of rows that ascents begin with; None without rows."""
+        return None if self.above is None else self.settings.ascent.first_share
 
     def at(self, stage: int, specification: Tensor) -> Problem:
         """Functions of another stage."""
@@ -382,16 +443,20 @@ class Problem:
 
     def on(self, ball: SingleBall) -> Problem:
         """Over another ball."""
-        return replace(self, ball=ball, _reduced={})
+        return replace(self, ball=ball, above=None, _reduced={})
+
+    def under(self, above: RowsAbove | None) -> Problem:
+        """With rows above ReLUs, if there are any."""
+        return replace(self, above=above, _reduced={})
 
     def reduced(self, kind: torch.dtype = torch.float32) -> Problem:
         """In this precision, on a window of the image; its values are near the problem's own, and no bounds."""
         if kind not in self._reduced:
             self._reduced[kind] = self._reduce(kind)
-        maps, ball = self._reduced[kind]
-        return replace(self, maps=maps, ball=ball, specification=self.specification.to(kind), _reduced={})
+        maps, ball, above = self._reduced[kind]
+        return replace(self, maps=maps, ball=ball, specification=self.specification.to(kind), above=above, _reduced={})
 
-    def _reduce(self, kind: torch.dtype) -> tuple[AffineMaps, SingleBall]:
+    def _reduce(self, kind: torch.dtype) -> tuple[AffineMaps, SingleBall, RowsAbove | None]:
         rows, columns = self._window()
         image = self.ball.image
         places = torch.arange(self.maps.pixels, device=image.device).reshape(image.shape)
@@ -400,15 +465,16 @@ class Problem:
         for stage in self.maps.stages:
             weights = {s: (w[:, window] if s == 0 else w).to(kind).contiguous() for s, w in stage.weights.items()}
             stages.append(Stage(stage.bias.to(kind), weights))
-        return AffineMaps(tuple(stages), self.maps.names, len(window)), self.ball.window(rows, columns, kind)
+        above = None if self.above is None else self.above.to(kind)
+        return AffineMaps(tuple(stages), self.maps.names, len(window)), self.ball.window(rows, columns, kind), above
 
     def _window(self) -> tuple[slice, slice]:
-        """The rows and columns near the mass; all of them where points need no mass to move."""
+        """The rows and columns near the mass; all of them where flows need no mass, as in cycles that rows reward."""
         found = []
         mass, margin = self.ball.image.sum(0) > 0, self.settings.ascent.window
         for axis, size in ((1, mass.shape[0]), (0, mass.shape[1])):
             held = mass.any(axis).nonzero().flatten()
-            if self.ball.positive and len(held):
+            if self.ball.positive and self.above is None and len(held):
                 found.append(slice(max(0, int(held[0]) - margin), min(size, int(held[-1]) + 1 + margin)))
             else:
                 found.append(slice(0, size))

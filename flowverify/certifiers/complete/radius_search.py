@@ -250,6 +250,7 @@ class RadiusSearch:
         if not len(self.specification):
             return math.inf
         known = self._roots.over(problem.ball.ball, self.specification)
+        problem = problem.under(known.above)
         if bool((known.margins > 0).all()) or self._large(known.neurons):
             return float(known.margins.min())
         bounds = neuron_bounds(problem, known=known.neurons, iterations=1)
@@ -319,23 +320,26 @@ class RadiusSearch:
         self._trial = budget
         problem = self.problem(budget)
         known = self._roots.over(problem.ball.ball, self.specification)
-        iterations = 1 if self._large(known.neurons) else None
+        problem = problem.under(known.above)
+        iterations = 1 if problem.above is not None or self._large(known.neurons) else None
         tree.shrink(problem, neuron_bounds(problem, known=known.neurons, iterations=iterations))
 
     def _plant(self, budget: float, deadline: Deadline) -> None:
-        """A tree at this budget; one that is not done soon starts again from refined bounds of the neurons."""
+        """A tree at this budget; without rows, one not done soon starts again from refined bounds of the neurons."""
         self._begun, self._before = self._deadline.left, self.counts.nodes
         problem = self.problem(budget)
         known = self._roots.over(problem.ball.ball, self.specification)
+        problem = problem.under(known.above)
         bounds = neuron_bounds(problem, known=known.neurons, iterations=0 if deadline.stop() else 1)
         tree = Tree(problem, bounds, self.nearest, known=known.margins, counts=self.counts)
-        if len(tree.open):
+        # Rows of moves bound ReLUs better than joint limits do, and than their own bounds could.
+        if len(tree.open) and problem.above is None:
             self._tree, self._trial, upper = tree, budget, self.nearest.budget
             easy = deadline.child(
                 nodes=self.settings.schedule.easy_nodes, until=lambda: self.nearest.budget < min(upper, budget)
             )
             tree.grow(self._watched(easy))
-        if len(tree.open) and self.nearest.budget > budget and not deadline.stop():
+        if len(tree.open) and problem.above is None and self.nearest.budget > budget and not deadline.stop():
             tree = self._strengthened(problem, bounds, known, deadline)
         self._tree, self._trial = tree, budget
 

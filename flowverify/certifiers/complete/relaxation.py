@@ -22,12 +22,17 @@ up_i above 0 and D = sum of theta down_i below:
 It is 0 for rho between -D and A + U, if there is any such: alpha in [0, 1] chooses it. Otherwise rho is the chord's,
 that makes both ends equal. Neurons with one phase have rho = A + U or -D. To all, gamma is added, free on splits.
 
+Rows of moves go beyond it as well, and further (theory, section 16): where A < 0, relu(z) <= value + gains . m holds
+for all flows m of the ball, and may bound any share of A a; the hull has the rest. What is left at the image is then a
+linear function of the flow, not of the image alone, whose least value knows that all rows share one budget.
+
 What is computed may be off by rounding, and is lowered by as much. Any rho is sound, the rounded one too: only what is
-computed from it matters. With P_k the magnitudes of :mod:`flowverify.network.rounding`, which are at least |z_k|, |l_k|
-and |u_k| (bounds are cut off there), b_k and W_k weighted by rho_k, or by the specification, put in terms of at most
-|rho_k| . P_k in sum, with their own rounding; A is a sum of such rho_k W_k, and what the hull's minimum or the ball
-makes of it is no more than that again; U and D put in (U + D) . P_k, limits theta limit. gamma_n times the sum of all
-these is the lowering; a few units more for the minimum over the hull are among the n.
+computed from it matters; rows put in four times the coefficients that they bound, times P_k. With P_k the magnitudes of
+:mod:`flowverify.network.rounding`, which are at least |z_k|, |l_k| and |u_k| (bounds are cut off there), b_k and W_k
+weighted by rho_k, or by the specification, put in terms of at most |rho_k| . P_k in sum, with their own rounding; A is
+a sum of such rho_k W_k, and what the hull's minimum or the ball makes of it is no more than that again; U and D put in
+(U + D) . P_k, limits theta limit. gamma_n times the sum of all these is the lowering; a few units more for the minimum
+over the hull are among the n.
 
 **Joint limits** of a layer's neurons say that a ball of small budget cannot drive all of them to their extremes at
 once. The relaxation of an unstable neuron with bounds l < 0 < u overrates its output by up to gap * (1 - max(z / u, z /
@@ -60,6 +65,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowverify.certifiers.complete.problem import Problem, SingleBall
+
+OF_ROWS = 4  # times a neuron's magnitude: a row's value, its gains, and both with their coefficient
 
 
 @dataclass
@@ -153,25 +160,27 @@ class Multipliers:
     Attributes:
         alpha, gamma: of the neurons' slopes and splits, (N, n_k) a layer.
         theta: of the joint limits, (N, G_k) a layer.
+        share: of negative coefficients, what rows bound in place of the hull, in [0, 1], (N, n_k) a layer; or (N, 0).
         guess: of the ball's multiplier, (N,).
     """
 
     alpha: list[Tensor]
     gamma: list[Tensor]
     theta: list[Tensor]
+    share: list[Tensor]
     guess: Tensor
 
     @property
     def variables(self) -> list[Tensor]:
         """All but the guess."""
-        return [*self.alpha, *self.gamma, *self.theta]
+        return [*self.alpha, *self.gamma, *self.theta, *self.share]
 
     @classmethod
     def of(cls, variables: Sequence[Tensor], guess: Tensor) -> Multipliers:
         """The inverse of :attr:`variables`."""
-        layers = len(variables) // 3
-        alpha, gamma, theta = (list(variables[kind * layers : (kind + 1) * layers]) for kind in range(3))
-        return cls(alpha, gamma, theta, guess)
+        layers = len(variables) // 4
+        alpha, gamma, theta, share = (list(variables[kind * layers : (kind + 1) * layers]) for kind in range(4))
+        return cls(alpha, gamma, theta, share, guess)
 
     def to(self, kind: torch.dtype) -> Multipliers:
         """In this precision, but for the guess."""
@@ -183,11 +192,12 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class Bound:
-    """Lower bounds (N,), the ball's multipliers (N,), and minimisers over the ball (N, pixels) where asked for."""
+    """Lower bounds (N,), the ball's multipliers (N,), minimisers (N, pixels) where asked for, and A by layer."""
 
     value: Tensor
     multiplier: Tensor
     point: Tensor | None
+    coefficients: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,13 +252,21 @@ class Relaxation:
         return self.problem.settings.compiled and self.problem.specification.device.type == "cpu"
 
 
-def initial_multipliers(lower: Sequence[Tensor], upper: Sequence[Tensor], count: int) -> Multipliers:
-    """CROWN's choice of slopes, nothing for splits, no joint limits; bounds (n_k,) or (N, n_k)."""
+def initial_multipliers(
+    lower: Sequence[Tensor], upper: Sequence[Tensor], count: int, share: float | None = None
+) -> Multipliers:
+    """CROWN's choice of slopes, nothing for splits, no joint limits; bounds (n_k,) or (N, n_k).
+
+    Args:
+        share: of rows; None where there are none.
+    """
     alpha = [
         (high > -low).to(low.dtype).expand(count, low.shape[-1]).clone() for low, high in zip(lower, upper, strict=True)
     ]
     guess = torch.zeros(count, dtype=torch.float64, device=alpha[0].device if alpha else None)
-    return Multipliers(alpha, [torch.zeros_like(a) for a in alpha], [a.new_zeros(count, 0) for a in alpha], guess)
+    nothing = [a.new_zeros(count, 0) for a in alpha]
+    shares = nothing if share is None else [torch.full_like(a, share) for a in alpha]
+    return Multipliers(alpha, [torch.zeros_like(a) for a in alpha], nothing, shares, guess)
 
 
 def relax(
@@ -276,26 +294,56 @@ def relax(
     return rho, torch.where(torch.isnan(lower + upper), torch.nan, constant).sum(-1)
 
 
+def left_to_rows(
+    relaxation: Relaxation, coefficients: Tensor, multipliers: Multipliers, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """The coefficients (N, n) that are left to the hull, and those that rows bound, (N, K) and nowhere positive."""
+    above, share = relaxation.problem.above, multipliers.share[layer]
+    if above is None or not share.shape[1]:
+        return coefficients, None
+    index = above.index[layer]
+    own = coefficients[:, index]
+    open_ = (relaxation.lower[layer][:, index] < 0) & (relaxation.upper[layer][:, index] > 0)
+    part = torch.where(open_, own * share[:, index], 0.0).clamp(max=0)
+    return coefficients.index_add(1, index, -part), part
+
+
 @dataclass(frozen=True)
 class Linear:
-    """A linear lower bound on the ball: constant (N,) + on_image (N, pixels) . nu, and A_k (N, n_k) of each layer.
+    """A linear lower bound: constant (N,) + on_image (N, pixels) . nu + gains (N, ways, C, H, W) . m.
 
-    ``size`` (N, 2) are the absolute values of all terms in two parts, first + reach * second; None without rounding.
+    Attributes:
+        coefficients: A_k (N, n_k) of each layer.
+        gains: of the flows m that lead to nu; None without rows.
+        size: the absolute values of all terms in two parts, first + reach * second, (N, 2); None without rounding.
     """
 
     constant: Tensor
     on_image: Tensor
     coefficients: list[Tensor]
+    gains: Tensor | None
     size: Tensor | None
 
 
+def gains_of(relaxation: Relaxation, parts: Sequence[Tensor | None]) -> Tensor | None:
+    """What rows add to the flows' gains, given the coefficients (N, K_k) that they bound in each layer."""
+    taken = [part for part in parts if part is not None]
+    if not taken:
+        return None
+    above = relaxation.problem.above
+    assert above is not None
+    rows = above.below(len(parts)).gains
+    return (torch.cat(taken, 1) @ rows.flatten(1)).reshape(-1, *rows.shape[1:])
+
+
 def linear_bound(relaxation: Relaxation, multipliers: Multipliers) -> Linear:
-    """A linear function of the image below specification . z_stage, wherever the neurons' bounds hold."""
+    """A linear function of image and flow below specification . z_stage, wherever the neurons' bounds hold."""
     problem = relaxation.problem
     maps, stage, specification = problem.maps, problem.stage, problem.specification
     constant = specification @ maps.stages[stage].bias
     carried = {source: specification @ weight for source, weight in maps.stages[stage].weights.items()}
     coefficients: list[Tensor] = [specification] * stage
+    parts: list[Tensor | None] = [None] * stage
     known = None if maps.rounding is None else maps.rounding.magnitudes
     size = None if known is None else specification.detach().abs() @ known[stage]
     for index in range(stage - 1, -1, -1):
@@ -303,18 +351,25 @@ def linear_bound(relaxation: Relaxation, multipliers: Multipliers) -> Linear:
         if own is None:
             own = torch.zeros_like(multipliers.alpha[index])
         coefficients[index] = own
+        own, parts[index] = part = left_to_rows(relaxation, own, multipliers, index)
         rho, term, steepness, limited = _relax_layer(relaxation, own, multipliers, index)
         constant = constant + term + rho @ maps.stages[index].bias
+        if part[1] is not None:
+            assert problem.above is not None
+            constant = constant + part[1] @ problem.above.values[index]
         if size is not None and known is not None:
             size += (rho.detach().abs() + steepness.detach()) @ known[index]
             size[:, 0] += limited.detach()
+            if part[1] is not None:
+                assert problem.above is not None
+                size += OF_ROWS * part[1].detach().abs() @ known[index][problem.above.index[index]]
         for source, weight in maps.stages[index].weights.items():
             more = rho @ weight
             carried[source] = carried[source] + more if source in carried else more
     on_image = carried.get(0)
     if on_image is None:
         on_image = specification.new_zeros(len(specification), maps.pixels)
-    return Linear(constant, on_image, coefficients, size)
+    return Linear(constant, on_image, coefficients, gains_of(relaxation, parts), size)
 
 
 def _relax_layer(
@@ -357,29 +412,31 @@ def lower_bound(
         constant = constant - maps.rounding.gamma * (linear.size[:, 0] + ball.reach * linear.size[:, 1])
     if linear.on_image.requires_grad and torch.is_grad_enabled():
         least, multiplier, nearest = _Concretise.apply(  # type: ignore[no-untyped-call]
-            linear.on_image, ball, multipliers.guess, tolerance
+            linear.on_image, linear.gains, ball, multipliers.guess, tolerance
         )
-        return Bound(constant + least, multiplier, nearest)
-    found = ball.minimum(linear.on_image, multipliers.guess, tolerance, point)
-    return Bound(constant + found.value, found.multiplier, found.point)
+        return Bound(constant + least, multiplier, nearest, linear.coefficients)
+    found = ball.minimum(linear.on_image, multipliers.guess, tolerance, point, linear.gains)
+    return Bound(constant + found.value, found.multiplier, found.point, linear.coefficients)
 
 
 class _Concretise(torch.autograd.Function):
-    """The minimum over the ball; by Danskin's theorem its gradient in c is the minimiser."""
+    """The minimum over the ball; by Danskin's theorem its gradient in c is the minimiser, in gains its flow."""
 
     @staticmethod
     def forward(
-        ctx: Any, coefficients: Tensor, ball: SingleBall, guess: Tensor, tolerance: float
+        ctx: Any, coefficients: Tensor, gains: Tensor | None, ball: SingleBall, guess: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found = ball.minimum(coefficients, guess, tolerance, True)
+        found = ball.minimum(coefficients, guess, tolerance, True, gains)
         assert found.point is not None
-        ctx.save_for_backward(found.point)
+        ctx.save_for_backward(found.point, found.flow)
         ctx.mark_non_differentiable(found.multiplier, found.point)
         return found.value, found.multiplier, found.point
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient[:, None] * ctx.saved_tensors[0], None, None, None
+        point, flow = ctx.saved_tensors
+        of_gains = None if flow is None else gradient.reshape(-1, *[1] * (flow.ndim - 1)) * flow
+        return gradient[:, None] * point, of_gains, None, None, None
 
 
 Array = NDArray[Any]

@@ -196,7 +196,7 @@ class Tree:
         self.stuck: list[TreeNodes] = []
         self.done = 0.0
         rows = torch.arange(len(problem.specification), device=problem.specification.device)
-        nodes = roots(rows, bounds.lower, bounds.upper)
+        nodes = roots(rows, bounds.lower, bounds.upper, problem.first_share)
         if known is not None:
             nodes.bound = torch.maximum(nodes.bound, known)
         rest = self._undone(nodes)
@@ -225,6 +225,10 @@ class Tree:
         return all(float(node.bound.min()) >= -self.settings.tied * self.nearest.largest for node in self.stuck)
 
     @property
+    def _iterations(self) -> int:
+        return self.settings.iterations if self.problem.above is None else self.settings.row_iterations
+
+    @property
     def worst(self) -> float:
         """The least bound among open nodes; infinite without any."""
         return (
@@ -247,7 +251,7 @@ class Tree:
         if len(self.open):
             taken = self.open
             rows = torch.arange(len(taken), device=taken.row.device)
-            iterations, workers = self.settings.iterations, self.problem.workers
+            iterations, workers = self._iterations, self.problem.workers
             better = workers.each(
                 lambda own: self._improve(taken[own], iterations), workers.parts(rows, self.batch_size)
             )
@@ -297,13 +301,13 @@ class Tree:
             deadline.spend(len(children))
         children, neuron = children[undone], neuron.repeat(2)[undone]
         below = neuron < sum(self.problem.maps.widths[:-1])  # splits of the last layer say nothing about a layer above
-        if bool(below.any()):
+        if bool(below.any()) and self.problem.above is None:
             affected = children[below]
             chosen = most_relaxed(self.problem, affected, self.problem.settings.branching.tightened)
             affected = tighten(self.problem, affected, chosen)
             children = join([affected, children[~below]])
         if len(children):
-            children = self._polish(self._improve(self._limited_again(children), self.settings.iterations))
+            children = self._polish(self._improve(self._limited_again(children), self._iterations))
             children = children[self._settle(children)]
         kept = [part for part in (waiting, children) if part is not None and len(part)]
         return join(kept) if kept else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_joint_limits import limited
+from test_joint_limits import above, limited
 from test_neuron_bounds import reached, single_ball
 
 from flowverify.certifiers.complete.ascent import Adam, compiled_slope, slope, traced_slope, values
@@ -31,11 +31,17 @@ def split_at_random(nodes: TreeNodes, inside: bool) -> TreeNodes:
         else:
             nodes.multipliers.alpha[layer] = (draw < 0.5).double()
             nodes.multipliers.gamma[layer] = torch.zeros_like(draw)
+        if nodes.multipliers.share[layer].shape[1]:
+            nodes.multipliers.share[layer] = 0.9 - 0.8 * draw if inside else (draw > 0.3).double()
     return nodes
 
 
-def relaxation_of(kind: str, feasible: bool = True, inside: bool = True) -> tuple[Relaxation, Multipliers]:
+def relaxation_of(
+    kind: str, feasible: bool = True, inside: bool = True, rows: bool = False
+) -> tuple[Relaxation, Multipliers]:
     problem, nodes, _ = limited(kind, 0.4, feasible=feasible)
+    if rows:
+        problem, nodes = above(kind, problem, nodes)
     nodes = split_at_random(nodes, inside)
     nodes.joint = [limits.closed() for limits in nodes.joint]
     return nodes.relaxation(problem), nodes.multipliers
@@ -43,22 +49,26 @@ def relaxation_of(kind: str, feasible: bool = True, inside: bool = True) -> tupl
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("feasible", [True, False])
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_equals_traced(kind: str, feasible: bool, inside: bool) -> None:
-    relaxation, multipliers = relaxation_of(kind, feasible, inside)
+def test_compiled_equals_traced(kind: str, feasible: bool, inside: bool, rows: bool) -> None:
+    relaxation, multipliers = relaxation_of(kind, feasible, inside, rows)
     compiled, traced = (way(relaxation, multipliers, 1e-9) for way in (compiled_slope, traced_slope))
     torch.testing.assert_close(compiled.value, traced.value)
     torch.testing.assert_close(compiled.point, traced.point)
     for own, other in zip(compiled.gradients, traced.gradients, strict=True):
         torch.testing.assert_close(own, other, atol=1e-9, rtol=1e-7)
     torch.testing.assert_close(values(relaxation, multipliers, 1e-9), traced.value)
-    assert any(float(own.abs().max()) > 0 for own in compiled.gradients)
+    assert any(float(own.abs().max()) > 0 for own in compiled.gradients if own.numel())
+    shares = compiled.gradients[3 * relaxation.problem.stage :]
+    assert any(own.numel() and float(own.abs().max()) > 0 for own in shares) == rows
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_the_change_of_the_bound(kind: str) -> None:
-    relaxation, multipliers = relaxation_of(kind)
-    found = slope(relaxation, multipliers, 1e-12)
+def test_is_the_change_of_the_bound(kind: str, rows: bool) -> None:
+    relaxation, multipliers = relaxation_of(kind, rows=rows)
+    found = slope(relaxation, multipliers, 1e-6)  # where flows tie exactly, there are several
     generator = torch.Generator().manual_seed(5)
     layers = relaxation.problem.stage
     moved = []
@@ -83,15 +93,18 @@ def test_adam_is_that_of_torch_within_the_ranges() -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.rand(3, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
     sign = torch.tensor([1, -1, 0, 1, -1], dtype=torch.int8).expand(3, 5).contiguous()
-    multipliers = Multipliers([start[0]], [torch.zeros(3, 5, dtype=torch.float64)], [start[2]], torch.zeros(3))
-    ways = [Adam(multipliers, AscentSettings(decay=1.0)) for _ in range(2)]
+    nothing = torch.zeros(3, 5, dtype=torch.float64)
+    multipliers = Multipliers([start[0]], [nothing], [start[2]], [start[1]], torch.zeros(3))
+    settings = AscentSettings(decay=1.0)
+    rates = settings.slope_step, settings.split_step, settings.limit_step, settings.share_step
+    ways = [Adam(multipliers, settings) for _ in range(2)]
     free = [v.clone().requires_grad_(True) for v in multipliers.variables]
     torch_adam = torch.optim.Adam(
-        [{"params": [v], "lr": rate} for v, rate in zip(free, (0.03, 0.2, 0.05), strict=True)], betas=(0.9, 0.99),
+        [{"params": [v], "lr": rate} for v, rate in zip(free, rates, strict=True)], betas=(0.9, 0.99),
         maximize=True,
     )  # fmt: skip
     for _ in range(6):
-        gradients = [torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+        gradients = [torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
         for compiled, own in zip((True, False), ways, strict=True):
             own.step(gradients, [sign], compiled)
         for value, gradient in zip(free, gradients, strict=True):
@@ -101,15 +114,19 @@ def test_adam_is_that_of_torch_within_the_ranges() -> None:
             free[0].clamp_(0, 1)
             free[1].copy_(torch.where(sign > 0, free[1].clamp(max=0), torch.where(sign < 0, free[1].clamp(min=0), 0.0)))
             free[2].clamp_(min=0)
+            free[3].clamp_(0, 1)
         for one, other, expected in zip(ways[0].values, ways[1].values, free, strict=True):
             torch.testing.assert_close(one, expected.detach())
             torch.testing.assert_close(other, expected.detach())
     assert (ways[0].values[1] != 0).any()
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("feasible", [True, False])
-def test_the_reduced_problem_is_near_the_whole(feasible: bool) -> None:
+def test_the_reduced_problem_is_near_the_whole(feasible: bool, rows: bool) -> None:
     problem, nodes, _ = limited("mlp", 0.3, feasible=feasible)
+    if rows:
+        problem, nodes = above("mlp", problem, nodes)
     small, relaxation = problem.reduced(), nodes.relaxation(problem)
     assert problem.rows(nodes.row).reduced().maps is small.maps, "reduced once"
     assert small.maps.pixels <= problem.maps.pixels

@@ -8,7 +8,7 @@ from test_certify_contract import network_of
 from test_neuron_bounds import preactivations, reached, single_ball
 from torch import Tensor
 
-from flowverify.certifiers.complete.neuron_bounds import improve, limit_jointly, neuron_bounds, spent
+from flowverify.certifiers.complete.neuron_bounds import Roots, improve, limit_jointly, neuron_bounds, spent
 from flowverify.certifiers.complete.nodes import TreeNodes, roots
 from flowverify.certifiers.complete.problem import Problem, affine_maps
 from flowverify.certifiers.complete.relaxation import JointLimits, lower_bound
@@ -37,6 +37,14 @@ def limited(kind: str, radius: float, size: int = 4, feasible: bool = True) -> t
     for layer in range(maps.layers):
         limit_jointly(problem, layer, nodes, (2, size))
     return problem, nodes, preactivations(network, points)
+
+
+def above(kind: str, problem: Problem, nodes: TreeNodes) -> tuple[Problem, TreeNodes]:
+    """The same with rows of moves above ReLUs, half of every negative coefficient being theirs."""
+    known = Roots(network_of(kind).double(), "lifted", 1e-6, 1 << 24).over(problem.ball.ball, problem.specification)
+    assert known.above is not None
+    nodes.multipliers.share = [torch.full_like(a, 0.5) for a in nodes.multipliers.alpha]
+    return problem.under(known.above), nodes
 
 
 def sums(limits: JointLimits, values: Tensor) -> Tensor:

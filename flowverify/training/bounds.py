@@ -17,10 +17,10 @@ On the CPU, compiled kernels dilate rows, sixteen at once, and remember where va
 (pixel, lane). Unsigned offsets keep the inner loops free of the handling of negative ones, which would keep them from
 being vectorised.
 
-Intervals let every neuron spend the whole budget, so that they cannot train convolutional networks, where thousands of
-neurons each have the worst that can be done to them. The rows of moves of lifted bounds (theory, section 21) share one
-budget. The flow that a row's maximum takes is its gradient (Danskin's theorem), and the rows of a layer are products of
-those below.
+Above the first layer, rows of moves do better. Intervals let every neuron spend the whole budget, so that they cannot
+train convolutional networks, where thousands of neurons each have the worst that can be done to them. Rows of moves
+(theory, section 21) share one budget. The flow that a row's maximum takes is its gradient (Danskin's theorem), and the
+rows of a layer are products of those below.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from flowverify.ball import Threat
 from flowverify.bounds.margins import MarginBounds
 from flowverify.errors import InvalidInputError, UnsupportedOperationError
 from flowverify.network import Network
-from flowverify.training.trainable_bounds import LiftedTrainableBounds, TrainableBounds, ball_bounds
+from flowverify.training.bounds import LiftedTrainableBounds, TrainableBounds, ball_bounds
 from flowverify.transport.support import support, support_value
 
 SHAPE = (1, 7, 6)
@@ -106,8 +106,8 @@ def test_gradient_is_that_of_differences(name, kind, targets, batch, monkeypatch
     budget = (0.05 if kind is LiftedTrainableBounds else 0.2) * images.flatten(1).sum(1)
 
     # The kernel's few multipliers scale with Lip(c); the exact maximum has a gradient of its own.
-    monkeypatch.setattr("flowverify.training.trainable_bounds.ball_bounds", support_value)
-    monkeypatch.setattr("flowverify.training.trainable_bounds.TOLERANCE", 1e-13)
+    monkeypatch.setattr("flowverify.training.bounds.ball_bounds", support_value)
+    monkeypatch.setattr("flowverify.training.bounds.TOLERANCE", 1e-13)
     first = kind(model, targets)
     first.bound(images, labels, budget)
 
