@@ -17,7 +17,8 @@ from collections import Counter
 import flowverify as fv
 from benchmarks.common import header
 from flowverify.attack import make_attack
-from flowverify.export.marabou import ENCODINGS, MarabouCertifier
+from flowverify.certifiers.options import MARABOU_ENCODINGS
+from flowverify.export.marabou import MarabouCertifier
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", default="digits-fc3")
     parser.add_argument("--images", type=int, default=10, help="so many of those that are classified right")
     parser.add_argument("--first", type=int, default=0, help="test image to begin with")
-    parser.add_argument("--encoding", default="cuts", choices=ENCODINGS)
+    parser.add_argument("--encoding", default="cuts", choices=MARABOU_ENCODINGS)
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
     network = fv.load_model(options.model)

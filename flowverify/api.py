@@ -333,7 +333,7 @@ def make_certifier(
     Args:
         method: a name of :data:`flowverify.registry.METHODS`, or MODULE:CLASS.
         bound: of vanilla and fine-tuned certification; other methods have no use for it.
-        engine: what carries the method out: flowverify, marabou, or MODULE:CLASS.
+        engine: what carries the method out: flowverify, marabou, alpha-beta-crown, or MODULE:CLASS.
         references: with a number > 0, the maximum over so many references, which ``pool`` may provide.
         progress: told what is known, now and then, by methods that take long.
         target: the one class that counts as wrong (:mod:`flowverify.targeted`); every other class without it.

@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from flowverify.registry import ENGINES
+
 
 class Status(StrEnum):
     """The outcome of one check."""
@@ -52,7 +54,7 @@ def examine() -> list[Finding]:
         ("models", _models, "pip install --force-reinstall --no-deps flowverify"),
     ]
     findings = [_guarded(name, check, advice) for name, check, advice in required]
-    return [*findings, *(_optional(module) for module in _OPTIONAL), _mnist()]
+    return [*findings, *(_optional(module) for module in _OPTIONAL), *_engines(), _mnist()]
 
 
 def _guarded(name: str, check: Callable[[], Finding], advice: str) -> Finding:
@@ -149,6 +151,21 @@ def _optional(module: str) -> Finding:
         return Finding(name, Status.OK, version(module))
     except (ImportError, PackageNotFoundError) as error:
         return Finding(name, Status.ABSENT, f"{' '.join(str(error).split())}; needed for {purpose}", advice)
+
+
+def _engines() -> list[Finding]:
+    """The outside engines, by what each says of itself."""
+    findings = []
+    for name in ENGINES:
+        try:
+            missing = getattr(ENGINES.find(name), "missing", None)
+            reason = missing() if missing is not None else None
+        except Exception as error:  # a broken installation can raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if reason is not None:
+            status = Status.ABSENT if reason else Status.OK
+            findings.append(Finding(name, status, reason or f"--engine {name} can be run"))
+    return findings
 
 
 def _mnist() -> Finding:

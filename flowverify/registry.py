@@ -310,6 +310,11 @@ ENGINES = Registry(
             "flowverify.export.marabou:MarabouCertifier",
             "flowverify.certifiers.options:MarabouOptions",
         ),
+        "alpha-beta-crown": Entry(
+            "alpha-beta-CROWN in a process of its own: complete, for vanilla and fine-tuned",
+            "flowverify.export.abcrown:AlphaBetaCrownCertifier",
+            "flowverify.certifiers.options:AlphaBetaCrownOptions",
+        ),
     },
     base="flowverify.certifiers.base:BaseCertifier",
 )

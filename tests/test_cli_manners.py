@@ -19,7 +19,7 @@ from flowverify.bounds.recipes import BOUNDS
 from flowverify.certifiers.incomplete import Certifier
 from flowverify.cli import app
 from flowverify.cli.common import output
-from flowverify.registry import ATTACKS, DATASETS, METHODS
+from flowverify.registry import ATTACKS, DATASETS, ENGINES, METHODS
 from flowverify.training import RECIPES
 from flowverify.transport.ground import ground_forms
 
@@ -163,6 +163,7 @@ class TestWords:
 
 LISTED = {
     "methods": list(METHODS),
+    "engines": list(ENGINES),
     "bounds": list(BOUNDS),
     "grounds": list(ground_forms()),
     "attacks": list(ATTACKS),

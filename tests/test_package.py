@@ -17,7 +17,8 @@ PACKAGE = ROOT / "flowverify"
 LAYERS = (
     "errors", "registry", "quiet", "conventions", "notebook", "deadline", "records", "settings", "data", "grid",
     "transport", "ball", "network", "zoo", "results", "witness", "attack", "bounds", "lirpa", "certifiers",
-    "smoothing", "training", "export", "targeted", "api", "figures", "curves", "bench", "doctor", "cli", "__main__",
+    "smoothing", "training", "export", "targeted", "api", "adapters", "figures", "curves", "bench", "doctor", "cli",
+    "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

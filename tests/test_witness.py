@@ -12,6 +12,7 @@ from flowverify.certifiers.complete.counterexamples import NearestCounterexample
 from flowverify.certifiers.linear import LinearCertifier
 from flowverify.errors import InvalidInputError
 from flowverify.export import marabou
+from flowverify.export.abcrown import AlphaBetaCrownCertifier
 from flowverify.export.folder import Source, write_folder
 from flowverify.export.plan import Request, plan
 from flowverify.export.results import replay as replay_export
@@ -90,6 +91,11 @@ def ask_marabou(network, label, folder):
     return str(found.certify(IMAGE, torch.tensor([label]), fv.WassersteinBall(0.0))[0].verdict)
 
 
+def ask_abcrown(network, label, folder):
+    found = AlphaBetaCrownCertifier(network, engine=object())  # which is asked nothing
+    return str(found.certify(IMAGE, torch.tensor([label]), fv.WassersteinBall(0.0))[0].verdict)
+
+
 def smoothed(network, label, folder):
     return str(SmoothedClassifier(network, Noise(0.01)).certify(IMAGE, [label], n0=10, n=100)[0].verdict)
 
@@ -118,6 +124,7 @@ ASKED = {
     ),
     "export": export,
     "marabou": ask_marabou,
+    "alpha-beta-crown": ask_abcrown,
     "smoothing": smoothed,
     "smoothing, prediction": predicted,
     "smoothing, splitting": split,

@@ -28,13 +28,15 @@ The attack is projected gradient ascent, equation (2): a step of steepest ascent
 or the l2 norm, then Algorithm 2. Settings are the paper's (Section 5): 5 x 5 local plans, 2-norm cost, lambda = 1000
 for MNIST and 3000 for CIFAR10, and a radius that grows until the image is misclassified. The step size, 0.1 in pixel
 values, is that of the authors' code; the paper gives none.
+
+The paper's defence beside adversarial training (Section 5.1): binarised input, pixels set to 0 or 1 before the network.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -390,3 +392,55 @@ class ProjectedSinkhorn(BaseAttack):
             return self.step_size * gradient.sign()
         length = gradient.flatten(1).norm(dim=1)[:, None, None, None]
         return torch.where(length > 0, self.step_size * gradient / length.clamp(min=1e-300), 0.0)
+
+
+class Binarised(nn.Module):
+    """x -> network(1 where x >= threshold, else 0).
+
+    A threshold has no derivative. Backwards it acts as the identity (a straight-through estimate, Bengio et al.
+    2013), or as the derivative of a sigmoid of the given steepness, so that gradients lead to pixels near the
+    threshold. It changes where an attack looks, never what it finds: that is checked on the hard threshold.
+
+    In the authors' code the images are binarised once, before the attack, and the attack then perturbs the network
+    without the threshold: to do the same, attack the network itself on :func:`binarise` d images.
+
+    Args:
+        network: any module of images.
+        threshold: a finite number.
+        steepness: of the sigmoid in the derivative; None for the identity.
+    """
+
+    def __init__(self, network: nn.Module, threshold: float = 0.5, steepness: float | None = None) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise InvalidInputError(f"network of type {type(network).__name__}: expected a torch.nn.Module")
+        if not abs(threshold) < float("inf") or (steepness is not None and not 0 < steepness < float("inf")):
+            raise InvalidInputError(f"threshold {threshold}, steepness {steepness}: expected finite numbers")
+        self.network, self.threshold, self.steepness = network, threshold, steepness
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> what the network returns for the binarised images."""
+        binary: Tensor = _Threshold.apply(images, self.threshold, self.steepness)  # type: ignore[no-untyped-call]
+        result: Tensor = self.network(binary)
+        return result
+
+
+def binarise(images: Tensor, threshold: float = 0.5) -> Tensor:
+    """1 where a pixel is at least the threshold, else 0."""
+    return (images >= threshold).to(images.dtype)
+
+
+class _Threshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, threshold: float, steepness: float | None) -> Tensor:
+        ctx.save_for_backward(images)
+        ctx.threshold, ctx.steepness = threshold, steepness
+        return binarise(images, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.steepness is None:
+            return gradient, None, None
+        (images,) = ctx.saved_tensors
+        level = torch.sigmoid(ctx.steepness * (images - ctx.threshold))
+        return gradient * ctx.steepness * level * (1 - level), None, None

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flowverify.bench import charts, sources
-from flowverify.bench.pictures import Pictures, pictures, radius_shown
+from flowverify.bench.charts import Pictures, pictures, radius_shown
 from flowverify.bench.sources import titles
 from flowverify.bench.statistics import (
     CERTIFIED_ON_WORD,

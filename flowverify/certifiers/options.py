@@ -240,7 +240,7 @@ class CompleteOptions:
         return Deadline(self.timeout, self.nodes, self.clock)
 
 
-ENCODINGS = ("cuts", "linear", "outputs", "penalty")
+MARABOU_ENCODINGS = ("cuts", "linear", "outputs", "penalty")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,41 @@ class MarabouOptions:
     timeout: float = option(300.0, "Seconds for an image and a radius.")
 
     def __post_init__(self) -> None:
-        if self.encoding not in ENCODINGS:
-            raise UnknownNameError("encoding for marabou", self.encoding, ENCODINGS)
-        if not self.timeout > 0:
-            raise InvalidInputError(f"timeout: given {self.timeout!r}, expected seconds > 0")
+        _check_outside("marabou", self.encoding, MARABOU_ENCODINGS, self.timeout)
+
+
+ABCROWN_ENCODINGS = ("both", "l1-penalty", "penalty")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class AlphaBetaCrownOptions:
+    """How alpha-beta-CROWN is run and asked, and how long.
+
+    Raises:
+        UnknownNameError: another encoding or device.
+        InvalidInputError: a timeout that is not positive.
+    """
+
+    encoding: str = option(
+        "both", "How alpha-beta-crown is asked: l1-penalty (its own L1 ball), penalty (a box), or both in turn."
+    )
+    timeout: float = option(300.0, "Seconds for an image and a radius.")
+    program: str = option("", "Its abcrown.py, or a program that runs it; else that of FLOWVERIFY_ABCROWN.")
+    python: str = option(
+        "", "The Python that has what abcrown.py needs; else that of FLOWVERIFY_ABCROWN_PYTHON, else this one."
+    )
+    device: str = option("cpu", "Where it computes: cpu or cuda.")
+    config: str = option("", "YAML with more of its settings: general and solver; for penalty bab and attack, too.")
+
+    def __post_init__(self) -> None:
+        _check_outside("alpha-beta-crown", self.encoding, ABCROWN_ENCODINGS, self.timeout)
+        if self.device not in DEVICES:
+            raise UnknownNameError("device of alpha-beta-crown", self.device, DEVICES)
+
+
+def _check_outside(engine: str, encoding: str, encodings: tuple[str, ...], timeout: float) -> None:
+    if encoding not in encodings:
+        raise UnknownNameError(f"encoding for {engine}", encoding, encodings)
+    if not timeout > 0:
+        raise InvalidInputError(f"timeout: given {timeout!r}, expected seconds > 0")

@@ -15,7 +15,7 @@ import typer
 
 from flowverify.bounds.recipes import BOUNDS
 from flowverify.cli.common import Command, Json, json_line, user_errors
-from flowverify.registry import ATTACKS, DATASETS, METHODS, Registry
+from flowverify.registry import ATTACKS, DATASETS, ENGINES, METHODS, Registry
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def _recipes() -> Iterator[Item]:
 
 LISTS: Mapping[str, tuple[str, Callable[[], Iterator[Item]]]] = {
     "methods": ("List the methods of certification (--method), with their options.", _registered(METHODS)),
+    "engines": ("List what carries methods out (--engine), with their options.", _registered(ENGINES)),
     "bounds": ("List the bounds of vanilla and fine-tuned certification (--bound).", _bounds),
     "grounds": ("List the ground costs (--ground).", _grounds),
     "attacks": ("List the attacks (--attack), with their options.", _registered(ATTACKS)),

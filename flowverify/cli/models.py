@@ -96,9 +96,9 @@ def doctor(json: Json = False) -> None:
     else:
         typer.echo(f"flowverify {__version__}")
         for finding in findings:
-            typer.echo(f"{finding.status:<7} {finding.name:<12} {finding.detail}")
+            typer.echo(f"{finding.status:<7} {finding.name:<16} {finding.detail}")
             if finding.advice:
-                typer.echo(f"{'':<20} to mend it: {finding.advice}")
+                typer.echo(f"{'':<24} to mend it: {finding.advice}")
         typer.echo(f"certification cannot work: {len(failed)} checks failed" if failed else "certification works")
     if failed:
         raise typer.Exit(FAILED)

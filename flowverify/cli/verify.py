@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 PICTURED = 4
 COMPLETE = "flowverify.certifiers.options:CompleteOptions"
 MARABOU = "flowverify.certifiers.options:MarabouOptions"
+ABCROWN = "flowverify.certifiers.options:AlphaBetaCrownOptions"
 
 Result = tuple[int, Certificate]  # an image's position in the data set, and what was shown about it
 
@@ -81,13 +82,20 @@ def verify(
         int, typer.Option(min=0, help="The maximum over this many references: noise, points, images of the data set.")
     ] = 0,
     engine: Annotated[
-        str, typer.Option(help=f"What carries the method out: {ENGINES.listing()}. Marabou is complete, and slow.")
+        str,
+        typer.Option(
+            help=f"What carries the method out: {ENGINES.listing()}. Outside engines are complete, and slow; "
+            "`flowverify engines` lists their options.",
+            autocompletion=completing(ENGINES),
+        ),
     ] = OWN_ENGINE,
-    encoding: Annotated[str | None, typer.Option(help=help_of(MARABOU, "encoding"))] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help=f"{help_of(MARABOU, 'encoding')} {help_of(ABCROWN, 'encoding')}")
+    ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(
-            help=f"Of complete methods: {help_of(COMPLETE, 'timeout')} By default 60, for marabou 300.",
+            help=f"Of complete methods: {help_of(COMPLETE, 'timeout')} By default 60, for outside engines 300.",
             show_default=False,
         ),
     ] = None,

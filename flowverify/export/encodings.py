@@ -453,13 +453,19 @@ def first_and(parts: Parts, inputs: FlowInputs, tail: Graph) -> Graph:
     first = nn.Linear(inputs.size, len(parts.bias), dtype=torch.float64)
     bias = parts.bias + parts.weight @ inputs.offset.flatten()
     first.load_state_dict({"weight": inputs.rows(parts.weight), "bias": bias})
-    nodes = [Node("flow_first", first, (INPUT,), (len(parts.bias),))]
-    if len(tail.input_shape) > 1:
-        nodes.append(Node("flow_shape", Reshape(tail.input_shape), ("flow_first",), tail.input_shape))
-    last = nodes[-1].name
-    nodes += [
-        replace(node, inputs=tuple(last if name == INPUT else name for name in node.inputs)) for node in tail.nodes
-    ]
+    flat, shape, rest = (len(parts.bias),), tail.input_shape, list(tail.nodes)
+    nodes, values = [Node("flow_first", first, (INPUT,), flat)], {INPUT: "flow_first"}
+    if len(shape) > 1:
+        # ReLUs come before the values get their shape: alpha-beta-CROWN looks for a layer right before each.
+        relus = [node for node in rest if node.inputs == (INPUT,) and isinstance(node.operation, nn.ReLU)]
+        rest = [node for node in rest if node not in relus]
+        nodes += [replace(node, inputs=("flow_first",), shape=flat) for node in relus]
+        sources = {node.name: node.name for node in relus}
+        if any(INPUT in node.inputs for node in rest):
+            sources[INPUT] = "flow_first"
+        values |= {name: f"flow_{name}" for name in sources}
+        nodes += [Node(values[name], Reshape(shape), (source,), shape) for name, source in sources.items()]
+    nodes += [replace(node, inputs=tuple(values.get(name, name) for name in node.inputs)) for node in rest]
     return Graph((inputs.size,), nodes)
 
 

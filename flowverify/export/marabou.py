@@ -6,7 +6,6 @@ a process of its own, which is ended when it hangs; whatever happens becomes an 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import select
@@ -16,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -26,17 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from flowverify.ball import Threat, WassersteinBall
-from flowverify.certifiers.base import BaseCertifier
 from flowverify.certifiers.options import MarabouOptions
 from flowverify.errors import DependencyError
 from flowverify.export.cuts import ReducedQuestion
-from flowverify.export.encodings import FloatArray, Parts, take_apart
-from flowverify.export.plan import Export, Instance, Request, by_a_gap, plan, write_property
+from flowverify.export.outside import RESULTS, Found, Outcome, OutsideCertifier, is_installed, last_line
+from flowverify.export.plan import Export, Instance
 from flowverify.export.results import falsify, replay
 from flowverify.network import write_onnx
-from flowverify.network.subject import Subject
-from flowverify.registry import INCOMPLETE, METHODS
-from flowverify.results import Certificate, Verdict
+from flowverify.results import Verdict
 from flowverify.transport.references import flow_by_transport
 from flowverify.transport.support import support
 
@@ -45,20 +40,10 @@ TIGHTENINGS = ("deeppoly", "sbt")
 WORKER = Path(__file__).with_name("marabou_worker.py")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an engine said: sat, unsat, timeout, unknown or error, with its input vector for sat."""
-
-    result: str
-    seconds: float
-    values: FloatArray | None = None
-    message: str = ""
-
-
 def marabou_missing() -> str:
     """Why Marabou cannot be run here, or "" if it can."""
     for package in ("maraboupy", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
+        if not is_installed(package):
             return (
                 f"{package} is not installed: pip install 'flowverify[marabou]' (maraboupy 2.0.0 has wheels for "
                 "CPython up to 3.11 on Linux x86-64)"
@@ -153,11 +138,11 @@ class MarabouProcess:
             line = self._read_line(start + timeout + GRACE)
         except (BrokenPipeError, EOFError):
             code = process.wait()
-            message = f"marabou ended with exit code {code}; last line: {self._last_line()}"
+            message = f"marabou ended with exit code {code}; last line: {last_line(self._log)}"
             self.close()
             return Outcome("error", self._clock() - start, message=message)
         except TimeoutError:
-            message = f"marabou did not stop by itself after {timeout:g} s; last line: {self._last_line()}"
+            message = f"marabou did not stop by itself after {timeout:g} s; last line: {last_line(self._log)}"
             self.close()
             return Outcome("timeout", self._clock() - start, message=message)
         try:
@@ -168,10 +153,10 @@ class MarabouProcess:
         values = np.array(found["values"], dtype=np.float64) if "values" in found else None
         message = found.get("message", "")
         result = found["result"]
-        if result not in ("sat", "unsat", "timeout", "error", "unknown"):
+        if result not in RESULTS:
             result, message = "error", f"marabou answered {result!r}"
         if result == "error":
-            message = f"{message}; last line: {self._last_line()}"
+            message = f"{message}; last line: {last_line(self._log)}"
         return Outcome(result, self._clock() - start, values, message)
 
     def _start(self) -> subprocess.Popen[str]:
@@ -202,11 +187,6 @@ class MarabouProcess:
             self._pending += chunk
         line, self._pending = self._pending.split(b"\n", 1)
         return line.decode()
-
-    def _last_line(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "none"
 
 
 ROUNDS = 20  # for one class; each cut says less than the last, and each question takes longer
@@ -269,39 +249,27 @@ def decide_by_cuts(
     return Decision(None, tuple(sorted(undecided)), message)
 
 
-RAISE = 1.5  # a search multiplies a certified radius by this until one is not
 ROUNDING = 1e-6  # relative; rounding a weight to float32 changes it by at most 6e-8 of itself
-GAP = 1e-4  # of the clean margin
-SEARCH_TOLERANCE = 0.02
 SHARE = 0.5  # of the time is for cuts
-LEAST = 1.0  # second that a question gets
-
-Found = tuple[Verdict, str, float | None]  # with a note, and for falsified the distance of the replayed image
 
 
-class MarabouCertifier(BaseCertifier):
+class MarabouCertifier(OutsideCertifier):
     """Marabou 2.0.0 on the exported network: certified, falsified with a replayed image, or neither.
 
-    The claim of ``certified`` is that of every other method. It rests on Marabou, whose arithmetic is floating-point
-    with tolerances; the exported question allows for the rounding of the file to float32.
+    It claims what :class:`~flowverify.export.outside.OutsideCertifier` does.
 
     Args:
-        method: "fine-tuned", or "vanilla" for the flows of the L1 ball without positivity. A vanilla counterexample
-            that is no image is unknown.
         encoding: "cuts" asks class by class over the first layer's values (:mod:`flowverify.export.cuts`), and what
             that leaves open as "linear"; or one that Marabou takes from files: linear, outputs or penalty.
-        timeout: seconds for each image and radius.
         process: that answers, a new one by default.
-        clock: of the timeout, in seconds.
 
     Raises:
         DependencyError: Marabou cannot be run here.
         InvalidInputError: a timeout that is not positive.
         UnknownNameError: another encoding or method.
-        FoldError, UnsupportedOperationError: the network cannot be exported, which comes out in :meth:`prepare`.
     """
 
-    batched = False
+    ways = TIGHTENINGS
 
     def __init__(
         self,
@@ -315,42 +283,8 @@ class MarabouCertifier(BaseCertifier):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         MarabouOptions(encoding, timeout)  # checks them
-        METHODS.check_family(method, INCOMPLETE)
-        super().__init__(model, method, "marabou", input_shape)
-        self.encoding, self.timeout = encoding, float(timeout)
-        self._process, self._clock = process or MarabouProcess(), clock
-
-    def prepare(self, threat: Threat | None = None) -> None:
-        assert self._parts is not None
-
-    @cached_property
-    def _parts(self) -> Parts:
-        return take_apart(self.network)
-
-    def certify(self, images: Tensor, labels: Tensor, ball: WassersteinBall) -> list[Certificate]:
-        """A verdict for each image at the radius of ``ball``; a radius of 0 asks for the prediction only.
-
-        Marabou is asked about the ball without a cap; counterexamples keep to the cap.
-        """
-        images, labels = self.check(images, labels, ball.threat)
-        predictions, correct = self.clean(images, labels)
-        return [
-            self._decide(images[k], int(labels[k]), int(predictions[k]), bool(correct[k]), ball)
-            for k in range(len(images))
-        ]
-
-    def search(self, images: Tensor, labels: Tensor, threat: Threat | None = None) -> list[Certificate]:
-        """The largest radius that Marabou certifies, to 2%, and the least at which it has a replayed counterexample.
-
-        It starts at the radius of CROWN's certificate. A radius at which Marabou does not decide ends the search.
-        """
-        from flowverify.certifiers.incomplete import Certifier
-
-        started = Certifier(self.network, self.method).search(images, labels, threat)
-        return [
-            self._search_one(image, int(label), first)
-            for image, label, first in zip(images, torch.as_tensor(labels).reshape(-1), started, strict=True)
-        ]
+        super().__init__(model, method, "marabou", encoding, timeout, input_shape, clock)
+        self._process = process or MarabouProcess()
 
     def close(self) -> None:
         """Ends the process that runs Marabou."""
@@ -360,44 +294,19 @@ class MarabouCertifier(BaseCertifier):
         if hasattr(self, "_process"):
             self.close()
 
-    def _search_one(self, image: Tensor, label: int, first: Certificate) -> Certificate:
-        begin = self._clock()
-        start = WassersteinBall(first.radius, first.ground, first.cap)
-        assert first.prediction is not None
-        if first.verdict is Verdict.MISCLASSIFIED:
-            return self._certificate(Verdict.MISCLASSIFIED, label, first.prediction, start, begin)
-        low, high, note = first.radius, None, "radius of CROWN's certificate"
-        limit = float(self.network.grid.diameter)
-        while low < limit and (high is None or high > low * (1 + SEARCH_TOLERANCE)):
-            trial = min(limit, max(low * RAISE, 1e-3)) if high is None else (low + high) / 2
-            found = self._decide(image, label, first.prediction, True, start.with_radius(trial))
-            if found.verdict is Verdict.CERTIFIED:
-                low, note = trial, ""
-            elif found.verdict is Verdict.FALSIFIED:
-                high = min(trial, found.upper_radius or trial)
-            else:
-                note = f"at radius {trial:.4g}: {found.verdict}" + (f", {found.note}" if found.note else "")
-                break
-        verdict = Verdict.CERTIFIED if low > 0 else Verdict.UNKNOWN
-        return self._certificate(verdict, label, first.prediction, start.with_radius(low), begin, note, high)
+    @classmethod
+    def missing(cls) -> str:
+        return marabou_missing()
 
-    def _decide(self, image: Tensor, label: int, prediction: int, correct: bool, ball: WassersteinBall) -> Certificate:
-        begin = self._clock()
-        if not correct:
-            return self._certificate(Verdict.MISCLASSIFIED, label, prediction, ball, begin)
-        if ball.radius == 0:
-            return self._certificate(Verdict.CERTIFIED, label, prediction, ball, begin)
-        encoding = "linear" if self.encoding == "cuts" else self.encoding
-        request = Request(encoding, (ball.radius,), self.method == "fine-tuned", ground=ball.ground)
-        export = next(plan(self.network, image[None], torch.tensor([label]), request))
-        with tempfile.TemporaryDirectory() as folder:
-            verdict, note, upper = self._answer(Path(folder), image, label, ball, export)
-        return self._certificate(verdict, label, prediction, ball, begin, note, upper)
+    @property
+    def file_encodings(self) -> Sequence[str]:
+        return ("linear" if self.encoding == "cuts" else self.encoding,)
 
-    def _answer(self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export) -> Found:
+    def _answer(
+        self, folder: Path, image: Tensor, label: int, ball: WassersteinBall, export: Export, end: float
+    ) -> Found:
         """By cuts, where they are asked for; then by files, about the classes that are still open."""
         (instance,) = export.instances
-        end = self._clock() + self.timeout
         if self.encoding == "cuts":
             decision = self._by_cuts(folder, image, label, ball, export, end - (1 - SHARE) * self.timeout)
             if decision.shown is not None or not decision.undecided:
@@ -441,51 +350,9 @@ class MarabouCertifier(BaseCertifier):
         shown = replay(self.subject, image, label, ball, values, inputs, export.network.encoding, onnx)
         return (Verdict.FALSIFIED, "", shown.distance) if shown.falsified else None
 
-    def _by_files(
-        self,
-        folder: Path,
-        image: Tensor,
-        label: int,
-        ball: WassersteinBall,
-        export: Export,
-        asked: Instance,
-        end: float,
-    ) -> Found:
-        """Asks; and where a counterexample does not hold, for one that is clearer, then in another way."""
-
-        def attempt(instance: Instance, tightening: str) -> tuple[Outcome, Found]:
-            onnx, outcome = self._ask(folder, export, instance, tightening, max(LEAST, end - self._clock()))
-            return outcome, verdict_of(self.subject, image, label, ball, outcome, export, onnx)
-
-        outcome, found = attempt(asked, TIGHTENINGS[0])
-        if outcome.result != "sat" or found[0] is Verdict.FALSIFIED:
-            return found
-        clearer = replace(asked, property=by_a_gap(asked.property, self._gap(image, label, export)))
-        _, second = attempt(clearer, TIGHTENINGS[0])
-        if second[0] is Verdict.FALSIFIED:
-            return second
-        outcome, third = attempt(asked, TIGHTENINGS[1])
-        return third if outcome.result == "unsat" or third[0] is Verdict.FALSIFIED else found
-
-    def _gap(self, image: Tensor, label: int, export: Export) -> float:
-        """A small share of the clean margin, well above what rounding may hide."""
-        with torch.no_grad():
-            logits = self.precise(image[None].double())[0]
-        others = torch.cat([logits[:label], logits[label + 1 :]])
-        return max(GAP * float(logits[label] - others.max()), 10 * export.network.allowance)
-
-    def _ask(
-        self, folder: Path, export: Export, instance: Instance, tightening: str, timeout: float
-    ) -> tuple[Path, Outcome]:
-        onnx, vnnlib = folder / "network.onnx", folder / "property.vnnlib"
-        write_onnx(export.network.graph, onnx)
-        vnnlib.write_text(
-            write_property(instance.property, [f"encoding {export.network.encoding.name}"]), encoding="ascii"
-        )
-        inputs = export.network.inputs
-        split = inputs.form == "split"
-        bounds = self._first_layer(export, instance)
-        return onnx, self._process.solve(onnx, vnnlib, instance, inputs.flows, split, timeout, tightening, bounds)
+    def ask(self, onnx: Path, vnnlib: Path, export: Export, instance: Instance, way: str, timeout: float) -> Outcome:
+        inputs, bounds = export.network.inputs, self._first_layer(export, instance)
+        return self._process.solve(onnx, vnnlib, instance, inputs.flows, inputs.form == "split", timeout, way, bounds)
 
     def _first_layer(self, export: Export, instance: Instance) -> list[list[float]]:
         """Bias, lower and upper bound of every neuron of the first layer over the ball; none for vanilla.
@@ -505,40 +372,3 @@ class MarabouCertifier(BaseCertifier):
         up, down = reach[: len(weight)], reach[len(weight) :]
         slack = ROUNDING * (1 + bias.abs() + weight.abs().sum((-1, -2, -3)) * (image.max() + instance.budget))
         return torch.stack([bias, middle - down - slack, middle + up + slack], 1).tolist()
-
-    def _certificate(
-        self,
-        verdict: Verdict,
-        label: int,
-        prediction: int,
-        ball: WassersteinBall,
-        begin: float,
-        note: str = "",
-        upper: float | None = None,
-    ) -> Certificate:
-        seconds = self._clock() - begin
-        return Certificate(
-            verdict, label, prediction, self.method, self.bound, ball.ground, ball.radius, None, seconds, upper, note,
-            ball.cap,
-        )  # fmt: skip
-
-
-def verdict_of(
-    subject: Subject,
-    image: Tensor,
-    label: int,
-    ball: WassersteinBall,
-    outcome: Outcome,
-    export: Export,
-    onnx: Path,
-) -> Found:
-    if outcome.result == "unsat":
-        return Verdict.CERTIFIED, "", None
-    if outcome.result == "sat" and outcome.values is not None:
-        shown = replay(
-            subject, image, label, ball, outcome.values, export.network.inputs, export.network.encoding, onnx
-        )
-        return (Verdict.FALSIFIED, "", shown.distance) if shown.falsified else (Verdict.UNKNOWN, shown.reason, None)
-    if outcome.result in ("timeout", "error"):
-        return Verdict(outcome.result), outcome.message, None
-    return Verdict.UNKNOWN, outcome.message or f"the engine answered {outcome.result}", None

@@ -6,10 +6,9 @@ from problems import assert_claims_hold, digits
 from torch import nn
 
 from flowverify.attack import Binarised, FlowDescent, FrankWolfe, MinimalRadius, binarise
-from flowverify.attack.adapters import art_attack, foolbox_attack
 from flowverify.ball import WassersteinBall
 from flowverify.certifiers.linear import LinearCertifier
-from flowverify.errors import DependencyError, InvalidInputError
+from flowverify.errors import InvalidInputError
 from flowverify.network import load_network
 
 
@@ -77,42 +76,3 @@ class TestBinarised:
             Binarised(lambda x: x)
         with pytest.raises(InvalidInputError, match="expected finite numbers"):
             Binarised(nn.Identity(), float("nan"))
-
-
-class TestAdapters:
-    def test_foolbox(self):
-        foolbox = pytest.importorskip("foolbox", reason="an optional extra")
-        network, images, labels = digits(5)
-        expected = MinimalRadius(network).minimise(images, labels, "l1", 1.0).radius
-        attack = foolbox_attack(MinimalRadius(network), "l1", 1.0)
-        model = foolbox.PyTorchModel(network, bounds=(0, 1))
-        raw, clipped, success = attack(model, images, labels, epsilons=[None, 1e-3, 2.0])
-        assert success.tolist() == [[True] * 5, [False] * 5, [True] * 5]
-        torch.testing.assert_close(attack.distance(images, raw[0]), expected.float(), rtol=1e-4, atol=0)
-        assert bool((attack.distance(images, clipped[1]) <= 1e-3 * (1 + 1e-3)).all())
-
-    def test_art(self):
-        estimators = pytest.importorskip("art.estimators.classification", reason="an optional extra")
-        network, images, labels = digits(5)
-        options = {"model": network, "loss": nn.CrossEntropyLoss(), "input_shape": (1, 8, 8), "nb_classes": 10}
-        classifier = estimators.PyTorchClassifier(**options)
-        for y in (labels.numpy(), nn.functional.one_hot(labels, 10).numpy(), None):
-            found = art_attack(classifier, "minimal", "l2").generate(images.numpy(), y)
-            assert found.dtype == images.numpy().dtype
-            assert (classifier.predict(found).argmax(1) != labels.numpy()).all()
-        other = estimators.PyTorchClassifier(preprocessing=(0.5, 0.5), **options)
-        with pytest.raises(InvalidInputError, match="not those of its torch module"):
-            art_attack(other).generate(images.numpy())
-        with pytest.raises(InvalidInputError, match="expected art's PyTorchClassifier"):
-            art_attack(network)
-
-    @pytest.mark.parametrize(("package", "make"), [("foolbox", foolbox_attack), ("art", art_attack)])
-    def test_what_to_install(self, package, make, monkeypatch):
-        import sys
-
-        for name in [name for name in sys.modules if name.split(".")[0] == package]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, package, None)
-        network, _, _ = digits(1)
-        with pytest.raises(DependencyError, match="pip install"):
-            make(MinimalRadius(network))

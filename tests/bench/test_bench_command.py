@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import flowverify as fv
 from flowverify.attack.base import make_attack
 from flowverify.bench import report, sources
-from flowverify.bench.pictures import pictures
+from flowverify.bench.charts import pictures
 from flowverify.bench.tasks import packed
 from flowverify.cli import app
 from flowverify.figures import worst_cases

@@ -12,7 +12,8 @@ import flowverify as fv
 from flowverify.ball import WassersteinBall
 from flowverify.cli import app
 from flowverify.errors import DependencyError, FlowverifyError
-from flowverify.export.marabou import MarabouCertifier, MarabouProcess, Outcome, marabou_missing
+from flowverify.export.marabou import MarabouCertifier, MarabouProcess, marabou_missing
+from flowverify.export.outside import Outcome
 from flowverify.results import Verdict
 from tests.export.exact import least_misclassifying_budget, small_image, small_network
 
@@ -194,7 +195,8 @@ def test_command_prints_the_fields_of_every_verdict(monkeypatch):
 
 def test_command_names_the_engines():
     done = CliRunner().invoke(app, ["verify", "digits-fc3", "--engine", "z3", "--radius", "0.02"])
-    assert done.exit_code == 2 and "unknown engine 'z3': expected one of MODULE:CLASS, flowverify" in done.output
+    assert done.exit_code == 2
+    assert "unknown engine 'z3': expected one of MODULE:CLASS, alpha-beta-crown, flowverify, marabou" in done.output
 
 
 def test_missing_engine(monkeypatch):

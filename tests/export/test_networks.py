@@ -37,6 +37,20 @@ def convolutional():
     )  # fmt: skip
 
 
+def residual():
+    size = (2, 5, 4)
+    nodes = [
+        Node("first", nn.Conv2d(2, 2, 3, padding=1), ("input",), size),
+        Node("relu", nn.ReLU(), ("first",), size),
+        Node("second", nn.Conv2d(2, 2, 3, padding=1), ("relu",), size),
+        Node("sum", Add(), ("first", "second"), size),
+        Node("relu_2", nn.ReLU(), ("sum",), size),
+        Node("flat", nn.Flatten(), ("relu_2",), (40,)),
+        Node("last", nn.Linear(40, 4), ("flat",), (4,)),
+    ]
+    return Network(size, nodes)
+
+
 def branching():
     size = (6,)
     return Graph(
@@ -51,6 +65,19 @@ def branching():
     )
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("make", [lambda: small_network(0, "convolution"), residual], ids=["convolution", "residual"])
+def test_a_layer_stands_right_before_every_relu(make, encoding):
+    """Where alpha-beta-CROWN looks for it, and stops if it finds a reshape."""
+    network = make()
+    images = torch.rand(1, *network.input_shape)
+    export = next(plan(network, images, network(images).argmax(1), Request(encoding, (0.1,))))
+    relus = [node for node in export.network.graph.nodes if isinstance(node.operation, nn.ReLU)]
+    assert relus
+    for node in relus:
+        assert isinstance(export.network.graph.node(node.inputs[0]).operation, nn.Linear | nn.Conv2d | Add)
+
+
 def flows(inputs, count, reach):
     """Random inputs whose flows are sparse and nonnegative (split) or signed (delta), of norm up to ``reach``."""
     generator = np.random.default_rng(0)
@@ -62,7 +89,11 @@ def flows(inputs, count, reach):
 
 @pytest.mark.parametrize("reference", ["image", "uniform", "point:1,2"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("make", [lambda: small_network(1, "linear"), convolutional], ids=["linear", "convolution"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: small_network(1, "linear"), convolutional, residual],
+    ids=["linear", "convolution", "residual"],
+)
 def test_equals_the_original_in_onnxruntime(make, encoding, reference, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     network = make()

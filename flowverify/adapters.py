@@ -1,4 +1,4 @@
-"""The attacks as other libraries' own; these are optional extras.
+"""Attacks and certification as other libraries' own; these are optional.
 
 As an ``art.attacks.evasion.EvasionAttack`` of adversarial-robustness-toolbox:
 
@@ -10,11 +10,19 @@ As a foolbox ``MinimizationAttack``:
     attack = foolbox_attack(MinimalRadius(network), ground="l2")
     raw, clipped, success = attack(foolbox.PyTorchModel(network, bounds=(0, 1)), images, labels, epsilons=[0.1, 0.3])
 
+As a ``VerificationModule`` of VERONA, package ada-verona:
+
+    verifier = verona_module("complete", timeout=60)
+    estimator = BinarySearchEpsilonValueEstimator(epsilon_value_list=[0.01, 0.02, 0.05], verifier=verifier)
+
 Epsilons are radii, W1 of normalised images in pixels. foolbox judges success itself, on its own model.
 """
 
 from __future__ import annotations
 
+import time
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +32,9 @@ from torch import Tensor
 
 from flowverify.attack.base import BaseAttack, make_attack
 from flowverify.ball import Threat, WassersteinBall
-from flowverify.errors import DependencyError, InvalidInputError
+from flowverify.errors import DependencyError, FlowverifyError, InvalidInputError
+from flowverify.registry import METHODS
+from flowverify.results import Verdict
 from flowverify.transport.distance import FLOAT32_MASS_TOLERANCE
 
 
@@ -137,3 +147,102 @@ def foolbox_attack(attack: BaseAttack, ground: str = "l1", cap: float | None = 1
             return result if isinstance(inputs, eagerpy.Tensor) else result.raw
 
     return Adapter()
+
+
+# VERONA has no word for "unknown": like what took too long, it is neither.
+VERONA_WORDS = {
+    Verdict.CERTIFIED: "UNSAT",
+    Verdict.FALSIFIED: "SAT",
+    Verdict.MISCLASSIFIED: "SAT",
+    Verdict.UNKNOWN: "TIMEOUT",
+    Verdict.TIMEOUT: "TIMEOUT",
+    Verdict.ERROR: "ERR",
+}
+
+
+def verona_module(
+    method: str = "complete",
+    ground: str = "l1",
+    cap: float | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    **options: Any,
+) -> Any:
+    """Certification as a ``VerificationModule``, whose epsilon is the radius of the Wasserstein ball.
+
+    UNSAT is certified, SAT falsified or misclassified, TIMEOUT neither; ERR comes with the reason as ``err``. The
+    property generator says no more than which class counts as wrong: any other, or its ``target_class``.
+
+    Args:
+        method, options: as for :func:`flowverify.api.make_certifier`.
+        ground, cap: the threat model.
+        input_shape: (C, H, W) of data points that come in another shape; (H, W) is one channel.
+
+    Raises:
+        DependencyError: VERONA is not installed.
+        UnknownNameError: an unknown method or ground cost.
+    """
+    try:
+        from ada_verona.database.verification_result import CompleteVerificationData
+        from ada_verona.verification_module.verification_module import VerificationModule
+    except ImportError as error:
+        raise DependencyError(
+            "this adapter needs VERONA: pip install git+https://github.com/ADA-research/VERONA"
+        ) from error
+    from flowverify.api import make_certifier
+
+    METHODS.check(method)
+    threat = Threat(ground, cap)
+
+    class Adapter(VerificationModule):  # type: ignore[misc]
+        name = f"flowverify ({method}, {threat.name})"
+
+        def __init__(self) -> None:
+            self._key: Any = None
+            self._certifier: Any = None
+
+        def certifier(self, network: Any, shape: Any, target: int | None) -> Any:
+            """The last one is kept: epsilons are asked about one after the other."""
+            key = (network, shape, target)
+            if self._key != key:
+                model: Any = getattr(network, "path", None)
+                if model is None or Path(model).suffix != ".onnx":
+                    wrapper = network.load_pytorch_model()
+                    model = getattr(wrapper, "torch_model", wrapper)
+                self._certifier = make_certifier(model, method, input_shape=shape, target=target, **options)
+                self._key = key
+            return self._certifier
+
+        def verify(self, verification_context: Any, epsilon: float) -> Any:
+            start, point = time.perf_counter(), verification_context.data_point
+            target = getattr(verification_context.property_generator, "target_class", None)
+            data, label = point.data.detach().cpu(), torch.tensor([int(point.label)])
+            shape = input_shape or ((1, *data.shape) if data.ndim == 2 else tuple(data.shape[-3:]))
+            try:
+                if data.numel() != prod(shape):
+                    raise InvalidInputError(f"data point of shape {tuple(data.shape)}: expected one image {shape}")
+                image, ball = data.reshape(1, *shape), WassersteinBall(float(epsilon), threat.ground, threat.cap)
+                certifier = self.certifier(verification_context.network, shape, target)
+                (found,) = certifier.certify(image, label, ball)
+            except FlowverifyError as error:
+                return CompleteVerificationData(result="ERR", took=time.perf_counter() - start, err=str(error))
+            shown = image[0] if found.verdict is Verdict.MISCLASSIFIED else found.witness
+            logits = None
+            if VERONA_WORDS[found.verdict] == "SAT" and shown is not None:
+                with torch.no_grad():
+                    logits = certifier.precise(shown[None].double().to(certifier.device))[0].cpu()
+            return CompleteVerificationData(
+                result=VERONA_WORDS[found.verdict],
+                took=time.perf_counter() - start,
+                counter_example=None if logits is None else _assignment(shown, logits),
+                obtained_labels=None if logits is None else logits.argmax().reshape(1).numpy(),
+                err=found.note if found.verdict is Verdict.ERROR else "",
+                stdout=found.note,
+            )
+
+    return Adapter()
+
+
+def _assignment(image: Tensor, logits: Tensor) -> str:
+    """A counterexample as VNN-COMP has it: a line for each input and output."""
+    inputs = [f"(X_{k} {value!r})" for k, value in enumerate(image.flatten().tolist())]
+    return "\n".join(["sat", *inputs, *(f"(Y_{k} {value!r})" for k, value in enumerate(logits.tolist()))])
