@@ -68,20 +68,20 @@ def main() -> None:
     )
     certifier.prepare()
     attacked = attack.minimise(data.images[chosen], data.labels[chosen]).radius
-    crown = search_radius(Certifier(network), data.images[chosen], data.labels[chosen])
+    bounded = search_radius(Certifier(network), data.images[chosen], data.labels[chosen])
     gaps, seconds, nearer = [], [], 0
     for position, index in enumerate(chosen.tolist()):
         part = slice(index, index + 1)
         found = certifier.search(data.images[part], data.labels[part])[0]
         assert found.upper_radius is not None
         assert found.radius <= float(attacked[position])
-        assert found.upper_radius >= crown[position].radius
+        assert found.upper_radius >= bounded[position].radius
         gap = found.upper_radius / found.radius - 1 if found.radius > 0 else float("inf")
         nearer += found.upper_radius < float(attacked[position]) * 0.999
         gaps.append(gap)
         seconds.append(found.seconds)
         print(
-            f"image {index}: CROWN {crown[position].radius:.4f}, proven {found.radius:.4f}, counterexample "
+            f"image {index}: bounds {bounded[position].radius:.4f}, proven {found.radius:.4f}, counterexample "
             f"{found.upper_radius:.4f} (attack {float(attacked[position]):.4f}), gap {100 * gap:.2f}%, "
             f"{found.seconds:.1f} s {found.note}",
             flush=True,
