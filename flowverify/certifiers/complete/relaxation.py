@@ -351,18 +351,17 @@ def linear_bound(relaxation: Relaxation, multipliers: Multipliers) -> Linear:
         if own is None:
             own = torch.zeros_like(multipliers.alpha[index])
         coefficients[index] = own
-        own, parts[index] = part = left_to_rows(relaxation, own, multipliers, index)
-        rho, term, steepness, limited = _relax_layer(relaxation, own, multipliers, index)
+        hull, part = left_to_rows(relaxation, own, multipliers, index)
+        parts[index] = part
+        rho, term, steepness, limited = _relax_layer(relaxation, hull, multipliers, index)
         constant = constant + term + rho @ maps.stages[index].bias
-        if part[1] is not None:
-            assert problem.above is not None
-            constant = constant + part[1] @ problem.above.values[index]
         if size is not None and known is not None:
             size += (rho.detach().abs() + steepness.detach()) @ known[index]
             size[:, 0] += limited.detach()
-            if part[1] is not None:
-                assert problem.above is not None
-                size += OF_ROWS * part[1].detach().abs() @ known[index][problem.above.index[index]]
+        if part is not None and problem.above is not None:
+            constant = constant + part @ problem.above.values[index]
+            if size is not None and known is not None:
+                size += OF_ROWS * part.detach().abs() @ known[index][problem.above.index[index]]
         for source, weight in maps.stages[index].weights.items():
             more = rho @ weight
             carried[source] = carried[source] + more if source in carried else more
