@@ -138,7 +138,7 @@ class ScheduleSettings:
     root_trials: int = option(8, "for the largest radius that a root proves")
     root_tolerance: float = option(0.02, "of that radius, relative")
     first_radius: float = option(0.05, "pixels: where those begin")
-    first: float = option(0.5, "of the way from there to the nearest counterexample: where the first tree stands")
+    first: float = option(0.1, "of the way from there to the nearest counterexample: where the first tree stands")
     blind: float = option(1.5, "times the radius proven: where a tree stands while there is no counterexample")
     growth: float = option(24.0, "1 + x times the radius costs exp(growth x) times as much, until trees have told")
     growth_range: tuple[float, float] = option((16.0, 40.0), "what trees can tell")
