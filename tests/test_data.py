@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowverify.data import Dataset, as_dataset, is_whole, load_dataset, parse_index, without_validation
@@ -279,6 +279,7 @@ class TestParseIndex:
         assert parse_index(",".join(map(str, chosen)), 100) == chosen
 
     @given(st.text(max_size=12))
+    @example("0\x1f")  # whitespace to strip, and none to int
     def test_any_text_gives_valid_positions_or_one_error(self, text: str) -> None:
         try:
             chosen = parse_index(text, 50)

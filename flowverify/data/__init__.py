@@ -270,7 +270,7 @@ def parse_index(text: str, length: int) -> range | list[int]:
             raise InvalidInputError(f"index {text!r}: ends at {stop}, expected at most {length}")
         chosen = range(start, stop, step)
     elif re.fullmatch(r"[0-9]+(?:\s*,\s*[0-9]+)*", text.strip()):
-        chosen = [int(part) for part in text.split(",")]
+        chosen = [int(part) for part in re.findall("[0-9]+", text)]
         if max(chosen) >= length:
             raise InvalidInputError(f"index {text!r}: {max(chosen)} given, expected 0 to {length - 1}")
     else:
