@@ -179,9 +179,11 @@ class MarginBounds:
         """
         batch = Batch(ball.to(dtype=self.dtype))
         margins = self._bounded(batch, specification)
+        from flowverify.bounds.lifted.moves import NEIGHBOURS  # engines are loaded when a bound asks for them
+
         activations = self.network.activations
         rows: list[ListedRows | None] = [None] * len(activations)
-        moves = 4 * self.network.grid.pixels
+        moves = len(NEIGHBOURS) * self.network.grid.pixels
         if sum(math.prod(node.shape) for node in activations) * moves <= most:
             for run in batch.runs.values():
                 above = getattr(run, "rows_above", None)

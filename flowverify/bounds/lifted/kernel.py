@@ -14,11 +14,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from flowverify.bounds.lifted.support import DOWNWARD, RIGHTWARD, UNIT
+from flowverify.bounds.lifted.support import APART, DOWNWARD, RIGHTWARD, UNIT
 
 Array = NDArray[Any]
 
-APART = 1e-9  # relative
 MAX_STEPS = 40
 
 
@@ -399,7 +398,7 @@ def solve_rows(
                     queued, touched, chosen,
                 )  # fmt: skip
                 if complete and cost > budget:
-                    share, circulates = min(1.0, (budget - high_cost) / (cost - high_cost)), False
+                    share, circulates = max(0.0, (budget - high_cost) / (cost - high_cost)), False
                     flow *= 1 - share
                     _follow(place, shape, share, mass, y, following, offsets, touched, reached, flow)
                 _clear(y, touched, reached)

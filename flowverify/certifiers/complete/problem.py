@@ -297,7 +297,7 @@ class SingleBall:
         whole = NEIGHBOURS.gains(coefficients.reshape(-1, *self.image.shape)).add_(gains).neg_()
         corner = torch.zeros(1, 2, dtype=torch.long, device=whole.device)
         found = maximum(
-            MoveRows(whole[None, None], corner), self.image[None], coefficients.new_tensor([self.budget]).double(),
+            MoveRows(whole[None, None], corner), self.image[None], torch.tensor([self.budget], dtype=torch.float64),
             feasible=self.positive, guess=None if guess is None else guess[None], tolerance=tolerance, flow=point,
         )  # fmt: skip
         flow, nearest = None, None
