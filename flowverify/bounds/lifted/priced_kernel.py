@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from flowverify.bounds.lifted.support import UNIT
+from flowverify.bounds.lifted.support import APART, UNIT
 
 Array = NDArray[Any]
 
@@ -329,16 +329,24 @@ def solve_rows(
         _clear(y, touched, reached)
         if flows.shape[0] == 0:
             continue
-        flow, share = flows[index], 0.0
+        flow = flows[index]
         flow[:] = 0
         if idle:
             continue
+        # Beside the multipliers, where no two ways tie: a flow of one, priced as another, would break the budget.
+        _, reached, _, high_cost = _solve(
+            row, place, shape, offsets, prices, strides, chained, entries, count, high * (1 + APART), mass, np.inf, y,
+            paid, following, links, queue, queued, touched,
+        )  # fmt: skip
+        _follow(place, shape, strides, chained, 1.0, mass, y, following, touched, reached, flow)
+        _clear(y, touched, reached)
         complete, reached, _, cost = _solve(
-            row, place, shape, offsets, prices, strides, chained, entries, count, low, mass, np.inf, y, paid,
-            following, links, queue, queued, touched,
+            row, place, shape, offsets, prices, strides, chained, entries, count, low * (1 - APART), mass, np.inf, y,
+            paid, following, links, queue, queued, touched,
         )  # fmt: skip
         if complete and cost > budget:
-            share = (budget - high_cost) / (cost - high_cost)
+            share = max(0.0, (budget - high_cost) / (cost - high_cost))
+            flow *= 1 - share
             _follow(place, shape, strides, chained, share, mass, y, following, touched, reached, flow)
         elif not complete:
             # Around a cycle, which no mass limits: what is left of the budget goes to the steepest move.
@@ -346,12 +354,6 @@ def solve_rows(
             channel, i, j = pixel // (shape[1] * shape[2]), pixel // shape[2] % shape[1], pixel % shape[2]
             spot = ((way * shape[0] + channel) * window[0] + i - place[0]) * window[1] + j - place[1]
             flow[spot] += (budget - high_cost) / prices[way]
-        _clear(y, touched, reached)
-        _, reached, _, _ = _solve(
-            row, place, shape, offsets, prices, strides, chained, entries, count, high, mass, np.inf, y, paid,
-            following, links, queue, queued, touched,
-        )  # fmt: skip
-        _follow(place, shape, strides, chained, 1.0 - share, mass, y, following, touched, reached, flow)
         _clear(y, touched, reached)
 
 

@@ -137,6 +137,22 @@ def test_equals_the_linear_programme(
         assert value <= expected * (1 + (1e-7 if backend == "auto" else 2e-3)) + 1e-9
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("ground", ["l1", "l2", "local:5"])
+def test_flows_keep_to_the_budget_where_paths_tie(ground: str, backend: Any) -> None:
+    moves = moves_of(ground, 4, 5, **({"single": 0, "chained": 8} if ground == "l2" else {}))
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        gains = torch.randint(-4, 5, (1, 1, 8, len(moves), 2, 4, 5), generator=generator).double()
+        gains *= moves.within(4, 5)
+        images = torch.randint(0, 3, (1, 2, 4, 5), generator=generator).double()
+        budget = images.sum().reshape(1) * (0.05, 0.2, 0.5)[seed % 3]
+        rows = MoveRows(gains, ORIGIN)
+        flow = maximum(rows, images, budget, moves=moves, tolerance=1e-12, flow=True, backend=backend).flow
+        assert flow is not None and (flow >= 0).all()
+        assert ((flow * moves.priced(flow)).flatten(3).sum(3) <= budget * (1 + 1e-9)).all()
+
+
 @SETS
 @pytest.mark.parametrize("kind", ["of pixels", "bent"])
 def test_the_flow_is_feasible_and_the_gradient(moves: Moves, kind: str) -> None:
